@@ -1,0 +1,280 @@
+"""Callbacks that write a run's files; they see what a training step returns, never how it came about."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from lightning_lambdapo.datatypes import PromptBatch, Rollout, Scores
+from lightning_lambdapo.parallel import gather_objects
+from lightning_lambdapo.policy import save_policy
+
+
+def run_directory(trainer: Trainer) -> Path:
+    """Where a run's files go: the logger's version directory, or ``default_root_dir`` without a logger."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def _new_file(directory: Path, name: str) -> Path:
+    """Path of a file that does not exist yet: an earlier run's file is never written over."""
+    directory.mkdir(parents=True, exist_ok=True)
+    stem, suffix = Path(name).stem, Path(name).suffix
+    candidates = (directory / (name if count == 0 else f"{stem}-{count}{suffix}") for count in range(10**6))
+    return next(path for path in candidates if not path.exists())
+
+
+class CompletionsLogger(Callback):
+    """Writes completions to JSONL, all of them or every few steps, and shows a group as a table.
+
+    Training completions go to ``completions.jsonl``: step, prompt_id, sample, prompt, completion, every reward part,
+    total, policy score, advantage, valid, truncated. ``Trainer.predict`` writes ``predictions.jsonl``.
+
+    Args:
+        every_n_rollouts: write the completions of every this many training steps.
+        table_every_n_rollouts: print the first group as a table every this many training steps; 0 never.
+    """
+
+    def __init__(self, every_n_rollouts: int = 1, table_every_n_rollouts: int = 0) -> None:
+        if every_n_rollouts < 1 or table_every_n_rollouts < 0:
+            raise ValueError(
+                "`every_n_rollouts` must be at least 1 and `table_every_n_rollouts` at least 0, got "
+                f"{every_n_rollouts} and {table_every_n_rollouts}."
+            )
+        self.every_n_rollouts = every_n_rollouts
+        self.table_every_n_rollouts = table_every_n_rollouts
+        self._path: Path | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start a new file with every run."""
+        self._path = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
+    ) -> None:
+        """Write one line per completion of this step, of all ranks."""
+        step = trainer.fit_loop.total_batch_idx + 1
+        table = self.table_every_n_rollouts and step % self.table_every_n_rollouts == 0
+        if step % self.every_n_rollouts and not table:
+            return
+        records = [{"step": step, **record} for record in _training_records(batch, outputs)]
+        everyone = [record for part in gather_objects(records) for record in part]
+        if trainer.is_global_zero:
+            if step % self.every_n_rollouts == 0:
+                self._write(trainer, "completions.jsonl", everyone)
+            if table:
+                _print_group(step, [record for record in everyone if record["prompt_id"] == everyone[0]["prompt_id"]])
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: PromptBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write one line per predicted completion, of all ranks."""
+        everyone = [record for part in gather_objects(outputs) for record in part]
+        if trainer.is_global_zero:
+            self._write(trainer, "predictions.jsonl", everyone)
+
+    def _write(self, trainer: Trainer, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+        if self._path is None:
+            self._path = _new_file(run_directory(trainer), name)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def _training_records(batch: PromptBatch, outputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rollout: Rollout = outputs["rollout"]
+    scores: Scores = outputs["scores"]
+    columns: dict[str, list[Any]] = {
+        "total": scores.total.flatten().tolist(),
+        "score": outputs["policy_scores"].flatten().tolist(),
+        "advantage": outputs["advantages"].flatten().tolist(),
+        "valid": scores.valid.flatten().tolist(),
+    }
+    parts = {name: part.flatten().tolist() for name, part in scores.parts.items()}
+    return [
+        record
+        | {"rewards": {name: None if part[row] != part[row] else part[row] for name, part in parts.items()}}
+        | {name: column[row] for name, column in columns.items()}
+        for row, record in enumerate(rollout.records(batch))
+    ]
+
+
+def _print_group(step: int, records: Sequence[Mapping[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(f"step {step}: {records[0]['prompt'][-300:]}"), show_lines=True)
+    for header in ("completion", "total", "advantage"):
+        table.add_column(header)
+    for record in records:
+        table.add_row(Text(record["completion"]), f"{record['total']:.3f}", f"{record['advantage']:+.3f}")
+    Console().print(table)
+
+
+class RewardPlot(Callback):
+    """Keeps ``reward.png`` up to date: reward, accuracy and density against rollout steps.
+
+    Args:
+        every_n_rollouts: redraw every this many training steps; the end of training always draws.
+        metrics: the logged keys to draw; those that are not logged are left out.
+    """
+
+    def __init__(
+        self,
+        every_n_rollouts: int = 20,
+        metrics: Sequence[str] = ("train/reward", "train/accuracy", "train/density_f", "val/pass_at_1"),
+    ) -> None:
+        if every_n_rollouts < 1:
+            raise ValueError(f"`every_n_rollouts` must be at least 1, got {every_n_rollouts}.")
+        self.every_n_rollouts = every_n_rollouts
+        self.metrics = tuple(metrics)
+        self._curves: dict[str, list[tuple[int, float]]] = {}
+        self._path: Path | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curves so far, so that a resumed run draws the whole of them."""
+        return {"curves": {name: [list(point) for point in curve] for name, curve in self._curves.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the curves of the interrupted run."""
+        self._curves = {name: [(x, y) for x, y in curve] for name, curve in state_dict["curves"].items()}
+
+    @rank_zero_only
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
+    ) -> None:
+        """Note the step's values."""
+        self._note(trainer, "train/")
+        if (trainer.fit_loop.total_batch_idx + 1) % self.every_n_rollouts == 0:
+            self._draw(trainer)
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the validation's values."""
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._note(trainer, "val/")
+
+    @rank_zero_only
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the final picture."""
+        self._draw(trainer)
+
+    def _note(self, trainer: Trainer, prefix: str) -> None:
+        step = trainer.fit_loop.total_batch_idx + 1
+        for name in self.metrics:
+            if name.startswith(prefix) and name in trainer.callback_metrics:
+                self._curves.setdefault(name, []).append((step, float(trainer.callback_metrics[name])))
+
+    def _draw(self, trainer: Trainer) -> None:
+        if not self._curves:
+            return
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        axes = figure.add_subplot(xlabel="rollout step", ylabel="mean over the batch")
+        for name, curve in self._curves.items():
+            x, y = zip(*curve, strict=True)
+            (line,) = axes.plot(x, y, alpha=0.3)
+            window = max(1, len(y) // 12)
+            smooth = [sum(y[max(0, i - window + 1) : i + 1]) / (i + 1 - max(0, i - window + 1)) for i in range(len(y))]
+            axes.plot(x, smooth, color=line.get_color(), label=name)
+        axes.legend()
+        axes.grid(alpha=0.3)
+        if self._path is None:
+            self._path = _new_file(run_directory(trainer), "reward.png")
+        canvas.print_png(self._path)
+
+
+class Throughput(Callback):
+    """Logs ``train/tokens_per_second`` (sampled tokens of all ranks over the step's wall time) and the step's seconds."""
+
+    def __init__(self) -> None:
+        self._start = 0.0
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: PromptBatch, batch_idx: int
+    ) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
+    ) -> None:
+        """Stop the clock and log."""
+        seconds = time.perf_counter() - self._start
+        tokens = sum(gather_objects(int(outputs["rollout"].lengths.sum())))
+        pl_module.log("train/step_seconds", seconds)
+        pl_module.log("train/tokens_per_second", tokens / seconds)
+
+
+class PolicyExport(Callback):
+    """Writes the trained policy to ``export/`` when training ends, for ``from_pretrained``: adapter or whole model.
+
+    Args:
+        directory: where to; relative to the run's directory.
+    """
+
+    def __init__(self, directory: str = "export") -> None:
+        self.directory = directory
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the export, on rank 0."""
+        if trainer.is_global_zero:
+            save_policy(pl_module.policy, pl_module.tokenizer, _new_file(run_directory(trainer), self.directory))
+
+
+class RolloutCheckpoint(ModelCheckpoint):
+    """``ModelCheckpoint`` that counts rollouts.
+
+    Under manual optimisation Lightning's own counts optimizer updates, warns at each save and never honours
+    ``train_time_interval``. Everything else, ``monitor``, ``save_top_k``, ``save_last``, is its parent's.
+
+    Args:
+        every_n_rollouts: save after every this many training steps.
+        train_time_interval: or whenever this much time has passed since the last save.
+        **kwargs: as for ``ModelCheckpoint``, but for ``every_n_train_steps`` and ``every_n_epochs``.
+    """
+
+    def __init__(
+        self, every_n_rollouts: int | None = None, train_time_interval: timedelta | None = None, **kwargs: Any
+    ) -> None:
+        if (every_n_rollouts is None) == (train_time_interval is None):
+            raise ValueError("Give exactly one of `every_n_rollouts` and `train_time_interval`.")
+        if every_n_rollouts is not None and every_n_rollouts < 1:
+            raise ValueError(f"`every_n_rollouts` must be at least 1, got {every_n_rollouts}.")
+        super().__init__(**{"filename": "rollout-{step}", "save_last": True, **kwargs}, every_n_epochs=0)
+        self.every_n_rollouts = every_n_rollouts
+        self.interval = train_time_interval
+        self._saved_at = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
+    ) -> None:
+        """Save when a rollout count or an interval is reached."""
+        if self.every_n_rollouts is not None:
+            due = (trainer.fit_loop.total_batch_idx + 1) % self.every_n_rollouts == 0
+        else:
+            passed = time.monotonic() - self._saved_at >= (self.interval or timedelta()).total_seconds()
+            due = bool(trainer.strategy.broadcast(passed))  # clocks differ between ranks; saving is a collective
+        if due and not self._should_skip_saving_checkpoint(trainer):
+            candidates: dict[str, Tensor] = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
+            self._saved_at = time.monotonic()
+
+
+__all__ = ["CompletionsLogger", "PolicyExport", "RewardPlot", "RolloutCheckpoint", "Throughput", "run_directory"]

@@ -1,0 +1,72 @@
+"""Everything that can be found wrong before a rollout is paid for."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from lightning_lambdapo.config import AlgorithmConfig
+from lightning_lambdapo.rewards import Reward
+from lightning_lambdapo.rollout import SamplingConfig
+
+
+def check_schedule(*, updates_per_rollout: int, epochs_per_rollout: int, max_tokens_per_micro_batch: int) -> None:
+    """Refuse numbers of updates that cannot be."""
+    if updates_per_rollout < 1 or epochs_per_rollout < 1 or updates_per_rollout % epochs_per_rollout:
+        raise ValueError(
+            f"`updates_per_rollout` ({updates_per_rollout}) must be a positive multiple of `epochs_per_rollout` "
+            f"({epochs_per_rollout}): it is mini-batches times passes over the rollout."
+        )
+    if max_tokens_per_micro_batch < 1:
+        raise ValueError(f"`max_tokens_per_micro_batch` must be at least 1, got {max_tokens_per_micro_batch}.")
+
+
+def warn_of_settings(algorithm: AlgorithmConfig, sampling: SamplingConfig, updates_per_rollout: int) -> None:
+    """Say what is allowed but does not do what its name promises."""
+    if sampling.filters:
+        warnings.warn(
+            f"Rollouts are drawn with {', '.join(sampling.filters)}, but log-probabilities, and with them ratio, KL and "
+            "scores, are those of the unfiltered policy.",
+            stacklevel=3,
+        )
+    if algorithm.kl_coef > 0 and algorithm.kl_estimator == "k1" and updates_per_rollout == 1:
+        warnings.warn(
+            'kl_estimator="k1" has zero expected gradient on-policy: it restrains nothing. Use "k2" or "k3".',
+            stacklevel=3,
+        )
+
+
+def check_trainer(trainer: Trainer, *, adapted: bool) -> None:
+    """Refuse ``Trainer`` settings that cannot work with manual optimisation or would quietly do harm."""
+    if trainer.gradient_clip_val is not None:
+        raise ValueError(
+            f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) has no effect under manual optimisation; set "
+            "`max_grad_norm` of LambdaPOModule, and gradient_clip_val to null."
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise ValueError(
+            f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) has no effect under manual "
+            "optimisation; LambdaPOModule splits rollouts into micro-batches by `max_tokens_per_micro_batch`, and a "
+            "larger `batch_size` gives larger updates."
+        )
+    if trainer.precision in ("bf16-true", "16-true") and adapted:
+        raise ValueError(
+            f"Trainer(precision={trainer.precision!r}) would hold the adapter in 16 bits, where a step of a usual "
+            'learning rate is rounded away; use precision="bf16-mixed" with `policy.dtype: bfloat16`.'
+        )
+
+
+def check_fields(rewards: Sequence[Reward], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a training set in which no row has what a reward needs.
+
+    Raises:
+        ValueError: naming the reward and the missing field.
+    """
+    for reward in rewards:
+        for field in reward.requires:
+            if not any(row.get(field.removesuffix("s")) is not None for row in rows):
+                raise ValueError(
+                    f"The reward {reward.name!r} needs {field}, and none of the {len(rows)} training rows has one; map "
+                    f"the column that holds them (`columns: {{{field.removesuffix('s')}: ...}}`), or drop the reward."
+                )

@@ -1,0 +1,97 @@
+"""The values that travel through one training step.
+
+Notation, used by every docstring of the package: ``B`` prompts on a rank, ``G`` rollouts per prompt (the group),
+``N = B * G`` rows in group-major order (row ``n`` belongs to prompt ``n // G``), ``P`` the prompt length (left-padded),
+``T`` the completion length (right-padded).
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lightning_lambdapo.functional.losses import LossOutput
+
+__all__ = ["LossOutput", "PromptBatch", "Rollout", "Scores"]
+
+
+class PromptBatch(NamedTuple):
+    """One batch of prompts, as the DataLoader gives it (a tuple, so that Lightning can move it between devices).
+
+    Attributes:
+        input_ids: ``(B, P)`` int64, left-padded prompt tokens.
+        attention_mask: ``(B, P)`` bool, True on prompt tokens.
+        prompt_ids: ``(B,)`` int64, stable identity of each prompt; the sampling streams are keyed by it.
+        prompts: ``B`` prompt texts as the tokenizer saw them.
+        answers: ``B`` final answers, None where the data has none.
+        references: ``B`` reference solutions, None where the data has none.
+        columns: ``B`` mappings of all the other columns of the data; rewards receive them.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    prompt_ids: Tensor
+    prompts: list[str]
+    answers: list[str | None]
+    references: list[str | None]
+    columns: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """Completions sampled from the policy for one batch of prompts.
+
+    Attributes:
+        completion_ids: ``(N, T)`` int64, right-padded.
+        completion_mask: ``(N, T)`` bool, True from the first token through the first end-of-sequence token.
+        sampling_logprobs: ``(N, T)`` float, log-probability of each sampled token, ``log_softmax(logits /
+            temperature)`` before top-k, top-p, min-p and repetition penalty; 0 where masked out.
+        entropy: ``(N, T)`` float, entropy in nats of that same distribution; 0 where masked out.
+        truncated: ``(N,)`` bool, True where no end-of-sequence token came before ``max_new_tokens``.
+        texts: ``N`` completions, decoded without special tokens.
+    """
+
+    completion_ids: Tensor
+    completion_mask: Tensor
+    sampling_logprobs: Tensor
+    entropy: Tensor
+    truncated: Tensor
+    texts: list[str]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Completion lengths in tokens, the end-of-sequence token included: ``(N,)`` int64."""
+        return self.completion_mask.sum(-1)
+
+    def records(self, batch: PromptBatch) -> list[dict[str, Any]]:
+        """One plain mapping per completion, in row order, for JSONL files and tables."""
+        samples = len(self.texts) // len(batch.prompts)
+        return [
+            {
+                "prompt_id": int(batch.prompt_ids[row // samples]),
+                "sample": row % samples,
+                "prompt": batch.prompts[row // samples],
+                "completion": text,
+                "completion_length": length,
+                "truncated": truncated,
+                "answer": batch.answers[row // samples],
+            }
+            for row, (text, length, truncated) in enumerate(
+                zip(self.texts, self.lengths.tolist(), self.truncated.tolist(), strict=True)
+            )
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What the rewards said of one rollout.
+
+    Attributes:
+        total: ``(B, G)`` float32, the sum of weight times part over the applicable parts; 0 where invalid.
+        parts: each reward's own value before its weight, ``(B, G)`` float32 by name; NaN where it is not applicable.
+        valid: ``(B, G)`` bool, False where the row has no usable total.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    valid: Tensor

@@ -1,0 +1,90 @@
+"""What validation and test measure: accuracy in the field's forms, rewards, density, length."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from lightning_lambdapo.config import EvaluationConfig
+from lightning_lambdapo.datatypes import PromptBatch, Rollout, Scores
+from lightning_lambdapo.metrics import MajorityAtK, PassAtK, SemanticDensity
+from lightning_lambdapo.rewards import Reward, RewardInputs, score
+from lightning_lambdapo.tally import Tally
+
+
+def tally_rollout(tally: Tally, rollout: Rollout, scores: Scores) -> None:
+    """Tally what training and evaluation report alike: rewards over applicable rows, lengths, entropy."""
+    tally.mean_and_std("reward", scores.total[scores.valid])
+    for name, part in scores.parts.items():
+        tally.mean_and_std(f"reward/{name}", part[~part.isnan()])
+    tally.mean("completion_length", rollout.lengths)
+    tally.maximum("completion_length_max", rollout.lengths)
+    tally.mean("truncated", rollout.truncated)
+    tally.mean("valid", scores.valid)
+    tally.mean("entropy", rollout.entropy[rollout.completion_mask])
+
+
+def judge(rewards: Sequence[Reward], batch: PromptBatch, rollout: Rollout) -> Scores:
+    """Let every reward judge every completion."""
+    group_size = len(rollout.texts) // len(batch.prompts)
+    owner = [index for index in range(len(batch.prompts)) for _ in range(group_size)]
+    inputs = RewardInputs(
+        prompts=[batch.prompts[i] for i in owner],
+        completions=rollout.texts,
+        answers=[batch.answers[i] for i in owner],
+        references=[batch.references[i] for i in owner],
+        completion_lengths=rollout.lengths.tolist(),
+        truncated=rollout.truncated.tolist(),
+        columns=[batch.columns[i] for i in owner],
+    )
+    return score(rewards, inputs, group_size=group_size, device=rollout.completion_ids.device)
+
+
+class Evaluation(nn.Module):
+    """The metrics of one evaluation stage; all states add up over ranks.
+
+    Accuracy (avg@n, pass@k, maj@k) needs the reward called ``accuracy``; prompts with a row it does not apply to are
+    left out.
+
+    Args:
+        config: ``k`` and the number of samples.
+        density: the metric object of the semantic density.
+    """
+
+    def __init__(self, config: EvaluationConfig, density: SemanticDensity) -> None:
+        super().__init__()
+        self.num_samples = config.num_samples
+        self.density = density
+        self.pass_at = nn.ModuleDict({f"pass_at_{k}": PassAtK(k) for k in config.k})
+        self.majority_at = nn.ModuleDict({f"maj_at_{k}": MajorityAtK(k) for k in config.k if k > 1})
+        self.tally = Tally()
+
+    def update(self, batch: PromptBatch, rollout: Rollout, scores: Scores, votes: Sequence[str | None]) -> None:
+        """Take in one batch of prompts with ``n`` completions each; ``votes`` has an answer or None per row."""
+        tally_rollout(self.tally, rollout, scores)
+        samples = self.num_samples
+        self.density.update(rollout.texts, [text for text in batch.references for _ in range(samples)])
+        accuracy = scores.parts.get("accuracy", torch.full_like(scores.total, torch.nan))
+        judged = ~accuracy.isnan().any(-1)
+        correct = accuracy[judged] > 0.5
+        self.tally.mean(f"avg_at_{samples}", correct)
+        chosen = [list(votes[i * samples : (i + 1) * samples]) for i in judged.nonzero().flatten().tolist()]
+        for metric in self.pass_at.values():
+            metric.update(correct)
+        for metric in self.majority_at.values():
+            metric.update(chosen, correct)
+
+    def compute(self) -> dict[str, float]:
+        """All statistics that have data, over all ranks; a collective."""
+        values = self.tally.reduce()
+        for name, metric in [*self.pass_at.items(), *self.majority_at.items()]:
+            values[name] = float(metric.compute())
+        values |= {f"density_{name}": float(value) for name, value in self.density.compute().items()}
+        return {name: value for name, value in values.items() if not math.isnan(value)}
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.tally = Tally()
+        for metric in [self.density, *self.pass_at.values(), *self.majority_at.values()]:
+            metric.reset()

@@ -1,0 +1,35 @@
+"""The mathematics: tensors in, tensors out (token lists in the density). Needs torch alone."""
+
+from lightning_lambdapo.functional.advantages import (
+    group_advantages,
+    lambda_advantages,
+    pairwise_weights,
+    sequence_scores,
+)
+from lightning_lambdapo.functional.logprobs import chunked_logprobs, logprobs_from_logits
+from lightning_lambdapo.functional.losses import LossOutput, policy_loss
+from lightning_lambdapo.functional.masking import completion_mask, masked_mean, masked_sum
+from lightning_lambdapo.functional.semantic_density import (
+    SemanticDensityScore,
+    reasoning_trace,
+    semantic_density,
+    tokenize,
+)
+
+__all__ = [
+    "LossOutput",
+    "SemanticDensityScore",
+    "chunked_logprobs",
+    "completion_mask",
+    "group_advantages",
+    "lambda_advantages",
+    "logprobs_from_logits",
+    "masked_mean",
+    "masked_sum",
+    "pairwise_weights",
+    "policy_loss",
+    "reasoning_trace",
+    "semantic_density",
+    "sequence_scores",
+    "tokenize",
+]

@@ -1,0 +1,254 @@
+r"""Advantages: pairwise, weighted by the policy's confidence, and the group baselines they are compared with.
+
+Sources: LambdaPO, arXiv 2605.19416, and LamPO, arXiv 2605.21235 (both withdrawn; an independent implementation of
+the published description). LambdaRank: Burges 2010, MSR-TR-2010-82. GRPO: arXiv 2402.03300. Dr. GRPO: arXiv
+2503.20783. RLOO: arXiv 2402.14740.
+"""
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_lambdapo.functional.masking import at_least_float32, check_same_shape, masked_mean, masked_sum
+
+Weighting = Literal["uniform", "confidence", "agreement", "lambdarank"]
+Reduction = Literal["sum", "mean", "weighted_mean"]
+Scale = Literal["none", "group", "batch"]
+GroupEstimator = Literal["grpo", "dr_grpo", "rloo"]
+Temperature = float | Literal["group_std"]
+
+_STD_EPS = 1e-4
+_TEMPERATURE_EPS = 1e-6
+_WEIGHT_EPS = 1e-12
+
+
+def sequence_scores(logprobs: Tensor, mask: Tensor, *, score: Literal["mean", "sum"] = "mean") -> Tensor:
+    r"""Score of each completion under the policy that sampled it.
+
+    .. math:: s_i = \sum_t \log \pi_{old}(o_{i,t} \mid q, o_{i,<t})
+
+    over the masked tokens, divided by their number under ``score="mean"``. Summed log-probabilities of whole
+    completions differ by tens of nats, so that a sigmoid of their difference is 0 or 1 and orders a group by length.
+
+    Args:
+        logprobs: ``(N, T)`` float, recorded while sampling.
+        mask: ``(N, T)`` bool.
+        score: ``"mean"`` or ``"sum"``.
+
+    Returns:
+        ``(N,)`` float32, or float64 for such input, without gradient. An empty row scores 0.
+    """
+    _check_choice("score", score, ("mean", "sum"))
+    check_same_shape(logprobs=logprobs, mask=mask)
+    reduce = masked_mean if score == "mean" else masked_sum
+    return reduce(at_least_float32(logprobs.detach()), mask.bool(), -1)
+
+
+def pairwise_weights(
+    rewards: Tensor,
+    scores: Tensor,
+    *,
+    weighting: Weighting = "confidence",
+    temperature: Temperature = "group_std",
+    valid: Tensor | None = None,
+) -> Tensor:
+    r"""How much the comparison of rollout ``i`` with its peer ``j`` counts.
+
+    With :math:`d_{ij} = (s_i - s_j) / \tau`:
+
+    ============  =========================================  ========================================================
+    weighting     :math:`w_{ij}`                             reading
+    ============  =========================================  ========================================================
+    uniform       1                                          group-mean baseline
+    confidence    :math:`\sigma(d_{ij})`                     LamPO's reported form; :math:`w_{ij} + w_{ji} = 1`
+    agreement     :math:`\sigma(sign(R_i - R_j) d_{ij})`     the policy's probability of the established preference
+    lambdarank    :math:`\sigma(-sign(R_i - R_j) d_{ij})`    a pair the policy already ranks right counts less
+    ============  =========================================  ========================================================
+
+    Args:
+        rewards: ``(B, G)`` float.
+        scores: ``(B, G)`` float, see :func:`sequence_scores`.
+        weighting: one of the above.
+        temperature: a finite number above 0, or ``"group_std"``: the population standard deviation of the group's
+            valid scores, at least 1e-6. With ``G = 2`` the latter makes ``|d| = 2`` whatever the gap.
+        valid: ``(B, G)`` bool; None means all.
+
+    Returns:
+        ``(B, G, G)``, 0 on the diagonal and in rows and columns of invalid rollouts, without gradient.
+
+    Raises:
+        ValueError: unknown names, unlike shapes, fewer than two rollouts, a temperature that is not above 0, or a
+            reward or score that is not finite in a valid place.
+
+    Example:
+        >>> pairwise_weights(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]]), temperature=1.0)
+        tensor([[[0.0000, 0.5000],
+                 [0.5000, 0.0000]]])
+    """
+    rewards, scores, valid = _prepare(rewards, scores, valid)
+    return _weights(rewards, scores, valid, weighting, temperature)
+
+
+def lambda_advantages(
+    rewards: Tensor,
+    scores: Tensor,
+    *,
+    weighting: Weighting = "confidence",
+    temperature: Temperature = "group_std",
+    reduction: Reduction = "mean",
+    center: bool = False,
+    scale: Scale = "none",
+    valid: Tensor | None = None,
+    reward_std: Tensor | float | None = None,
+) -> Tensor:
+    r"""Advantage of each rollout: reward differences against every peer, weighted by the policy's confidence.
+
+    .. math:: A_i = \sum_{j \ne i} w_{ij} (R_i - R_j)
+
+    over the valid peers of the group; divided by their number under ``reduction="mean"``, by :math:`\sum_j w_{ij}`
+    under ``"weighted_mean"``. Then ``center`` subtracts the group's mean and ``scale`` divides by a standard deviation
+    of rewards plus 1e-4. A group whose valid rewards are all equal, or with fewer than two valid rows, gets exact
+    zeros.
+
+    Args:
+        rewards: ``(B, G)`` float.
+        scores: ``(B, G)`` float, see :func:`sequence_scores`.
+        weighting: see :func:`pairwise_weights`.
+        temperature: see :func:`pairwise_weights`.
+        reduction: ``"sum"``, ``"mean"`` or ``"weighted_mean"``.
+        center: subtract the mean over the group's valid rows.
+        scale: ``"group"``: unbiased standard deviation of the group's valid rewards; ``"batch"``: of all valid
+            rewards; ``"none"``.
+        valid: ``(B, G)`` bool; an invalid row gets 0 and is nobody's peer. None means all valid.
+        reward_std: the global unbiased standard deviation for ``scale="batch"``; None takes that of ``rewards``.
+
+    Returns:
+        ``(B, G)`` float32, or float64 where an input is, without gradient.
+
+    Raises:
+        ValueError: as for :func:`pairwise_weights`.
+
+    Example:
+        >>> lambda_advantages(torch.tensor([[1.0, 0.0, 0.0]]), torch.zeros(1, 3), temperature=1.0)
+        tensor([[ 0.5000, -0.2500, -0.2500]])
+    """
+    _check_choice("reduction", reduction, get_args(Reduction))
+    _check_choice("scale", scale, get_args(Scale))
+    rewards, scores, valid = _prepare(rewards, scores, valid)
+    weights = _weights(rewards, scores, valid, weighting, temperature)
+    advantages = (weights * _differences(rewards)).sum(-1)
+    if reduction == "mean":
+        advantages = advantages / (valid.sum(-1, keepdim=True) - 1).clamp(min=1)
+    elif reduction == "weighted_mean":
+        mass = weights.sum(-1)
+        advantages = torch.where(mass > _WEIGHT_EPS, advantages / mass.clamp(min=_WEIGHT_EPS), 0.0)
+    if center:
+        advantages = advantages - masked_mean(advantages, valid, -1).unsqueeze(-1)
+    if scale == "group":
+        advantages = advantages / (_unbiased_std(rewards, valid, -1).unsqueeze(-1) + _STD_EPS)
+    elif scale == "batch":
+        std = _unbiased_std(rewards.flatten(), valid.flatten(), -1) if reward_std is None else reward_std
+        advantages = advantages / (torch.as_tensor(std).to(rewards) + _STD_EPS)
+    return torch.where(valid & _unequal(rewards, valid), advantages, 0.0)
+
+
+def group_advantages(rewards: Tensor, *, estimator: GroupEstimator, valid: Tensor | None = None) -> Tensor:
+    r"""The baselines that LambdaPO is compared with.
+
+    ``grpo``: :math:`(R - \bar R) / (std + 10^{-4})` with the unbiased standard deviation; ``dr_grpo``:
+    :math:`R - \bar R`; ``rloo``: R minus the mean of the other valid rows.
+
+    Args:
+        rewards: ``(B, G)`` float.
+        estimator: one of the three.
+        valid: ``(B, G)`` bool; None means all.
+
+    Returns:
+        ``(B, G)``; exact zeros for groups of equal rewards or with fewer than two valid rows.
+
+    Raises:
+        ValueError: unknown estimator, unlike shapes, fewer than two rollouts, a valid reward that is not finite.
+
+    Example:
+        >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), estimator="rloo")
+        tensor([[ 1.0000, -0.3333, -0.3333, -0.3333]])
+    """
+    _check_choice("estimator", estimator, get_args(GroupEstimator))
+    rewards, _, valid = _prepare(rewards, rewards, valid)
+    advantages = rewards - masked_mean(rewards, valid, -1).unsqueeze(-1)
+    if estimator == "grpo":
+        advantages = advantages / (_unbiased_std(rewards, valid, -1).unsqueeze(-1) + _STD_EPS)
+    elif estimator == "rloo":
+        count = valid.sum(-1, keepdim=True)
+        advantages = advantages * count / (count - 1).clamp(min=1)
+    return torch.where(valid & _unequal(rewards, valid), advantages, 0.0)
+
+
+def _prepare(rewards: Tensor, scores: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Check, raise to one float type, and put 0 in invalid places, so that junk there reaches nothing."""
+    check_same_shape(rewards=rewards, scores=scores, valid=rewards if valid is None else valid)
+    if rewards.ndim != 2:
+        raise ValueError(f"`rewards` must have shape (B, G), got {tuple(rewards.shape)}.")
+    if rewards.shape[1] < 2:
+        raise ValueError(f"`group_size` must be at least 2, got {rewards.shape[1]}; a pairwise advantage needs a peer.")
+    dtype = torch.float64 if torch.float64 in (rewards.dtype, scores.dtype) else torch.float32
+    valid = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid.bool()
+    prepared = []
+    for name, values in (("rewards", rewards), ("scores", scores)):
+        kept = torch.where(valid, values.detach().to(dtype), 0.0)
+        if not kept.isfinite().all():
+            raise ValueError(f"`{name}` must be finite in every valid place; mark rows without one in `valid`.")
+        prepared.append(kept)
+    return prepared[0], prepared[1], valid
+
+
+def _differences(values: Tensor) -> Tensor:
+    return values.unsqueeze(-1) - values.unsqueeze(-2)
+
+
+def _weights(
+    rewards: Tensor, scores: Tensor, valid: Tensor, weighting: Weighting, temperature: Temperature
+) -> Tensor:
+    _check_choice("weighting", weighting, get_args(Weighting))
+    pairs = valid.unsqueeze(-1) & valid.unsqueeze(-2)
+    pairs = pairs & ~torch.eye(valid.shape[-1], dtype=torch.bool, device=valid.device)
+    if weighting == "uniform":
+        _temperature(scores, valid, temperature)
+        return pairs.to(rewards)
+    d = _differences(scores) / _temperature(scores, valid, temperature)
+    if weighting == "agreement":
+        d = d * _differences(rewards).sign()
+    elif weighting == "lambdarank":
+        d = d * -_differences(rewards).sign()
+    return torch.where(pairs, torch.sigmoid(d), 0.0)
+
+
+def _temperature(scores: Tensor, valid: Tensor, temperature: Temperature) -> Tensor | float:
+    if temperature == "group_std":
+        deviations = scores - masked_mean(scores, valid, -1).unsqueeze(-1)
+        std = masked_mean(deviations.square(), valid, -1).sqrt()
+        return std.clamp(min=_TEMPERATURE_EPS)[:, None, None]
+    if isinstance(temperature, str) or not 0 < temperature < math.inf:
+        raise ValueError(f'`temperature` must be a finite number above 0 or "group_std", got {temperature!r}.')
+    return temperature
+
+
+def _unbiased_std(values: Tensor, valid: Tensor, dim: int) -> Tensor:
+    """Unbiased standard deviation over the valid values; 0 for a single one."""
+    count = valid.sum(dim)
+    deviations = values - masked_mean(values, valid, dim).unsqueeze(dim)
+    return (masked_sum(deviations.square(), valid, dim) / (count - 1).clamp(min=1)).sqrt()
+
+
+def _unequal(rewards: Tensor, valid: Tensor) -> Tensor:
+    """True for groups with two different valid rewards: by max and min, since a rounded mean is not exact, ``(B, 1)``."""
+    largest = torch.where(valid, rewards, -math.inf).amax(-1, keepdim=True)
+    smallest = torch.where(valid, rewards, math.inf).amin(-1, keepdim=True)
+    return largest > smallest
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {value!r}.")

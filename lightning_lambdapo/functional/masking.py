@@ -1,0 +1,66 @@
+"""Completion masks and reductions that look at the masked-in positions alone."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def completion_mask(completion_ids: Tensor, eos_ids: int | Sequence[int]) -> Tensor:
+    """Mark each row from its first token through its first end-of-sequence token.
+
+    The padding token may be one of ``eos_ids``: what follows the first of them never counts.
+
+    Args:
+        completion_ids: ``(N, T)`` int64.
+        eos_ids: one id, or several, that end a completion.
+
+    Returns:
+        ``(N, T)`` bool.
+
+    Raises:
+        ValueError: ``completion_ids`` is not two-dimensional, or there is no end-of-sequence id.
+
+    Example:
+        >>> completion_mask(torch.tensor([[5, 2, 2, 2], [5, 6, 7, 8]]), eos_ids=2)
+        tensor([[ True,  True, False, False],
+                [ True,  True,  True,  True]])
+    """
+    ids = [eos_ids] if isinstance(eos_ids, int) else list(eos_ids)
+    if not ids:
+        raise ValueError("`eos_ids` is empty; without an end-of-sequence id no completion could end.")
+    if completion_ids.ndim != 2:
+        raise ValueError(f"`completion_ids` must have shape (N, T), got {tuple(completion_ids.shape)}.")
+    ends = torch.isin(completion_ids, torch.tensor(ids, device=completion_ids.device))
+    ends_before = ends.long().cumsum(-1) - ends.long()
+    return ends_before == 0
+
+
+def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Sum of ``values`` where ``mask`` is True; junk elsewhere, NaN included, reaches neither value nor gradient."""
+    kept = torch.where(mask, values, torch.zeros_like(values))
+    return kept.sum() if dim is None else kept.sum(dim)
+
+
+def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Mean of ``values`` where ``mask`` is True; 0 where nothing is.
+
+    Example:
+        >>> masked_mean(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([True, True, False]))
+        tensor(2.)
+    """
+    count = mask.sum() if dim is None else mask.sum(dim)
+    return masked_sum(values, mask, dim) / count.clamp(min=1)
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """float64 as it is, everything else as float32."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def check_same_shape(**tensors: Tensor) -> None:
+    """Raise ``ValueError`` unless all named tensors have one shape."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if len(set(shapes.values())) > 1:
+        listed = ", ".join(f"`{name}` {shape}" for name, shape in shapes.items())
+        raise ValueError(f"Shapes must agree, got {listed}.")

@@ -1,0 +1,455 @@
+"""The LightningModule: one ``training_step`` from a batch of prompts all the way to the optimizer."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_lambdapo import parallel
+from lightning_lambdapo.checks import (
+    check_fields,
+    check_schedule,
+    check_trainer,
+    warn_of_settings,
+)
+from lightning_lambdapo.checkpoints import TrainableCheckpoint
+from lightning_lambdapo.config import AlgorithmConfig, EvaluationConfig, from_mapping
+from lightning_lambdapo.datatypes import PromptBatch, Rollout, Scores
+from lightning_lambdapo.evaluation import Evaluation, judge, tally_rollout
+from lightning_lambdapo.functional import group_advantages, lambda_advantages, sequence_scores
+from lightning_lambdapo.learning import Learner, Update, plan_updates
+from lightning_lambdapo.metrics import GroupDiagnostics, SemanticDensity
+from lightning_lambdapo.policy import (
+    AdapterConfig,
+    Policy,
+    PolicyConfig,
+    causal_lm,
+    eos_token_ids,
+    evaluating,
+    frozen_reference,
+    load_policy,
+    load_tokenizer,
+)
+from lightning_lambdapo.rewards import AccuracyReward, Reward, SemanticDensityReward, as_rewards
+from lightning_lambdapo.rollout import GroupedEngine, HFEngine, RolloutConfig, RolloutEngine
+from lightning_lambdapo.rollout.sampling import row_uniforms
+from lightning_lambdapo.tally import Tally
+
+RewardLike = Reward | Callable[..., Any]
+_PROGRESS_BAR = ("reward", "accuracy", "density_f")
+
+
+def _adamw(parameters: Iterable[Tensor]) -> Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-5)
+
+
+class LambdaPOModule(TrainableCheckpoint, LightningModule):
+    r"""Reinforcement learning from verifiable rewards with pairwise, confidence-weighted advantages.
+
+    One training step samples a group of ``G`` completions per prompt, rewards them, and turns rewards into advantages
+
+    .. math:: A_i = \frac{1}{G - 1} \sum_{j \ne i} \sigma\!\left(\frac{s_i - s_j}{\tau}\right) (R_i - R_j)
+
+    (the default ``weighting="confidence"``, ``reduction="mean"``; ``s`` is a completion's mean log-probability under
+    the policy), then makes ``updates_per_rollout`` optimizer updates of the clipped surrogate loss. An independent
+    implementation of the published description of LambdaPO (arXiv 2605.19416); every default is this package's own.
+
+    Three methods are hooks for subclasses: :meth:`build_policy`, :meth:`build_tokenizer` and :meth:`build_engine`.
+
+    Args:
+        policy: where the model comes from.
+        lora: a LoRA adapter over a frozen base; None trains all weights (or continues ``policy.adapter``).
+        rollout: how completions are generated for training.
+        validation: how validation, test and prediction decode.
+        algorithm: from rewards to loss.
+        rewards: judges of the completions, objects or plain functions; None means :class:`AccuracyReward` alone.
+        optimizer: factory, parameters -> optimizer. Under LightningCLI a ``class_path`` with ``init_args``.
+        lr_scheduler: factory, optimizer -> scheduler, stepped once per update; ``ReduceLROnPlateau`` is refused.
+        max_grad_norm: gradients are clipped to this global norm; None leaves them.
+        updates_per_rollout: optimizer updates per rollout, mini-batches times passes. 1 is on-policy: the ratio is
+            exactly 1 and clipping does nothing.
+        epochs_per_rollout: passes over each rollout; divides ``updates_per_rollout``.
+        max_tokens_per_micro_batch: tokens, padding included, that go through the learning pass at once. It bounds
+            memory and changes no gradient.
+        logprob_chunk_size: positions whose logits exist at once.
+        max_skipped_updates: updates in a row whose gradient may be non-finite (they are skipped) before an error.
+        seed: of the sampling streams; None takes that of ``seed_everything``, else 0.
+
+    Attributes:
+        tokenizer: ready after construction, before any weights are loaded.
+        policy: the model, a ``PreTrainedModel`` or ``PeftModel``; exists once ``configure_model`` has run.
+        rollout_step: finished training steps.
+    """
+
+    policy: Policy
+
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        lora: AdapterConfig | LoraConfig | None = None,
+        rollout: RolloutConfig = RolloutConfig(),
+        validation: EvaluationConfig = EvaluationConfig(),
+        algorithm: AlgorithmConfig = AlgorithmConfig(),
+        rewards: Sequence[RewardLike] | None = None,
+        optimizer: OptimizerCallable = _adamw,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        max_grad_norm: float | None = 1.0,
+        updates_per_rollout: int = 1,
+        epochs_per_rollout: int = 1,
+        max_tokens_per_micro_batch: int = 16384,
+        logprob_chunk_size: int = 1024,
+        max_skipped_updates: int = 3,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.policy_config = from_mapping(PolicyConfig, policy)
+        self.lora = from_mapping(AdapterConfig, lora) if isinstance(lora, Mapping) else lora
+        self.rollout_config = from_mapping(RolloutConfig, rollout)
+        self.validation_config = from_mapping(EvaluationConfig, validation)
+        self.algorithm = from_mapping(AlgorithmConfig, algorithm)
+        check_schedule(
+            updates_per_rollout=updates_per_rollout,
+            epochs_per_rollout=epochs_per_rollout,
+            max_tokens_per_micro_batch=max_tokens_per_micro_batch,
+        )
+        warn_of_settings(self.algorithm, self.rollout_config.sampling, updates_per_rollout)
+        self.rewards = as_rewards([AccuracyReward()] if rewards is None else rewards)
+        self.optimizer_factory = optimizer
+        self.lr_scheduler_factory = lr_scheduler
+        self.max_grad_norm = max_grad_norm
+        self.epochs_per_rollout = epochs_per_rollout
+        self.updates_per_rollout = updates_per_rollout
+        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
+        self.logprob_chunk_size = logprob_chunk_size
+        self.max_skipped_updates = max_skipped_updates
+        self.seed = seed
+        self.automatic_optimization = False
+        self.rollout_step = 0
+        self.skipped_updates = 0
+        self._skipped_in_a_row = 0
+        self._grad_norm = 0.0
+        self.reference: PreTrainedModel | None = None
+        self.tokenizer = self.build_tokenizer()
+        self.train_density = self._density_metric()
+        self.group_diagnostics = GroupDiagnostics(
+            weighting=self.algorithm.weighting if self.algorithm.estimator == "lambda" else None,
+            temperature=self.algorithm.temperature,
+        )
+        self.evaluations = nn.ModuleDict(
+            {stage: Evaluation(self.validation_config, self._density_metric()) for stage in ("val", "test")}
+        )
+        if _given_hyperparameters.get() is not None:
+            self.save_hyperparameters()  # under LightningCLI: the parsed config, plain data already
+            return
+        self.save_hyperparameters(  # live objects (rewards, optimizer, schedule) stay out of checkpoints
+            {
+                "policy": dataclasses.asdict(self.policy_config),
+                "lora": dataclasses.asdict(self.lora) if isinstance(self.lora, AdapterConfig) else None,
+                "rollout": dataclasses.asdict(self.rollout_config),
+                "validation": dataclasses.asdict(self.validation_config),
+                "algorithm": dataclasses.asdict(self.algorithm),
+                "max_grad_norm": max_grad_norm,
+                "updates_per_rollout": updates_per_rollout,
+                "epochs_per_rollout": epochs_per_rollout,
+                "max_tokens_per_micro_batch": max_tokens_per_micro_batch,
+                "logprob_chunk_size": logprob_chunk_size,
+                "max_skipped_updates": max_skipped_updates,
+                "seed": seed,
+            }
+        )
+
+    # -- what a subclass may replace ------------------------------------------------------------------------------
+
+    def build_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Hook: the tokenizer; called once, in the constructor."""
+        return load_tokenizer(self.policy_config)
+
+    def build_policy(self) -> Policy:
+        """Hook: the policy, with ``requires_grad`` set on what is to be trained; called once, when a run starts."""
+        return load_policy(self.policy_config, self.lora, seed=self.sampling_seed)
+
+    def build_engine(self, model: PreTrainedModel) -> RolloutEngine:
+        """Hook: what generates the rollouts; called once, when a run starts."""
+        eos_ids = eos_token_ids(model, self.tokenizer)
+        pad_id = self.tokenizer.pad_token_id
+        engine = GroupedEngine if self.rollout_config.engine == "grouped" else HFEngine
+        return engine(self.tokenizer, eos_ids, eos_ids[0] if pad_id is None else pad_id)
+
+    # -- set-up ---------------------------------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Refuse ``Trainer`` settings that cannot work, before Lightning's own check and before weights are loaded."""
+        check_trainer(self.trainer, adapted=self.lora is not None or self.policy_config.adapter is not None)
+        return []
+
+    def configure_model(self) -> None:
+        """Build policy, reference and engine, once."""
+        if hasattr(self, "policy"):
+            return
+        self.policy = self.build_policy()
+        if self.algorithm.needs_reference:
+            self.reference = frozen_reference(self.policy)
+        self.engine = self.build_engine(self.causal_lm)
+        if self._trainer is not None:
+            for model in filter(None, (self.causal_lm, self.reference)):
+                parallel.shard(model, self.trainer.strategy, self.device_mesh)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build optimizer and schedule over all the policy's parameters (frozen ones get no gradient)."""
+        if not any(parameter.requires_grad for parameter in self.policy.parameters()):
+            raise ValueError(
+                "The policy has no trainable parameter, so training would change nothing; set `lora`, or leave "
+                "`requires_grad` on in `build_policy`."
+            )
+        optimizer = self.optimizer_factory(self.policy.parameters())
+        if self.lr_scheduler_factory is None:
+            return optimizer
+        scheduler = self.lr_scheduler_factory(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise ValueError(
+                "`lr_scheduler` is ReduceLROnPlateau, which needs a monitored value at every update; use a schedule "
+                "that is a function of the update count."
+            )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Check the data against the rewards, and set up learning on the device where it runs."""
+        rows = getattr(getattr(self.trainer, "datamodule", None), "train_rows", None)
+        if rows:
+            check_fields(self.rewards, rows)
+        self.learner = Learner(
+            self.policy,
+            self.reference,
+            algorithm=self.algorithm,
+            temperature=self.rollout_config.sampling.logprob_temperature,
+            max_new_tokens=self.rollout_config.max_new_tokens,
+            chunk_size=self.logprob_chunk_size,
+        )
+
+    def teardown(self, stage: str) -> None:
+        """Stop the rewards' workers."""
+        for reward in self.rewards:
+            reward.close()
+
+    # -- one training step ----------------------------------------------------------------------------------------
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """From prompts to optimizer: sample groups, reward, compare, learn, report."""
+        tally = Tally()
+        rollout = self.sample(batch, "train")
+        scores = judge(self.rewards, batch, rollout)
+        if self.algorithm.mask_truncated:
+            scores = dataclasses.replace(scores, valid=scores.valid & ~rollout.truncated.view_as(scores.valid))
+        policy_scores = sequence_scores(
+            rollout.sampling_logprobs, rollout.completion_mask, score=self.algorithm.score
+        ).view_as(scores.total)
+        advantages = self.advantages(scores, policy_scores)
+        updates = plan_updates(
+            batch,
+            rollout,
+            advantages,
+            scores.valid.flatten(),
+            algorithm=self.algorithm,
+            mini_batches=self.updates_per_rollout // self.epochs_per_rollout,
+            max_tokens=self.max_tokens_per_micro_batch,
+        )
+        on_policy = self.updates_per_rollout == 1
+        old_logprobs = None if on_policy else self.learner.old_logprobs(updates, rollout, tally)
+        for update in updates * self.epochs_per_rollout:
+            self.learn(update, rollout, advantages, old_logprobs, tally)
+        self.rollout_step += 1
+        self._report(batch, rollout, scores, policy_scores, advantages, tally)
+        return {"rollout": rollout, "scores": scores, "policy_scores": policy_scores, "advantages": advantages}
+
+    @torch.no_grad()
+    def sample(self, batch: PromptBatch, stage: str) -> Rollout:
+        """Complete each prompt: ``rollout.group_size`` times in training, ``validation.num_samples`` times elsewhere."""
+        training = stage == "train"
+        settings = self.rollout_config if training else self.validation_config
+        prompt_ids = batch.prompt_ids.tolist()
+        uniforms = row_uniforms(
+            seed=self.sampling_seed,
+            stage=stage,
+            step=self.rollout_step if training else 0,
+            prompt_ids=prompt_ids,
+            occurrences=parallel.global_occurrences(prompt_ids),
+            num_samples=settings.group_size if isinstance(settings, RolloutConfig) else settings.num_samples,
+            length=settings.max_new_tokens or self.rollout_config.max_new_tokens,
+        )
+        with evaluating(self.policy), parallel.gathered(self.causal_lm):
+            return self.engine.generate(self.causal_lm, batch, sampling=settings.sampling, uniforms=uniforms)
+
+    def advantages(self, scores: Scores, policy_scores: Tensor) -> Tensor:
+        """Advantage of each row, ``(N,)``, from rewards and policy scores, ``(B, G)`` both."""
+        settings = self.algorithm
+        if settings.estimator != "lambda":
+            return group_advantages(scores.total, estimator=settings.estimator, valid=scores.valid).flatten()
+        return lambda_advantages(
+            scores.total,
+            policy_scores,
+            weighting=settings.weighting,
+            temperature=settings.temperature,
+            reduction=settings.reduction,
+            center=settings.center,
+            scale=settings.scale,
+            valid=scores.valid,
+            reward_std=_global_std(scores.total[scores.valid]) if settings.scale == "batch" else None,
+        ).flatten()
+
+    def learn(
+        self, update: Update, rollout: Rollout, advantages: Tensor, old_logprobs: Tensor | None, tally: Tally
+    ) -> None:
+        """Make one optimizer update of one mini-batch; without a row to learn from no parameter moves."""
+        optimizer, strategy = cast(LightningOptimizer, self.optimizers()), self.trainer.strategy
+        optimizer.zero_grad()
+        tally.ratio("loss", 0.0, 1 / parallel.world_size())
+        tally.ratio("empty_updates", float(not update.learns), 1.0)
+        if update.learns:
+            self.learner.accumulate(
+                update,
+                rollout,
+                advantages,
+                old_logprobs,
+                strategy=strategy,
+                backward=self.manual_backward,
+                tally=tally,
+            )
+            optimizer.step()
+            tally.ratio("grad_norm", self._grad_norm, 1.0)
+        else:
+            with parallel.without_grad_scaler(strategy):
+                optimizer.step()
+        scheduler = self.lr_schedulers()
+        if scheduler is not None:
+            scheduler.step()  # type: ignore[union-attr, call-arg]
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip the gradient (unscaled by now), or drop it where it is not finite."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
+        norm = parallel.global_norm(parameters)
+        self._grad_norm = norm.item()
+        if math.isfinite(self._grad_norm):
+            self._skipped_in_a_row = 0
+            if self.max_grad_norm is not None:
+                nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
+            return
+        optimizer.zero_grad()
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # a scaler looks for its scale this way
+            self.skipped_updates += 1
+            self._skipped_in_a_row += 1
+        if self._skipped_in_a_row > self.max_skipped_updates:
+            raise RuntimeError(
+                f"{self._skipped_in_a_row} updates in a row had a gradient norm of {self._grad_norm}; the policy has "
+                "diverged or its precision does not hold. Lower the learning rate, or use bf16-mixed or 32-true."
+            )
+
+    def _report(
+        self,
+        batch: PromptBatch,
+        rollout: Rollout,
+        scores: Scores,
+        policy_scores: Tensor,
+        advantages: Tensor,
+        tally: Tally,
+    ) -> None:
+        """Log the step: every statistic is over the global batch, and one without data is left out."""
+        shape = scores.total.shape
+        tally_rollout(tally, rollout, scores)
+        if "accuracy" in scores.parts:
+            accuracy = scores.parts["accuracy"]
+            tally.mean("accuracy", accuracy[~accuracy.isnan()] > 0.5)
+        for reward in self.rewards:
+            for key, value in reward.statistics().items():
+                tally.ratio(f"reward/{reward.name}/{key}", value, 1.0)
+        self.group_diagnostics.update(
+            scores.total, policy_scores, advantages.view(shape), rollout.lengths.view(shape), scores.valid
+        )
+        self.train_density.update(rollout.texts, [text for text in batch.references for _ in range(shape[1])])
+        values: dict[str, Any] = tally.reduce() | self.group_diagnostics.compute()
+        values |= {f"density_{name}": value for name, value in self.train_density.compute().items()}
+        self.group_diagnostics.reset()
+        self.train_density.reset()
+        values["skipped_updates"] = self.skipped_updates
+        values["lr"] = cast(LightningOptimizer, self.optimizers()).param_groups[0]["lr"]
+        for name, value in values.items():
+            self.log(f"train/{name}", float(value), prog_bar=name in _PROGRESS_BAR, batch_size=len(batch.prompts))
+
+    # -- evaluation -----------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Sample with ``validation``'s own settings and measure."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """The same for the test set."""
+        self._evaluate(batch, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/...``."""
+        self._finish_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/...``."""
+        self._finish_evaluation("test")
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Complete each prompt; one record per completion."""
+        return self.sample(batch, "predict").records(batch)
+
+    def _evaluate(self, batch: PromptBatch, stage: str) -> None:
+        rollout = self.sample(batch, stage)
+        scores = judge(self.rewards, batch, rollout)
+        voter = next((reward for reward in self.rewards if reward.name == "accuracy"), None)
+        votes = [voter.vote(text) if voter else None for text in rollout.texts]
+        self._evaluation(stage).update(batch, rollout, scores, votes)
+
+    def _finish_evaluation(self, stage: str) -> None:
+        evaluation = self._evaluation(stage)
+        values = evaluation.compute()
+        evaluation.reset()
+        shown = {f"{stage}/pass_at_1", f"{stage}/reward"}
+        for name, value in values.items():
+            key = f"{stage}/{name}"
+            self.log(key, value, prog_bar=key in shown, rank_zero_only=False)
+
+    def _evaluation(self, stage: str) -> Evaluation:
+        return cast(Evaluation, self.evaluations[stage])
+
+    def _density_metric(self) -> SemanticDensity:
+        """A density metric with the settings of the density reward, where there is one."""
+        for reward in self.rewards:
+            if isinstance(reward, SemanticDensityReward):
+                return SemanticDensity(kind=reward.kind, n=reward.n, beta=reward.beta)
+        return SemanticDensity()
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The causal language model inside the policy, adapter layers and all."""
+        return causal_lm(self.policy)
+
+    @property
+    def sampling_seed(self) -> int:
+        """Seed of the sampling streams."""
+        return int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
+
+
+def _global_std(values: Tensor) -> Tensor:
+    """Unbiased standard deviation over all ranks' values; 0 for fewer than two; a collective."""
+    everything = torch.tensor([value for part in parallel.gather_objects(values.tolist()) for value in part])
+    std = everything.double().std() if len(everything) > 1 else everything.new_zeros(())
+    return std.to(values)

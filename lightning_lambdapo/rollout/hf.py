@@ -1,0 +1,70 @@
+"""Rollouts by transformers' own ``generate``: slower, and right for every architecture that transformers can decode."""
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from lightning_lambdapo.datatypes import PromptBatch, Rollout
+from lightning_lambdapo.rollout.engine import RolloutEngine
+from lightning_lambdapo.rollout.sampling import SamplingConfig, TokenSampler
+
+
+class HFEngine(RolloutEngine):
+    """``generate`` with our sampler as its only logits processor, so that rows draw from their own streams."""
+
+    def generate(
+        self, model: PreTrainedModel, batch: PromptBatch, *, sampling: SamplingConfig, uniforms: Tensor
+    ) -> Rollout:
+        """Generate completions; see :meth:`RolloutEngine.generate`."""
+        total, max_new_tokens = uniforms.shape
+        group_size = total // len(batch.input_ids)
+        input_ids = batch.input_ids.repeat_interleave(group_size, 0)
+        mask = batch.attention_mask.repeat_interleave(group_size, 0)
+        recorder = _SamplingProcessor(TokenSampler(sampling, uniforms, input_ids, mask.bool()))
+        # Every setting is given, or the model's own generation_config would fill the gaps with its own.
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            max_length=None,
+            min_length=0,
+            min_new_tokens=0,
+            do_sample=False,
+            num_beams=1,
+            num_return_sequences=1,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            min_p=0.0,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            eos_token_id=list(self.eos_ids),
+            pad_token_id=self.pad_id,
+            use_cache=True,
+        )
+        model_defaults, model.generation_config = model.generation_config, config
+        try:
+            sequences = model.generate(
+                input_ids=input_ids,
+                attention_mask=mask.long(),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([recorder]),
+            )
+        finally:
+            model.generation_config = model_defaults
+        completions = sequences[:, input_ids.shape[1] :]
+        return self.finish(completions, torch.stack(recorder.logprobs, -1), torch.stack(recorder.entropy, -1))
+
+
+class _SamplingProcessor(LogitsProcessor):  # type: ignore[misc]
+    """Draws the token itself and leaves ``generate`` no choice but that one."""
+
+    def __init__(self, sampler: TokenSampler) -> None:
+        self.sampler = sampler
+        self.logprobs: list[Tensor] = []
+        self.entropy: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        rows = torch.arange(len(scores), device=scores.device)
+        tokens, logprobs, entropy = self.sampler(scores, rows, len(self.logprobs))
+        self.logprobs.append(logprobs)
+        self.entropy.append(entropy)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, tokens[:, None], 0.0)

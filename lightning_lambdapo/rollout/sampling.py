@@ -1,0 +1,195 @@
+"""Counter-based sampling: which token a row draws depends on who the row is, never on what else is in the batch."""
+
+import hashlib
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingConfig:
+    """How tokens are drawn from the policy's logits.
+
+    The filters are applied in the order repetition penalty, temperature, top-k, top-p, min-p.
+
+    Attributes:
+        temperature: divisor of the logits; 0 decodes greedily.
+        top_p: keep the smallest set of tokens whose probability reaches this; 1 keeps all.
+        top_k: keep this many most likely tokens; 0 keeps all.
+        min_p: drop tokens below this share of the most likely token's probability; 0 keeps all.
+        repetition_penalty: divide positive (multiply negative) logits of the tokens seen so far; 1 does nothing.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "temperature": (0 <= self.temperature < math.inf, "a finite number, at least 0 (0 decodes greedily)"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "top_k": (self.top_k >= 0, "at least 0 (0 keeps all tokens)"),
+            "min_p": (0 <= self.min_p < 1, "in [0, 1)"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "a finite number above 0"),
+        }
+        for name, (good, wanted) in ranges.items():
+            if not good:
+                raise ValueError(f"`sampling.{name}` must be {wanted}, got {getattr(self, name)}.")
+
+    @property
+    def greedy(self) -> bool:
+        """True where the most likely token is always taken."""
+        return self.temperature == 0
+
+    @property
+    def logprob_temperature(self) -> float:
+        """Divisor of the logits in every log-probability: ``temperature``, or 1 under greedy decoding."""
+        return self.temperature or 1.0
+
+    @property
+    def filters(self) -> list[str]:
+        """Names of the settings that make the drawing distribution differ from the one log-probs are taken of."""
+        neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+        return [name for name, value in neutral.items() if getattr(self, name) != value]
+
+
+def row_uniforms(
+    *,
+    seed: int,
+    stage: str,
+    step: int,
+    prompt_ids: Sequence[int],
+    occurrences: Sequence[int],
+    num_samples: int,
+    length: int,
+) -> Tensor:
+    """Each row's own stream of uniforms, keyed by (seed, stage, step, prompt id, occurrence, sample index).
+
+    Neither the rank nor the row's neighbours enter the key, so the same row draws the same numbers however the global
+    batch is split, and a stream is a prefix of itself at a greater ``length``.
+
+    Args:
+        seed: the run's seed.
+        stage: ``"train"``, ``"validate"``, ``"test"`` or ``"predict"``.
+        step: the module's count of finished training steps; 0 outside fit.
+        prompt_ids: ``B`` stable prompt identities.
+        occurrences: ``B`` counts of earlier appearances of the same prompt in the global batch.
+        num_samples: ``G`` rows per prompt.
+        length: ``T`` numbers per row.
+
+    Returns:
+        ``(B * G, T)`` float64 on the CPU, in (0, 1].
+    """
+    generator = torch.Generator()
+    uniforms = torch.empty(len(prompt_ids) * num_samples, length, dtype=torch.float64)
+    rows = iter(uniforms)
+    for prompt_id, occurrence in zip(prompt_ids, occurrences, strict=True):
+        for sample in range(num_samples):
+            key = struct.pack("<qqqqq", seed, step, prompt_id, occurrence, sample) + stage.encode()
+            digest = hashlib.blake2b(key, digest_size=8).digest()
+            generator.manual_seed(int.from_bytes(digest, "little"))
+            torch.rand(length, dtype=torch.float64, generator=generator, out=next(rows))
+    return 1.0 - uniforms
+
+
+def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    r"""Draw by inversion: the first index ``k`` with :math:`\sum_{i \le k} p_i \ge u \sum_i p_i`.
+
+    With ``u`` in (0, 1] a token of probability zero can never be drawn, not even at either end of the vocabulary.
+
+    Args:
+        probabilities: ``(n, V)`` float, at least 0; need not be normalised.
+        uniforms: ``(n,)`` float in (0, 1].
+
+    Returns:
+        ``(n,)`` int64.
+
+    Example:
+        >>> inverse_cdf(torch.tensor([[0.0, 0.5, 0.5, 0.0]]).repeat(3, 1), torch.tensor([1e-12, 0.5, 1.0]))
+        tensor([1, 1, 2])
+    """
+    # torch refuses a float cumsum on CUDA in deterministic mode; the CPU's is deterministic.
+    if probabilities.is_cuda and torch.are_deterministic_algorithms_enabled():
+        cdf = probabilities.cpu().cumsum(-1).to(probabilities.device)
+    else:
+        cdf = probabilities.cumsum(-1)
+    target = uniforms.to(cdf)[:, None] * cdf[:, -1:]
+    return torch.searchsorted(cdf, target).squeeze(-1)
+
+
+class TokenSampler:
+    """Draws one token per row and step from its own stream, and records log-probability and entropy on the way.
+
+    Args:
+        config: the sampling settings.
+        uniforms: ``(N, T)`` streams of :func:`row_uniforms`.
+        prompt_ids: ``(N, P)`` int64 prompt tokens of each row and ``prompt_mask`` their mask; only the repetition
+            penalty looks at them.
+        prompt_mask: ``(N, P)`` bool.
+    """
+
+    def __init__(self, config: SamplingConfig, uniforms: Tensor, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
+        self.config = config
+        self.uniforms = uniforms.to(prompt_ids.device)
+        self.warpers = [
+            warper
+            for wanted, warper in (
+                (config.top_k > 0, lambda: TopKLogitsWarper(config.top_k)),
+                (config.top_p < 1, lambda: TopPLogitsWarper(config.top_p)),
+                (config.min_p > 0, lambda: MinPLogitsWarper(config.min_p)),
+            )
+            if wanted
+            for warper in (warper(),)
+        ]
+        self._prompt = (prompt_ids, prompt_mask) if config.repetition_penalty != 1 else None
+        self._seen: Tensor | None = None
+
+    def __call__(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw the token of each row.
+
+        Args:
+            logits: ``(n, V)`` of the rows still alive.
+            rows: ``(n,)`` int64, which of the ``N`` rows they are.
+            step: index of the token within the completion.
+
+        Returns:
+            Tokens int64, log-probabilities and entropies (float32, or float64 for such logits), each ``(n,)``. The
+            last two are those of ``softmax(logits / temperature)`` before any filter.
+        """
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logprobs = torch.log_softmax(logits / self.config.logprob_temperature, dim=-1)
+        probabilities = logprobs.exp()
+        # A logit of -inf has log-probability -inf and contributes nothing.
+        entropy = -(probabilities * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
+        scores = self._penalise(logits, rows)
+        if self.config.greedy:
+            tokens = scores.argmax(-1)
+        elif scores is logits and not self.warpers:
+            tokens = inverse_cdf(probabilities, self.uniforms[rows, step])
+        else:
+            scores = scores / self.config.temperature
+            for warper in self.warpers:
+                scores = warper(None, scores)
+            tokens = inverse_cdf(scores.softmax(-1), self.uniforms[rows, step])
+        if self._seen is not None:
+            self._seen[rows, tokens] = True
+        return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1), entropy
+
+    def _penalise(self, logits: Tensor, rows: Tensor) -> Tensor:
+        if self._prompt is None:
+            return logits
+        if self._seen is None:  # padding is not "seen": a row must not depend on how far its batch is padded
+            ids, mask = self._prompt
+            self._seen = torch.zeros(len(ids), logits.shape[-1], dtype=torch.bool, device=logits.device)
+            row_of, column = mask.nonzero(as_tuple=True)
+            self._seen[row_of, ids[row_of, column]] = True
+        penalty = self.config.repetition_penalty
+        penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+        return torch.where(self._seen[rows], penalised, logits)

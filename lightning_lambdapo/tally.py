@@ -1,0 +1,60 @@
+"""Sums, counts and maxima of a step: what is logged is a mean over all ranks' rows, never a mean of means."""
+
+import math
+from collections import defaultdict
+
+from torch import Tensor
+
+from lightning_lambdapo.parallel import gather_objects
+
+
+class Tally:
+    """Collects statistics of one step on one rank; :meth:`reduce` gives those of the whole global batch.
+
+    Ranks may have tallied different names (one of them had no row to learn from): a name without data on any rank is
+    left out.
+    """
+
+    def __init__(self) -> None:
+        self._sums: defaultdict[str, float] = defaultdict(float)
+        self._counts: defaultdict[str, float] = defaultdict(float)
+        self._squares: defaultdict[str, float] = defaultdict(float)
+        self._maxima: defaultdict[str, float] = defaultdict(lambda: -math.inf)
+
+    def mean(self, name: str, values: Tensor) -> None:
+        """Tally all elements of ``values`` for their mean."""
+        self.ratio(name, values.double().sum().item(), values.numel())
+
+    def mean_and_std(self, name: str, values: Tensor) -> None:
+        """Tally ``values`` for their mean and, as ``<name>_std``, their unbiased standard deviation."""
+        self.mean(name, values)
+        self._squares[name] += values.double().square().sum().item()
+
+    def ratio(self, name: str, numerator: float, denominator: float) -> None:
+        """Tally ``sum of numerators / sum of denominators``."""
+        self._sums[name] += numerator
+        self._counts[name] += denominator
+
+    def maximum(self, name: str, values: Tensor) -> None:
+        """Tally the largest element of ``values``."""
+        if values.numel():
+            self._maxima[name] = max(self._maxima[name], values.max().item())
+
+    def reduce(self) -> dict[str, float]:
+        """Statistics over all ranks, the same on each of them; a collective."""
+        total = Tally()
+        for sums, counts, squares, maxima in gather_objects(
+            (dict(self._sums), dict(self._counts), dict(self._squares), dict(self._maxima))
+        ):
+            for name, value in sums.items():
+                total.ratio(name, value, counts[name])
+            for name, value in squares.items():
+                total._squares[name] += value
+            for name, value in maxima.items():
+                total._maxima[name] = max(total._maxima[name], value)
+        values = {name: value / count for name, value in total._sums.items() if (count := total._counts[name])}
+        for name, square in total._squares.items():
+            if (count := total._counts[name]) > 1:
+                variance = (square - total._sums[name] ** 2 / count) / (count - 1)
+                values[f"{name}_std"] = math.sqrt(max(variance, 0.0))
+        return values | dict(total._maxima)

@@ -1,0 +1,100 @@
+"""Tiny random models of several architectures, a character tokenizer, and batches to feed them."""
+
+import random
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from lightning_lambdapo.datatypes import PromptBatch
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789+-=,.;# ()"
+
+
+def tokenizer(*, pad_is_eos: bool = False) -> PreTrainedTokenizerFast:
+    """One token per character."""
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", "<unk>", *LETTERS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.decoder = decoders.Fuse()
+    pad = "<eos>" if pad_is_eos else "<pad>"
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=pad, eos_token="<eos>", unk_token="<unk>")
+
+
+def config(architecture: str, vocab_size: int = 49) -> PretrainedConfig:
+    """A two-layer configuration; GPT-2 has learned positions, Gemma3 and Mistral sliding windows."""
+    sizes: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+    }
+    if architecture == "llama":
+        return LlamaConfig(**sizes)
+    if architecture == "qwen3":
+        return Qwen3Config(**sizes, head_dim=8, tie_word_embeddings=True)
+    if architecture == "phi3":
+        return Phi3Config(**sizes)
+    if architecture == "mistral":
+        return MistralConfig(**sizes, sliding_window=6)
+    if architecture == "gemma3":
+        return Gemma3TextConfig(
+            **sizes,
+            head_dim=8,
+            sliding_window=6,
+            layer_types=["sliding_attention", "full_attention"],
+            final_logit_softcapping=3.0,
+            query_pre_attn_scalar=8,
+        )
+    return GPT2Config(
+        vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=None, eos_token_id=1
+    )
+
+
+def model(architecture: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A random model; its initial weights are large enough for distributions that are far from uniform."""
+    torch.manual_seed(seed)
+    built = AutoModelForCausalLM.from_config(config(architecture)).to(dtype)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6.0)
+    return built.eval()
+
+
+def batch(prompts: list[list[int]], *, prompt_ids: list[int] | None = None, pad_id: int = 0, extra: int = 0) -> PromptBatch:
+    """Left-padded token prompts, ``extra`` columns wider than needed."""
+    width = max(map(len, prompts)) + extra
+    return PromptBatch(
+        input_ids=torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompts]),
+        attention_mask=torch.tensor([[False] * (width - len(ids)) + [True] * len(ids) for ids in prompts]),
+        prompt_ids=torch.tensor(prompt_ids or list(range(len(prompts)))),
+        prompts=[" ".join(map(str, ids)) for ids in prompts],
+        answers=["7" for _ in prompts],
+        references=["a + b = 7" for _ in prompts],
+        columns=[{} for _ in prompts],
+    )
+
+
+def ragged_prompts(count: int, *, seed: int = 0, longest: int = 12) -> list[list[int]]:
+    """Random prompts of different lengths, without special tokens."""
+    source = random.Random(seed)
+    return [[source.randrange(3, 49) for _ in range(source.randint(1, longest))] for _ in range(count)]
