@@ -1,4 +1,8 @@
-"""torchmetrics of reasoning reinforcement learning; every state is a sum, so ranks reduce exactly."""
+"""torchmetrics of reasoning reinforcement learning.
+
+Every state is a sum, so merging ranks equals one process that saw all rows, and whether a statistic has data is decided
+after merging, alike on every rank.
+"""
 
 import math
 from collections import Counter
@@ -10,7 +14,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_lambdapo.functional import pairwise_weights, reasoning_trace, tokenize
-from lightning_lambdapo.functional.advantages import Temperature, Weighting
+from lightning_lambdapo.functional.advantages import Temperature, Weighting, check_weighting
+from lightning_lambdapo.functional.masking import check_same_shape
 from lightning_lambdapo.functional.semantic_density import (
     Kind,
     _density_compute,
@@ -34,6 +39,9 @@ class SemanticDensity(Metric):
         beta: weight of recall against precision.
         tokenizer: text -> tokens, for both texts.
         **kwargs: as for ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: settings that :func:`~lightning_lambdapo.functional.semantic_density` refuses.
 
     Example:
         >>> metric = SemanticDensity()
@@ -66,17 +74,21 @@ class SemanticDensity(Metric):
         self.add_state("rows", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, generated: Sequence[str], references: Sequence[str | None]) -> None:
-        """Take in texts and their references; a row whose reference is None is skipped."""
+        """Take in texts and their references, one each; a row whose reference is None is skipped."""
         if len(generated) != len(references):
             raise ValueError(f"{len(generated)} generated texts have {len(references)} references; give one each.")
+        # A group's rows share their reference: tokenised once.
         tokens = {text: self.tokenizer(reasoning_trace(text)) for text in {*references} if text is not None}
-        for text, reference in zip(generated, references, strict=True):
-            if reference is not None:
-                counts = _density_update(
-                    self.tokenizer(reasoning_trace(text)), tokens[reference], kind=self.kind, n=self.n
-                )
-                self.sums += torch.tensor(_density_compute(*counts, beta=self.beta)).to(self.sums)
-                self.rows += 1
+        scores = [
+            _density_compute(
+                *_density_update(self.tokenizer(reasoning_trace(text)), tokens[reference], kind=self.kind, n=self.n),
+                beta=self.beta,
+            )
+            for text, reference in zip(generated, references, strict=True)
+            if reference is not None
+        ]
+        self.sums += torch.tensor(scores, dtype=torch.float64).view(-1, 3).sum(0).to(self.sums.device)
+        self.rows += len(scores)
 
     def compute(self) -> dict[str, Tensor]:
         """``precision``, ``recall`` and ``f``; empty without data."""
@@ -96,6 +108,9 @@ class PassAtK(Metric):
     Args:
         k: number of samples.
         **kwargs: as for ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: ``k`` below 1, or fewer than ``k`` samples in an update.
 
     Example:
         >>> metric = PassAtK(k=2)
@@ -122,7 +137,7 @@ class PassAtK(Metric):
         """Take in ``(B, n)`` bool, ``n`` at least ``k``."""
         _check_samples(correct, self.k)
         n = correct.shape[1]
-        for right in correct.sum(-1).tolist():
+        for right in correct.bool().sum(-1).tolist():
             # A product of ratios, each in [0, 1]: no binomial coefficient to overflow.
             self.total += 1 - math.prod(max(n - right - i, 0) / (n - i) for i in range(self.k))
         self.prompts += len(correct)
@@ -135,12 +150,15 @@ class PassAtK(Metric):
 class MajorityAtK(Metric):
     """maj@k: the share of prompts whose most frequent answer among the first ``k`` samples is correct.
 
-    None does not vote; a tie goes to the answer that came first; without a vote the prompt counts as wrong. Source:
-    self-consistency, Wang et al. 2022, arXiv 2203.11171.
+    None does not vote; a tie goes to the answer that came first; without a vote the prompt counts as wrong. The answer
+    is correct where a sample that voted for it is. Source: self-consistency, Wang et al. 2022, arXiv 2203.11171.
 
     Args:
         k: number of samples that vote.
         **kwargs: as for ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: ``k`` below 1, fewer than ``k`` samples, or votes that do not match ``correct``.
 
     Example:
         >>> metric = MajorityAtK(k=3)
@@ -164,15 +182,16 @@ class MajorityAtK(Metric):
         self.add_state("prompts", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, votes: Sequence[Sequence[str | None]], correct: Tensor) -> None:
-        """Take in each prompt's ``n`` answers and which of them are correct, ``(B, n)`` bool."""
+        """Take in each prompt's ``n`` answers and which of them are correct, ``(B, n)`` bool, ``n`` at least ``k``."""
         _check_samples(correct, self.k)
         if [len(row) for row in votes] != [correct.shape[1]] * len(correct):
             raise ValueError(f"`votes` must hold {len(correct)} rows of {correct.shape[1]} answers, as `correct` does.")
-        for answers, flags in zip(votes, correct.tolist(), strict=True):
+        for answers, flags in zip(votes, correct.bool().tolist(), strict=True):
             ballots = Counter(answer for answer in answers[: self.k] if answer is not None)
             if ballots:  # most_common keeps the order of first appearance among equals
                 winner = ballots.most_common(1)[0][0]
-                self.right += int(flags[answers.index(winner)])
+                voters = zip(answers[: self.k], flags, strict=False)
+                self.right += any(right for answer, right in voters if answer == winner)
         self.prompts += len(correct)
 
     def compute(self) -> Tensor:
@@ -181,25 +200,39 @@ class MajorityAtK(Metric):
 
 
 class GroupDiagnostics(Metric):
-    """What the pairwise advantage sees: weights, ranking, balance, length.
+    """What the pairwise advantage sees: weights, ranking, balance, length; over valid rows alone.
 
-    ``compute`` gives, as far as there is data: ``weight_q05`` ... ``weight_q95``, quantiles of the pair weights (from
-    a histogram of 1,000 bins over [0, 1]: exact to 0.001); ``weight_extreme_share``, the share outside [0.05, 0.95];
-    ``group_auc``, the share of pairs with :math:`R_i > R_j` that the policy already ranks right, ties half;
-    ``group_advantage_sum``, mean over groups with at least two valid rows; ``advantage_length_correlation``, Pearson's
-    over valid rows; ``equal_reward_share``, the share of groups whose valid rewards are all equal.
+    ``compute`` gives, as far as there is data:
+
+    - ``weight_q05``, ``weight_q25``, ``weight_q50``, ``weight_q75``, ``weight_q95``: quantiles of the pair weights, from
+      a histogram of 1,000 bins over [0, 1]: the middle of the quantile's bin, at most 0.0005 off;
+    - ``weight_extreme_share``: share of pair weights outside [0.05, 0.95], from exact counts;
+    - ``group_auc``: share of pairs with :math:`R_i > R_j` that the policy already ranks right, ties half;
+    - ``group_sum``: sum of a group's advantages, mean over groups with at least two valid rows;
+    - ``advantage_length_correlation``: Pearson's, over rows;
+    - ``equal_reward_share``: share of groups whose rewards are all equal, among groups with a valid row.
 
     Args:
-        weighting: of the pairs; None (a baseline estimator) leaves the weights out.
+        weighting: of the pairs, see :func:`~lightning_lambdapo.functional.pairwise_weights`; None (a baseline
+            estimator) leaves the weights out.
         temperature: of the pairs.
         **kwargs: as for ``torchmetrics.Metric``.
 
+    Raises:
+        ValueError: settings that :func:`~lightning_lambdapo.functional.pairwise_weights` refuses, unlike shapes.
+
     Example:
         >>> metric = GroupDiagnostics(weighting="confidence", temperature=1.0)
-        >>> row = torch.tensor([[1.0, 0.0]])
-        >>> metric.update(row, scores=row, advantages=row - 0.5, lengths=row + 4, valid=row >= 0)
-        >>> round(metric.compute()["group_auc"].item(), 4)
-        1.0
+        >>> metric.update(
+        ...     rewards=torch.tensor([[1.0, 0.0, 0.0]]),
+        ...     scores=torch.tensor([[-0.5, -0.2, -0.9]]),
+        ...     advantages=torch.tensor([[0.5, -0.3, -0.1]]),
+        ...     lengths=torch.tensor([[9, 4, 7]]),
+        ...     valid=torch.tensor([[True, True, True]]),
+        ... )
+        >>> values = metric.compute()
+        >>> values["group_auc"], values["group_sum"]
+        (tensor(0.5000), tensor(0.1000))
     """
 
     is_differentiable = False
@@ -210,12 +243,15 @@ class GroupDiagnostics(Metric):
     groups: Tensor
     moments: Tensor
 
-    def __init__(self, weighting: Weighting | None, temperature: Temperature, **kwargs: Any) -> None:
+    def __init__(self, weighting: Weighting | None, temperature: Temperature = "group_std", **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        if weighting is not None:
+            check_weighting(weighting, temperature)
         self.weighting = weighting
         self.temperature = temperature
         self.add_state("histogram", torch.zeros(_BINS, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("extreme", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        # float64 throughout: float32 stops counting at 2^24, and a correlation from sums cancels
         # pairs ranked right, pairs
         self.add_state("ordered", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
         # sum of group sums, groups with a peer, groups of equal rewards, groups with a valid row
@@ -224,7 +260,9 @@ class GroupDiagnostics(Metric):
         self.add_state("moments", torch.zeros(6, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, rewards: Tensor, scores: Tensor, advantages: Tensor, lengths: Tensor, valid: Tensor) -> None:
-        """Take in ``(B, G)`` tensors of a rollout; invalid rows are nobody's peer."""
+        """Take in ``(B, G)`` tensors of a rollout; what stands in invalid places has no effect."""
+        check_same_shape(rewards=rewards, scores=scores, advantages=advantages, lengths=lengths, valid=valid)
+        valid = valid.bool()
         peers = valid.unsqueeze(-1) & valid.unsqueeze(-2)
         peers = peers & ~torch.eye(valid.shape[-1], dtype=torch.bool, device=valid.device)
         if self.weighting is not None:
@@ -234,12 +272,13 @@ class GroupDiagnostics(Metric):
             self.histogram += torch.bincount((weights * _BINS).long().clamp(max=_BINS - 1), minlength=_BINS)
             self.extreme += ((weights < 0.05) | (weights > 0.95)).sum()
         better = peers & (rewards.unsqueeze(-1) > rewards.unsqueeze(-2))
-        gap = (scores.unsqueeze(-1) - scores.unsqueeze(-2))[better]
-        self.ordered += torch.stack([(gap > 0).sum() + (gap == 0).sum() / 2, better.sum()])
+        higher, lower = scores.unsqueeze(-1).expand_as(peers)[better], scores.unsqueeze(-2).expand_as(peers)[better]
+        ranked = (higher > lower).double() + (higher == lower).double() / 2
+        self.ordered += torch.stack([ranked.sum(), better.double().sum()])
         counts = valid.sum(-1)
         largest = torch.where(valid, rewards, -math.inf).amax(-1)
         smallest = torch.where(valid, rewards, math.inf).amin(-1)
-        kept = torch.where(valid, advantages, 0.0).double()
+        kept = torch.where(valid, advantages.double(), 0.0)
         self.groups += torch.stack(
             [
                 kept.sum(-1)[counts > 1].sum(),
@@ -265,17 +304,20 @@ class GroupDiagnostics(Metric):
         if self.ordered[1] > 0:
             values["group_auc"] = self.ordered[0] / self.ordered[1]
         if self.groups[1] > 0:
-            values["group_advantage_sum"] = self.groups[0] / self.groups[1]
+            values["group_sum"] = self.groups[0] / self.groups[1]
         if self.groups[3] > 0:
             values["equal_reward_share"] = self.groups[2] / self.groups[3]
         n, a, length, aa, ll, al = self.moments
         spread_a, spread_length = n * aa - a * a, n * ll - length * length
         # Below this a spread is what rounding leaves of a constant.
         if n > 1 and spread_a > 1e-12 * n * aa and spread_length > 1e-12 * n * ll:
-            values["advantage_length_correlation"] = (n * al - a * length) / (spread_a * spread_length).sqrt()
+            correlation = (n * al - a * length) / (spread_a.sqrt() * spread_length.sqrt())
+            values["advantage_length_correlation"] = correlation.clamp(-1, 1)
         return {name: value.float() for name, value in values.items()}
 
 
 def _check_samples(correct: Tensor, k: int) -> None:
     if correct.ndim != 2 or correct.shape[1] < k:
-        raise ValueError(f"`correct` must have shape (prompts, samples) with at least k = {k} samples, got {tuple(correct.shape)}.")
+        raise ValueError(
+            f"`correct` must have shape (prompts, samples) with at least k = {k} samples, got {tuple(correct.shape)}."
+        )

@@ -11,20 +11,28 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_lambdapo.functional.masking import at_least_float32, check_same_shape, masked_mean, masked_sum
+from lightning_lambdapo.functional.masking import (
+    at_least_float32,
+    check_choice,
+    check_same_shape,
+    masked_mean,
+    masked_sum,
+)
 
 Weighting = Literal["uniform", "confidence", "agreement", "lambdarank"]
 Reduction = Literal["sum", "mean", "weighted_mean"]
 Scale = Literal["none", "group", "batch"]
 GroupEstimator = Literal["grpo", "dr_grpo", "rloo"]
 Temperature = float | Literal["group_std"]
+Score = Literal["mean", "sum"]
 
 _STD_EPS = 1e-4
 _TEMPERATURE_EPS = 1e-6
 _WEIGHT_EPS = 1e-12
 
 
-def sequence_scores(logprobs: Tensor, mask: Tensor, *, score: Literal["mean", "sum"] = "mean") -> Tensor:
+@torch.no_grad()
+def sequence_scores(logprobs: Tensor, mask: Tensor, *, score: Score = "mean") -> Tensor:
     r"""Score of each completion under the policy that sampled it.
 
     .. math:: s_i = \sum_t \log \pi_{old}(o_{i,t} \mid q, o_{i,<t})
@@ -39,13 +47,23 @@ def sequence_scores(logprobs: Tensor, mask: Tensor, *, score: Literal["mean", "s
 
     Returns:
         ``(N,)`` float32, or float64 for such input, without gradient. An empty row scores 0.
+
+    Raises:
+        ValueError: unknown ``score`` or unlike shapes.
+
+    Example:
+        >>> logprobs = torch.tensor([[-1.0, -2.0, 0.0], [-0.5, -0.5, -2.0]])
+        >>> mask = torch.tensor([[True, True, False], [True, True, True]])
+        >>> sequence_scores(logprobs, mask)
+        tensor([-1.5000, -1.0000])
     """
-    _check_choice("score", score, ("mean", "sum"))
+    check_choice("score", score, get_args(Score))
     check_same_shape(logprobs=logprobs, mask=mask)
     reduce = masked_mean if score == "mean" else masked_sum
-    return reduce(at_least_float32(logprobs.detach()), mask.bool(), -1)
+    return reduce(at_least_float32(logprobs), mask.bool(), -1)
 
 
+@torch.no_grad()
 def pairwise_weights(
     rewards: Tensor,
     scores: Tensor,
@@ -87,10 +105,12 @@ def pairwise_weights(
         tensor([[[0.0000, 0.5000],
                  [0.5000, 0.0000]]])
     """
+    check_weighting(weighting, temperature)
     rewards, scores, valid = _prepare(rewards, scores, valid)
     return _weights(rewards, scores, valid, weighting, temperature)
 
 
+@torch.no_grad()
 def lambda_advantages(
     rewards: Tensor,
     scores: Tensor,
@@ -128,14 +148,15 @@ def lambda_advantages(
         ``(B, G)`` float32, or float64 where an input is, without gradient.
 
     Raises:
-        ValueError: as for :func:`pairwise_weights`.
+        ValueError: as for :func:`pairwise_weights`, and for unknown ``reduction`` or ``scale``.
 
     Example:
         >>> lambda_advantages(torch.tensor([[1.0, 0.0, 0.0]]), torch.zeros(1, 3), temperature=1.0)
         tensor([[ 0.5000, -0.2500, -0.2500]])
     """
-    _check_choice("reduction", reduction, get_args(Reduction))
-    _check_choice("scale", scale, get_args(Scale))
+    check_weighting(weighting, temperature)
+    check_choice("reduction", reduction, get_args(Reduction))
+    check_choice("scale", scale, get_args(Scale))
     rewards, scores, valid = _prepare(rewards, scores, valid)
     weights = _weights(rewards, scores, valid, weighting, temperature)
     advantages = (weights * _differences(rewards)).sum(-1)
@@ -154,6 +175,7 @@ def lambda_advantages(
     return torch.where(valid & _unequal(rewards, valid), advantages, 0.0)
 
 
+@torch.no_grad()
 def group_advantages(rewards: Tensor, *, estimator: GroupEstimator, valid: Tensor | None = None) -> Tensor:
     r"""The baselines that LambdaPO is compared with.
 
@@ -175,7 +197,7 @@ def group_advantages(rewards: Tensor, *, estimator: GroupEstimator, valid: Tenso
         >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), estimator="rloo")
         tensor([[ 1.0000, -0.3333, -0.3333, -0.3333]])
     """
-    _check_choice("estimator", estimator, get_args(GroupEstimator))
+    check_choice("estimator", estimator, get_args(GroupEstimator))
     rewards, _, valid = _prepare(rewards, rewards, valid)
     advantages = rewards - masked_mean(rewards, valid, -1).unsqueeze(-1)
     if estimator == "grpo":
@@ -184,6 +206,13 @@ def group_advantages(rewards: Tensor, *, estimator: GroupEstimator, valid: Tenso
         count = valid.sum(-1, keepdim=True)
         advantages = advantages * count / (count - 1).clamp(min=1)
     return torch.where(valid & _unequal(rewards, valid), advantages, 0.0)
+
+
+def check_weighting(weighting: Weighting, temperature: Temperature) -> None:
+    """Raise ``ValueError`` for settings that :func:`pairwise_weights` refuses."""
+    check_choice("weighting", weighting, get_args(Weighting))
+    if temperature != "group_std" and (isinstance(temperature, str) or not 0 < temperature < math.inf):
+        raise ValueError(f'`temperature` must be a finite number above 0 or "group_std", got {temperature!r}.')
 
 
 def _prepare(rewards: Tensor, scores: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,9 +226,14 @@ def _prepare(rewards: Tensor, scores: Tensor, valid: Tensor | None) -> tuple[Ten
     valid = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid.bool()
     prepared = []
     for name, values in (("rewards", rewards), ("scores", scores)):
-        kept = torch.where(valid, values.detach().to(dtype), 0.0)
-        if not kept.isfinite().all():
-            raise ValueError(f"`{name}` must be finite in every valid place; mark rows without one in `valid`.")
+        kept = torch.where(valid, values.to(dtype), 0.0)
+        bad = ~kept.isfinite()
+        if bad.any():
+            place = tuple(bad.nonzero()[0].tolist())
+            raise ValueError(
+                f"`{name}` must be finite where valid, got {kept[place].item()} at {place}; mark a row that has none "
+                "as invalid."
+            )
         prepared.append(kept)
     return prepared[0], prepared[1], valid
 
@@ -208,31 +242,25 @@ def _differences(values: Tensor) -> Tensor:
     return values.unsqueeze(-1) - values.unsqueeze(-2)
 
 
-def _weights(
-    rewards: Tensor, scores: Tensor, valid: Tensor, weighting: Weighting, temperature: Temperature
-) -> Tensor:
-    _check_choice("weighting", weighting, get_args(Weighting))
+def _weights(rewards: Tensor, scores: Tensor, valid: Tensor, weighting: Weighting, temperature: Temperature) -> Tensor:
     pairs = valid.unsqueeze(-1) & valid.unsqueeze(-2)
     pairs = pairs & ~torch.eye(valid.shape[-1], dtype=torch.bool, device=valid.device)
     if weighting == "uniform":
-        _temperature(scores, valid, temperature)
         return pairs.to(rewards)
-    d = _differences(scores) / _temperature(scores, valid, temperature)
+    gap = _differences(scores)
     if weighting == "agreement":
-        d = d * _differences(rewards).sign()
+        gap = gap * _differences(rewards).sign()
     elif weighting == "lambdarank":
-        d = d * -_differences(rewards).sign()
-    return torch.where(pairs, torch.sigmoid(d), 0.0)
+        gap = gap * -_differences(rewards).sign()
+    return torch.where(pairs, torch.sigmoid(gap / _tau(scores, valid, temperature)), 0.0)
 
 
-def _temperature(scores: Tensor, valid: Tensor, temperature: Temperature) -> Tensor | float:
-    if temperature == "group_std":
-        deviations = scores - masked_mean(scores, valid, -1).unsqueeze(-1)
-        std = masked_mean(deviations.square(), valid, -1).sqrt()
-        return std.clamp(min=_TEMPERATURE_EPS)[:, None, None]
-    if isinstance(temperature, str) or not 0 < temperature < math.inf:
-        raise ValueError(f'`temperature` must be a finite number above 0 or "group_std", got {temperature!r}.')
-    return temperature
+def _tau(scores: Tensor, valid: Tensor, temperature: Temperature) -> Tensor | float:
+    if temperature != "group_std":
+        return max(temperature, torch.finfo(scores.dtype).tiny)  # 0 / 0 where the type would round it to 0
+    deviations = scores - masked_mean(scores, valid, -1).unsqueeze(-1)
+    std = masked_mean(deviations.square(), valid, -1).sqrt()
+    return std.clamp(min=_TEMPERATURE_EPS)[:, None, None]
 
 
 def _unbiased_std(values: Tensor, valid: Tensor, dim: int) -> Tensor:
@@ -243,12 +271,7 @@ def _unbiased_std(values: Tensor, valid: Tensor, dim: int) -> Tensor:
 
 
 def _unequal(rewards: Tensor, valid: Tensor) -> Tensor:
-    """True for groups with two different valid rewards: by max and min, since a rounded mean is not exact, ``(B, 1)``."""
+    """``(B, 1)``: two valid rewards differ. By max and min: rewards minus their rounded mean are not exact zeros."""
     largest = torch.where(valid, rewards, -math.inf).amax(-1, keepdim=True)
     smallest = torch.where(valid, rewards, math.inf).amin(-1, keepdim=True)
     return largest > smallest
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {value!r}.")

@@ -10,7 +10,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_lambdapo.functional.masking import at_least_float32, check_same_shape, masked_mean, masked_sum
+from lightning_lambdapo.functional.masking import (
+    at_least_float32,
+    check_choice,
+    check_same_shape,
+    masked_mean,
+    masked_sum,
+)
 
 Level = Literal["token", "sequence"]
 KLEstimator = Literal["k1", "k2", "k3"]
@@ -19,10 +25,10 @@ Aggregation = Literal["token", "sequence", "constant"]
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """A loss and what is worth logging about it.
+    """A loss and what is worth logging about it; all but the loss are without gradient.
 
     Attributes:
-        loss: scalar with gradient.
+        loss: scalar, with gradient.
         mean_kl: scalar, mean of the KL estimator over the masked tokens; None without reference log-probs.
         clip_fraction: scalar, share of masked tokens where clipping binds.
         ratio_max: scalar, largest importance ratio of a masked token; 0 where there is none.
@@ -67,8 +73,8 @@ def policy_loss(
         ref_logprobs: ``(N, T)`` float, or None for no KL term.
         advantages: ``(N,)`` float.
         mask: ``(N, T)`` bool; all False in invalid rows. Whatever stands in masked-out places has no effect.
-        clip_low: lower clipping distance.
-        clip_high: upper clipping distance.
+        clip_low: the ratio is clipped below at ``1 - clip_low``.
+        clip_high: the ratio is clipped above at ``1 + clip_high``.
         level: ratio per ``"token"``, or exp of the length-normalised log-ratio of the ``"sequence"``.
         kl_coef: coefficient beta.
         kl: the estimator.
@@ -81,8 +87,8 @@ def policy_loss(
         Loss and statistics. Without a masked token the loss is 0, with a graph.
 
     Raises:
-        ValueError: unlike shapes, unknown names, ``"constant"`` without ``max_new_tokens``, ``kl_coef`` without
-            ``ref_logprobs``.
+        ValueError: unlike shapes, unknown names, clipping distances that cannot be, ``"constant"`` without
+            ``max_new_tokens``, ``kl_coef`` without ``ref_logprobs``.
 
     Example:
         >>> logprobs, advantages = torch.tensor([[-1.0, -2.0], [-0.5, -9.0]]), torch.tensor([1.0, -0.5])
@@ -90,46 +96,57 @@ def policy_loss(
         >>> policy_loss(logprobs, logprobs, None, advantages, mask).loss  # -(1 + 1 - 0.5) / 3
         tensor(-0.5000)
     """
-    for name, value, allowed in (("level", level, Level), ("kl", kl, KLEstimator), ("aggregation", aggregation, Aggregation)):
-        if value not in get_args(allowed):
-            raise ValueError(f"`{name}` must be one of {', '.join(get_args(allowed))}; got {value!r}.")
-    if aggregation == "constant" and max_new_tokens is None:
-        raise ValueError('`max_new_tokens` must be given with aggregation="constant".')
+    check_choice("level", level, get_args(Level))
+    check_choice("kl", kl, get_args(KLEstimator))
+    check_choice("aggregation", aggregation, get_args(Aggregation))
+    tokens_per_row = max_new_tokens if aggregation == "constant" else 1
+    if tokens_per_row is None or tokens_per_row < 1:
+        raise ValueError(
+            f'`max_new_tokens` must be at least 1 with aggregation="constant", whose denominator it is; got '
+            f"{max_new_tokens}."
+        )
+    if not (0 <= clip_low <= 1 and clip_high >= 0):
+        raise ValueError(
+            f"`clip_low` must be in [0, 1] and `clip_high` at least 0, got {clip_low} and {clip_high}; the ratio is "
+            "clipped to [1 - clip_low, 1 + clip_high]."
+        )
     if kl_coef and ref_logprobs is None:
         raise ValueError(f"`kl_coef` is {kl_coef} and `ref_logprobs` is None; a KL term needs reference log-probs.")
-    mask = mask.bool()
     check_same_shape(
         logprobs=logprobs,
         old_logprobs=old_logprobs,
         mask=mask,
         ref_logprobs=logprobs if ref_logprobs is None else ref_logprobs,
     )
-    if advantages.shape != logprobs.shape[:1]:
-        raise ValueError(f"`advantages` must have shape ({len(logprobs)},), got {tuple(advantages.shape)}.")
+    if logprobs.ndim != 2 or advantages.shape != logprobs.shape[:1]:
+        raise ValueError(
+            f"`logprobs` must have shape (N, T) and `advantages` (N,), got {tuple(logprobs.shape)} and "
+            f"{tuple(advantages.shape)}."
+        )
+    mask = mask.bool()
     # Junk is replaced before exp, not multiplied away after it: 0 * inf is NaN, in the gradient too.
     logprobs = _keep(logprobs, mask)
     log_ratio = logprobs - _keep(old_logprobs, mask).detach()
     if level == "sequence":
         log_ratio = masked_mean(log_ratio, mask, -1).unsqueeze(-1).expand_as(log_ratio)
     ratio = log_ratio.exp()
-    weight = advantages.detach().to(ratio).unsqueeze(-1)
+    weight = _keep(advantages.detach().unsqueeze(-1).expand_as(mask), mask)
     surrogate = ratio * weight
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * weight
     per_token = -torch.minimum(surrogate, clipped)
     mean_kl = None
     if ref_logprobs is not None:
         d = _keep(ref_logprobs, mask).detach() - logprobs
-        penalty = {"k1": lambda: -d, "k2": lambda: d.square() / 2, "k3": lambda: d.exp() - d - 1}[kl]()
+        penalty = -d if kl == "k1" else d.square() / 2 if kl == "k2" else d.expm1() - d
         mean_kl = masked_mean(penalty.detach(), mask)
         if kl_coef:
             per_token = per_token + kl_coef * penalty
-    rows = int(mask.any(-1).sum()) if row_count is None else row_count
+    total = masked_mean(per_token, mask, -1).sum() if aggregation == "sequence" else masked_sum(per_token, mask)
     if aggregation == "token":
-        loss = masked_sum(per_token, mask) / max(int(mask.sum()) if token_count is None else token_count, 1)
-    elif aggregation == "sequence":
-        loss = masked_mean(per_token, mask, -1).sum() / max(rows, 1)
+        count = int(mask.sum()) if token_count is None else token_count
     else:
-        loss = masked_sum(per_token, mask) / max(rows * (max_new_tokens or 1), 1)
+        count = int(mask.any(-1).sum()) if row_count is None else row_count
+    loss = total / max(count * tokens_per_row, 1)
     with torch.no_grad():
         clip_fraction = masked_mean((surrogate > clipped).to(ratio), mask)
         ratio_max = torch.where(mask, ratio, 0.0).max() if mask.any() else ratio.new_zeros(())
@@ -137,5 +154,6 @@ def policy_loss(
 
 
 def _keep(values: Tensor, mask: Tensor) -> Tensor:
+    """Values raised to float32 where they count, 0 elsewhere."""
     values = at_least_float32(values)
     return torch.where(mask, values, torch.zeros_like(values))

@@ -1,4 +1,4 @@
-"""Completion masks and reductions that look at the masked-in positions alone."""
+"""Completion masks, reductions over the positions that count, and the checks the other functions share."""
 
 from collections.abc import Sequence
 
@@ -37,13 +37,36 @@ def completion_mask(completion_ids: Tensor, eos_ids: int | Sequence[int]) -> Ten
 
 
 def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Sum of ``values`` where ``mask`` is True; junk elsewhere, NaN included, reaches neither value nor gradient."""
+    r"""Sum over the positions that count: :math:`\sum_t m_t x_t`.
+
+    Junk elsewhere, NaN included, reaches neither value nor gradient: it is replaced, not multiplied by 0.
+
+    Args:
+        values: float, of any shape.
+        mask: bool, of the same shape.
+        dim: dimension to sum over; None sums everything.
+
+    Returns:
+        ``values``' type, without dimension ``dim``; 0 where nothing counts.
+
+    Example:
+        >>> masked_sum(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([True, True, False]))
+        tensor(4.)
+    """
     kept = torch.where(mask, values, torch.zeros_like(values))
     return kept.sum() if dim is None else kept.sum(dim)
 
 
 def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of ``values`` where ``mask`` is True; 0 where nothing is.
+    r"""Mean over the positions that count: :math:`\sum_t m_t x_t / \sum_t m_t`.
+
+    Args:
+        values: float, of any shape.
+        mask: bool, of the same shape.
+        dim: dimension to average over; None averages everything.
+
+    Returns:
+        ``values``' type, without dimension ``dim``; 0 where nothing counts.
 
     Example:
         >>> masked_mean(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([True, True, False]))
@@ -53,13 +76,19 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return masked_sum(values, mask, dim) / count.clamp(min=1)
 
 
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of the ``allowed`` names."""
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {value!r}.")
+
+
 def at_least_float32(values: Tensor) -> Tensor:
     """float64 as it is, everything else as float32."""
     return values if values.dtype == torch.float64 else values.float()
 
 
 def check_same_shape(**tensors: Tensor) -> None:
-    """Raise ``ValueError`` unless all named tensors have one shape."""
+    """Raise ``ValueError``, listing all of them, unless the named tensors have one shape."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if len(set(shapes.values())) > 1:
         listed = ", ".join(f"`{name}` {shape}" for name, shape in shapes.items())

@@ -28,18 +28,28 @@ class SemanticDensityScore(NamedTuple):
 def tokenize(text: str) -> list[str]:
     r"""LaTeX commands, numbers, words and symbols of a text; commas leave numbers, all but commands is lower-cased.
 
+    Args:
+        text: any text.
+
+    Returns:
+        Its tokens, in order; white space is not among them.
+
     Example:
         >>> tokenize(r"She pays $1,200 = \frac{1}{2} x")
         ['she', 'pays', '$', '1200', '=', '\\frac', '{', '1', '}', '{', '2', '}', 'x']
     """
-    return [
-        token if token[0] == "\\" and len(token) > 1 else token.replace(",", "") if token[0].isdigit() else token.lower()
-        for token in _TOKEN.findall(text)
-    ]
+    # A match that starts with a comma is that symbol; elsewhere only numbers hold commas.
+    return [token if token[0] in "\\," else token.replace(",", "").lower() for token in _TOKEN.findall(text)]
 
 
 def reasoning_trace(text: str) -> str:
     r"""A text before its last final-answer marker (``####``, ``\boxed{``, ``<answer>``); all of it without one.
+
+    Args:
+        text: a completion or a reference solution.
+
+    Returns:
+        The reasoning that leads to the answer.
 
     Example:
         >>> reasoning_trace("2 + 2 = 4\n#### 4")
@@ -73,8 +83,10 @@ def semantic_density(
         ValueError: unknown kind, ``n`` below 1 or not 1 with ``"rouge_l"``, beta that is not a finite number above 0.
 
     Example:
-        >>> semantic_density(["a", "b", "c", "d"], ["a", "c", "e"], kind="rouge_l")
-        SemanticDensityScore(precision=0.5, recall=0.6666666666666666, f=0.5714285714285714)
+        >>> semantic_density(["a", "b", "c", "d"], ["a", "c"])
+        SemanticDensityScore(precision=0.5, recall=1.0, f=0.6666666666666666)
+        >>> semantic_density(["b", "a"], ["a", "b", "c", "a"], kind="token", n=2, beta=2.0)
+        SemanticDensityScore(precision=0.0, recall=0.0, f=0.0)
     """
     check_density_settings(kind=kind, n=n, beta=beta)
     return _density_compute(*_density_update(generated, reference, kind=kind, n=n), beta=beta)
@@ -90,10 +102,8 @@ def check_density_settings(*, kind: Kind, n: int, beta: float) -> None:
         raise ValueError(f"`beta` must be a finite number above 0, got {beta}.")
 
 
-def _density_update(
-    generated: Sequence[str], reference: Sequence[str], *, kind: Kind, n: int
-) -> tuple[int, int, int]:
-    """Overlap, size of the trace, size of the reference."""
+def _density_update(generated: Sequence[str], reference: Sequence[str], *, kind: Kind, n: int) -> tuple[int, int, int]:
+    """Counts of one row: the overlap, the size of the trace, the size of the reference."""
     if kind == "rouge_l":
         from rapidfuzz.distance import LCSseq
 
@@ -103,6 +113,7 @@ def _density_update(
 
 
 def _density_compute(overlap: int, generated_size: int, reference_size: int, *, beta: float) -> SemanticDensityScore:
+    """Precision, recall and F from the counts of :func:`_density_update`."""
     if overlap == 0:
         return SemanticDensityScore(0.0, 0.0, 0.0)
     precision, recall = overlap / generated_size, overlap / reference_size

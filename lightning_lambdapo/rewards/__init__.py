@@ -1,0 +1,21 @@
+"""Rewards: judges of completions, and how several of them become one total."""
+
+from lightning_lambdapo.rewards.accuracy import AccuracyReward
+from lightning_lambdapo.rewards.base import FunctionReward, Reward, RewardInputs, as_rewards, score
+from lightning_lambdapo.rewards.formatting import FormatReward
+from lightning_lambdapo.rewards.length import LengthPenalty
+from lightning_lambdapo.rewards.semantic_density import SemanticDensityReward
+from lightning_lambdapo.rewards.verifier import MathVerifier
+
+__all__ = [
+    "AccuracyReward",
+    "FormatReward",
+    "FunctionReward",
+    "LengthPenalty",
+    "MathVerifier",
+    "Reward",
+    "RewardInputs",
+    "SemanticDensityReward",
+    "as_rewards",
+    "score",
+]
