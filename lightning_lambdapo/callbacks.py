@@ -5,16 +5,17 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from lightning_lambdapo.datatypes import PromptBatch, Rollout, Scores
 from lightning_lambdapo.parallel import gather_objects
-from lightning_lambdapo.policy import save_policy
+from lightning_lambdapo.policy import Policy, save_policy
 
 
 def run_directory(trainer: Trainer) -> Path:
@@ -200,7 +201,7 @@ class RewardPlot(Callback):
 
 
 class Throughput(Callback):
-    """Logs ``train/tokens_per_second`` (sampled tokens of all ranks over the step's wall time) and the step's seconds."""
+    """Logs ``train/step_seconds`` and ``train/tokens_per_second``, the sampled tokens of all ranks over it."""
 
     def __init__(self) -> None:
         self._start = 0.0
@@ -234,7 +235,8 @@ class PolicyExport(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the export, on rank 0."""
         if trainer.is_global_zero:
-            save_policy(pl_module.policy, pl_module.tokenizer, _new_file(run_directory(trainer), self.directory))
+            policy, tokenizer = cast(Policy, pl_module.policy), cast(PreTrainedTokenizerBase, pl_module.tokenizer)
+            save_policy(policy, tokenizer, _new_file(run_directory(trainer), self.directory))
 
 
 class RolloutCheckpoint(ModelCheckpoint):
@@ -272,6 +274,8 @@ class RolloutCheckpoint(ModelCheckpoint):
             due = bool(trainer.strategy.broadcast(passed))  # clocks differ between ranks; saving is a collective
         if due and not self._should_skip_saving_checkpoint(trainer):
             candidates: dict[str, Tensor] = self._monitor_candidates(trainer)
+            if self.monitor is not None and self.monitor not in candidates:
+                return  # a validation metric before the first validation
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
             self._saved_at = time.monotonic()

@@ -1,6 +1,7 @@
 """What a checkpoint holds: the trained tensors, the step counters, and nothing that needs unpickling."""
 
 import warnings
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,11 @@ class TrainableCheckpoint(LightningModule):
 
     rollout_step: int
     skipped_updates: int
-    sampling_seed: int
+
+    @property
+    @abstractmethod
+    def sampling_seed(self) -> int:
+        """Seed of the sampling streams."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +93,7 @@ def _check(checkpoint: Mapping[str, Any], trainable: Mapping[str, Tensor]) -> di
     if missing or other:
         raise ValueError(
             f"The checkpoint is for another policy: {len(missing)} trainable tensors are missing "
-            f"({', '.join(missing[:2])}) and {len(other)} have another shape ({', '.join(other[:2])}). Build the module "
-            "with the `policy` and `lora` settings of the run that wrote it."
+            f"({', '.join(missing[:2])}) and {len(other)} have another shape ({', '.join(other[:2])}). Build the "
+            "module with the `policy` and `lora` settings of the run that wrote it."
         )
     return own

@@ -26,8 +26,8 @@ def warn_of_settings(algorithm: AlgorithmConfig, sampling: SamplingConfig, updat
     """Say what is allowed but does not do what its name promises."""
     if sampling.filters:
         warnings.warn(
-            f"Rollouts are drawn with {', '.join(sampling.filters)}, but log-probabilities, and with them ratio, KL and "
-            "scores, are those of the unfiltered policy.",
+            f"Rollouts are drawn with {', '.join(sampling.filters)}, but log-probabilities, and with them ratio, KL "
+            "and scores, are those of the unfiltered policy.",
             stacklevel=3,
         )
     if algorithm.kl_coef > 0 and algorithm.kl_estimator == "k1" and updates_per_rollout == 1:

@@ -19,7 +19,7 @@ Aggregation = Literal["token", "sequence", "constant"]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AlgorithmConfig:
     """From rewards to loss. The papers publish no values, so every default here is this package's own choice.
 
@@ -96,7 +96,7 @@ class AlgorithmConfig:
         return self.kl_coef > 0 or self.log_kl
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class EvaluationConfig:
     """How validation, test and prediction decode; training's sampling settings have no say in it.
 
@@ -133,7 +133,7 @@ def from_mapping(cls: type[T], value: T | Mapping[str, Any]) -> T:
     """A config dataclass from the mapping that a checkpoint holds in its place; an instance is returned as it is."""
     if not isinstance(value, Mapping):
         return value
-    types = {entry.name: entry.type for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    types: dict[str, Any] = {entry.name: entry.type for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
     return cls(
         **{
             name: from_mapping(types[name], item) if dataclasses.is_dataclass(types.get(name)) else item

@@ -2,15 +2,19 @@
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
+from torchmetrics import Metric
 
 from lightning_lambdapo.config import EvaluationConfig
 from lightning_lambdapo.datatypes import PromptBatch, Rollout, Scores
 from lightning_lambdapo.metrics import MajorityAtK, PassAtK, SemanticDensity
 from lightning_lambdapo.rewards import Reward, RewardInputs, score
 from lightning_lambdapo.tally import Tally
+
+M = TypeVar("M", bound=Metric)
 
 
 def tally_rollout(tally: Tally, rollout: Rollout, scores: Scores) -> None:
@@ -56,8 +60,8 @@ class Evaluation(nn.Module):
         super().__init__()
         self.num_samples = config.num_samples
         self.density = density
-        self.pass_at = nn.ModuleDict({f"pass_at_{k}": PassAtK(k) for k in config.k})
-        self.majority_at = nn.ModuleDict({f"maj_at_{k}": MajorityAtK(k) for k in config.k if k > 1})
+        self.pass_at = nn.ModuleList(PassAtK(k) for k in config.k)
+        self.majority_at = nn.ModuleList(MajorityAtK(k) for k in config.k if k > 1)
         self.tally = Tally()
 
     def update(self, batch: PromptBatch, rollout: Rollout, scores: Scores, votes: Sequence[str | None]) -> None:
@@ -70,21 +74,25 @@ class Evaluation(nn.Module):
         correct = accuracy[judged] > 0.5
         self.tally.mean(f"avg_at_{samples}", correct)
         chosen = [list(votes[i * samples : (i + 1) * samples]) for i in judged.nonzero().flatten().tolist()]
-        for metric in self.pass_at.values():
-            metric.update(correct)
-        for metric in self.majority_at.values():
-            metric.update(chosen, correct)
+        for pass_at in self._metrics(PassAtK):
+            pass_at.update(correct)
+        for majority_at in self._metrics(MajorityAtK):
+            majority_at.update(chosen, correct)
 
     def compute(self) -> dict[str, float]:
         """All statistics that have data, over all ranks; a collective."""
         values = self.tally.reduce()
-        for name, metric in [*self.pass_at.items(), *self.majority_at.items()]:
-            values[name] = float(metric.compute())
+        values |= {f"pass_at_{metric.k}": float(metric.compute()) for metric in self._metrics(PassAtK)}
+        values |= {f"maj_at_{metric.k}": float(metric.compute()) for metric in self._metrics(MajorityAtK)}
         values |= {f"density_{name}": float(value) for name, value in self.density.compute().items()}
         return {name: value for name, value in values.items() if not math.isnan(value)}
 
     def reset(self) -> None:
         """Forget everything."""
         self.tally = Tally()
-        for metric in [self.density, *self.pass_at.values(), *self.majority_at.values()]:
-            metric.reset()
+        for module in self.modules():
+            if isinstance(module, Metric):
+                module.reset()
+
+    def _metrics(self, kind: type[M]) -> list[M]:
+        return [module for module in self.modules() if isinstance(module, kind)]

@@ -170,6 +170,7 @@ class Learner:
             tally: takes the statistics.
         """
         tally.ratio("clip_fraction", 0.0, update.local_tokens)
+        tally.ratio("loss", 0.0, 1 / world_size())
         passes = micro_batch_count(len(update.micro_batches), strategy)
         for index in range(passes):
             with gradient_sync(strategy, last=index == passes - 1):
@@ -224,7 +225,7 @@ class Learner:
             token = torch.zeros(1, 2, dtype=torch.long, device=self.policy.device)
             mask = torch.ones_like(token, dtype=torch.bool)
             return self.scorer(MicroBatch(token[:, 0], token, mask, mask.cumsum(-1) - 1, mask[:, 1:])).sum() * 0
-        return sum(parameter.sum() for parameter in self.policy.parameters() if parameter.requires_grad) * 0
+        return torch.stack([p.sum() for p in self.policy.parameters() if p.requires_grad]).sum() * 0
 
 
 def _tally_drift(tally: Tally, micro_batch: MicroBatch, rollout: Rollout, logprobs: Tensor) -> None:

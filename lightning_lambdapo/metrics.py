@@ -204,8 +204,8 @@ class GroupDiagnostics(Metric):
 
     ``compute`` gives, as far as there is data:
 
-    - ``weight_q05``, ``weight_q25``, ``weight_q50``, ``weight_q75``, ``weight_q95``: quantiles of the pair weights, from
-      a histogram of 1,000 bins over [0, 1]: the middle of the quantile's bin, at most 0.0005 off;
+    - ``weight_q05``, ``weight_q25``, ``weight_q50``, ``weight_q75``, ``weight_q95``: quantiles of the pair weights,
+      from a histogram of 1,000 bins over [0, 1]: the middle of the quantile's bin, at most 0.0005 off;
     - ``weight_extreme_share``: share of pair weights outside [0.05, 0.95], from exact counts;
     - ``group_auc``: share of pairs with :math:`R_i > R_j` that the policy already ranks right, ties half;
     - ``group_sum``: sum of a group's advantages, mean over groups with at least two valid rows;
@@ -249,9 +249,9 @@ class GroupDiagnostics(Metric):
             check_weighting(weighting, temperature)
         self.weighting = weighting
         self.temperature = temperature
-        self.add_state("histogram", torch.zeros(_BINS, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("extreme", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        # float64 throughout: float32 stops counting at 2^24, and a correlation from sums cancels
+        self.add_state("histogram", torch.zeros(_BINS, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("extreme", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        # float64, since float32 stops counting at 2^24 and a correlation from sums cancels:
         # pairs ranked right, pairs
         self.add_state("ordered", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
         # sum of group sums, groups with a peer, groups of equal rewards, groups with a valid row
@@ -296,10 +296,10 @@ class GroupDiagnostics(Metric):
         values: dict[str, Tensor] = {}
         pairs = self.histogram.sum()
         if pairs > 0:
-            cdf = self.histogram.cumsum(0) / pairs
-            for quantile in _QUANTILES:
-                bin_index = torch.searchsorted(cdf, torch.tensor([quantile - 1e-12], device=cdf.device)).squeeze()
-                values[f"weight_q{round(100 * quantile):02d}"] = (bin_index + 0.5) / _BINS
+            cumulative = self.histogram.cumsum(0).double()
+            wanted = cumulative.new_tensor(_QUANTILES) * pairs * (1 - 1e-12)  # rounding must not cost a bin
+            for quantile, index in zip(_QUANTILES, torch.searchsorted(cumulative, wanted), strict=True):
+                values[f"weight_q{round(100 * quantile):02d}"] = (index + 0.5) / _BINS
             values["weight_extreme_share"] = self.extreme / pairs
         if self.ordered[1] > 0:
             values["group_auc"] = self.ordered[0] / self.ordered[1]

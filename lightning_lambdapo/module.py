@@ -19,13 +19,13 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_lambdapo import parallel
+from lightning_lambdapo.checkpoints import TrainableCheckpoint
 from lightning_lambdapo.checks import (
     check_fields,
     check_schedule,
     check_trainer,
     warn_of_settings,
 )
-from lightning_lambdapo.checkpoints import TrainableCheckpoint
 from lightning_lambdapo.config import AlgorithmConfig, EvaluationConfig, from_mapping
 from lightning_lambdapo.datatypes import PromptBatch, Rollout, Scores
 from lightning_lambdapo.evaluation import Evaluation, judge, tally_rollout
@@ -199,7 +199,8 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
         """Build policy, reference and engine, once."""
         if hasattr(self, "policy"):
             return
-        self.policy = self.build_policy()
+        # In train mode as Lightning expects; rollouts and reference scoring switch to eval mode themselves.
+        self.policy = self.build_policy().train()
         if self.algorithm.needs_reference:
             self.reference = frozen_reference(self.policy)
         self.engine = self.build_engine(self.causal_lm)
@@ -276,7 +277,7 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
 
     @torch.no_grad()
     def sample(self, batch: PromptBatch, stage: str) -> Rollout:
-        """Complete each prompt: ``rollout.group_size`` times in training, ``validation.num_samples`` times elsewhere."""
+        """Complete each prompt ``rollout.group_size`` times in training, ``validation.num_samples`` times elsewhere."""
         training = stage == "train"
         settings = self.rollout_config if training else self.validation_config
         prompt_ids = batch.prompt_ids.tolist()
@@ -315,7 +316,7 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
         """Make one optimizer update of one mini-batch; without a row to learn from no parameter moves."""
         optimizer, strategy = cast(LightningOptimizer, self.optimizers()), self.trainer.strategy
         optimizer.zero_grad()
-        tally.ratio("loss", 0.0, 1 / parallel.world_size())
+        tally.ratio("lr", optimizer.param_groups[0]["lr"], 1.0)
         tally.ratio("empty_updates", float(not update.learns), 1.0)
         if update.learns:
             self.learner.accumulate(
@@ -334,7 +335,7 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
                 optimizer.step()
         scheduler = self.lr_schedulers()
         if scheduler is not None:
-            scheduler.step()  # type: ignore[union-attr, call-arg]
+            scheduler.step()  # type: ignore[union-attr]
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradient (unscaled by now), or drop it where it is not finite."""
@@ -385,7 +386,6 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
         self.group_diagnostics.reset()
         self.train_density.reset()
         values["skipped_updates"] = self.skipped_updates
-        values["lr"] = cast(LightningOptimizer, self.optimizers()).param_groups[0]["lr"]
         for name, value in values.items():
             self.log(f"train/{name}", float(value), prog_bar=name in _PROGRESS_BAR, batch_size=len(batch.prompts))
 

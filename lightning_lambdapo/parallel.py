@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -55,7 +54,7 @@ def micro_batch_count(local: int, strategy: Strategy) -> int:
     rows still makes one, to take part in the gradient's reduction.
     """
     if is_sharded(strategy):
-        return max(1, *gather_objects(local))
+        return int(max([1, *gather_objects(local)]))
     return max(1, local)
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers import (
@@ -29,7 +30,7 @@ BUILTIN = "builtin:arithmetic"
 _REFERENCE_ADAPTER = "reference"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PolicyConfig:
     """Where the policy comes from and how it is held in memory.
 
@@ -68,7 +69,7 @@ class PolicyConfig:
         return cast(torch.dtype, getattr(torch, self.dtype))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AdapterConfig:
     """A LoRA adapter. Everything that peft's ``LoraConfig`` takes beyond the four usual settings goes to ``options``.
 
@@ -81,7 +82,7 @@ class AdapterConfig:
     """
 
     r: int = 16
-    alpha: float = 32
+    alpha: int = 32
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
     options: dict[str, Any] = field(default_factory=dict)
@@ -132,28 +133,31 @@ def load_policy(config: PolicyConfig, adapter: AdapterConfig | PeftConfig | None
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if adapter is None and config.adapter is None:
-        return model.eval()
+        model.eval()
+        return model
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if config.adapter is not None:
             policy = _continue_adapter(model, config.adapter)
+        elif isinstance(adapter, AdapterConfig):
+            policy = _add_adapter(model, adapter.to_peft())
         else:
-            policy = get_peft_model(model, adapter.to_peft() if isinstance(adapter, AdapterConfig) else adapter)
-    return policy.eval()
+            policy = _add_adapter(model, adapter)
+    policy.eval()
+    return policy
 
 
 def causal_lm(policy: Policy) -> PreTrainedModel:
     """The causal language model itself, adapter layers and all, without peft's outer wrapper."""
-    return policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    return cast(PreTrainedModel, policy.get_base_model()) if isinstance(policy, PeftModel) else policy
 
 
 def frozen_reference(policy: Policy) -> PreTrainedModel | None:
     """A frozen copy of a fully trained policy; None where switching the adapter gives the reference."""
     if isinstance(policy, PeftModel):
         return None
-    reference = copy.deepcopy(policy)
-    return reference.requires_grad_(False).eval()
+    return copy.deepcopy(policy).requires_grad_(False)
 
 
 @contextmanager
@@ -177,11 +181,12 @@ def reference_mode(policy: Policy) -> Iterator[None]:
             yield
         return
     active = policy.active_adapter
-    policy.base_model.set_adapter(_REFERENCE_ADAPTER, inference_mode=True)
+    tuner = cast(BaseTuner, policy.base_model)
+    tuner.set_adapter(_REFERENCE_ADAPTER, inference_mode=True)
     try:
         yield
     finally:
-        policy.base_model.set_adapter(active)
+        tuner.set_adapter(active)
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -206,7 +211,7 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 def save_policy(policy: Policy, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:
     """Write the policy for ``from_pretrained``: the adapter alone where there is one, else the whole model."""
     if isinstance(policy, PeftModel):
-        policy.save_pretrained(directory, selected_adapters=["default"])
+        policy.save_pretrained(str(directory), selected_adapters=["default"])
     else:
         if getattr(policy.config, "quantization_config", None) is not None:  # transformers refuses to save GGUF origins
             del policy.config.quantization_config
@@ -247,7 +252,7 @@ def _load_base(config: PolicyConfig) -> PreTrainedModel:
         # On CPUs with AVX512-BF16 an eval-mode forward would repack the 4-bit weights in place, lossily, into a form
         # whose kernel has no gradient: every later backward pass would be silently wrong.
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
     return model
 
 
@@ -283,15 +288,19 @@ def _silence_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
+def _add_adapter(model: PreTrainedModel, settings: PeftConfig | None) -> PeftModel:
+    return cast(PeftModel, get_peft_model(model, cast(PeftConfig, settings)))
+
+
 def _continue_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     settings = PeftConfig.from_pretrained(path)
     settings.inference_mode = False
     weights = load_peft_weights(path, device="cpu")
-    policy = get_peft_model(model, settings)
+    policy = _add_adapter(model, settings)
     policy.add_adapter(_REFERENCE_ADAPTER, copy.deepcopy(settings))
     for name in ("default", _REFERENCE_ADAPTER):
         try:
-            result = set_peft_model_state_dict(policy, weights, adapter_name=name)
+            result: Any = set_peft_model_state_dict(policy, weights, adapter_name=name)
         except RuntimeError as error:
             raise ValueError(_foreign_adapter(path, model, str(error).splitlines()[-1].strip())) from error
         missing = [key for key in result.missing_keys if f".{name}." in key]

@@ -110,7 +110,7 @@ def _head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     project = model.get_output_embeddings()
 
     def head(hidden: Tensor) -> Tensor:
-        logits = project(hidden)
+        logits: Tensor = project(hidden)
         if scale != 1.0:
             logits = logits * scale
         return torch.tanh(logits / cap) * cap if cap else logits

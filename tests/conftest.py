@@ -14,7 +14,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Directory of real problem files that are not part of the project (``LAMBDAPO_TEST_DATA`` or ``../shared/data``)."""
+    """Real problem files that are not part of the project, in ``LAMBDAPO_TEST_DATA`` or ``../shared/data``."""
     default = Path(__file__).parents[2] / "shared" / "data"
     path = Path(os.environ.get("LAMBDAPO_TEST_DATA", default))
     if not path.is_dir():

@@ -72,15 +72,18 @@ def config(architecture: str, vocab_size: int = 49) -> PretrainedConfig:
 def model(architecture: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random model; its initial weights are large enough for distributions that are far from uniform."""
     torch.manual_seed(seed)
-    built = AutoModelForCausalLM.from_config(config(architecture)).to(dtype)
+    built: PreTrainedModel = AutoModelForCausalLM.from_config(config(architecture)).to(dtype)
     with torch.no_grad():
         for parameter in built.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(6.0)
-    return built.eval()
+    built.eval()
+    return built
 
 
-def batch(prompts: list[list[int]], *, prompt_ids: list[int] | None = None, pad_id: int = 0, extra: int = 0) -> PromptBatch:
+def batch(
+    prompts: list[list[int]], *, prompt_ids: list[int] | None = None, pad_id: int = 0, extra: int = 0
+) -> PromptBatch:
     """Left-padded token prompts, ``extra`` columns wider than needed."""
     width = max(map(len, prompts)) + extra
     return PromptBatch(

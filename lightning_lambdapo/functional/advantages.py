@@ -171,7 +171,7 @@ def lambda_advantages(
         advantages = advantages / (_unbiased_std(rewards, valid, -1).unsqueeze(-1) + _STD_EPS)
     elif scale == "batch":
         std = _unbiased_std(rewards.flatten(), valid.flatten(), -1) if reward_std is None else reward_std
-        advantages = advantages / (torch.as_tensor(std).to(rewards) + _STD_EPS)
+        advantages = advantages / (torch.as_tensor(std, dtype=rewards.dtype, device=rewards.device) + _STD_EPS)
     return torch.where(valid & _unequal(rewards, valid), advantages, 0.0)
 
 

@@ -78,12 +78,12 @@ def chunked_logprobs(
             f"`hidden` must have shape (M, H) and `targets` (M,), got {tuple(hidden.shape)} and {tuple(targets.shape)}."
         )
 
-    def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+    def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         logits = at_least_float32(head(hidden)) / temperature
         normaliser = logits.logsumexp(-1)
         logprobs = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - normaliser
         if not entropy:
-            return logprobs, None
+            return (logprobs,)
         with torch.no_grad():  # -inf logits have probability 0, and 0 * -inf would be NaN
             expected = logits.softmax(-1).mul_(logits.clamp(min=torch.finfo(logits.dtype).min)).sum(-1)
             return logprobs, normaliser - expected
@@ -96,8 +96,7 @@ def chunked_logprobs(
             checkpoint(score, part, wanted, use_reentrant=False) if torch.is_grad_enabled() else score(part, wanted)
         )
         logprobs.append(scored[0])
-        if entropy:
-            entropies.append(scored[1])
+        entropies.extend(scored[1:])
     return torch.cat(logprobs), torch.cat(entropies) if entropy else None
 
 

@@ -14,7 +14,7 @@ from lightning_lambdapo.functional import completion_mask
 from lightning_lambdapo.rollout.sampling import SamplingConfig
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RolloutConfig:
     """How completions are generated for training.
 
@@ -81,7 +81,7 @@ class RolloutEngine(ABC):
         ended = (completion_ids.unsqueeze(-1) == completion_ids.new_tensor(self.eos_ids)).any(-1) & mask
         width = int(mask.sum(-1).max())
         texts = [
-            self.tokenizer.decode(ids[keep].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            str(self.tokenizer.decode(ids[keep].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False))
             for ids, keep in zip(completion_ids.cpu(), mask.cpu(), strict=True)
         ]
         zero = torch.zeros((), dtype=logprobs.dtype, device=logprobs.device)

@@ -65,7 +65,8 @@ def _next_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: T
         use_cache=True,
         logits_to_keep=1,
     )
-    return output.logits[:, -1]
+    logits: Tensor = output.logits[:, -1]
+    return logits
 
 
 def _float_type(logits: Tensor) -> torch.dtype:

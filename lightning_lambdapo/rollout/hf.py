@@ -1,5 +1,7 @@
 """Rollouts by transformers' own ``generate``: slower, and right for every architecture that transformers can decode."""
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
@@ -42,7 +44,7 @@ class HFEngine(RolloutEngine):
         )
         model_defaults, model.generation_config = model.generation_config, config
         try:
-            sequences = model.generate(
+            sequences = cast(Any, model).generate(
                 input_ids=input_ids,
                 attention_mask=mask.long(),
                 generation_config=config,
@@ -54,7 +56,7 @@ class HFEngine(RolloutEngine):
         return self.finish(completions, torch.stack(recorder.logprobs, -1), torch.stack(recorder.entropy, -1))
 
 
-class _SamplingProcessor(LogitsProcessor):  # type: ignore[misc]
+class _SamplingProcessor(LogitsProcessor):
     """Draws the token itself and leaves ``generate`` no choice but that one."""
 
     def __init__(self, sampler: TokenSampler) -> None:

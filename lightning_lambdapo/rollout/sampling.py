@@ -3,15 +3,16 @@
 import hashlib
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SamplingConfig:
     """How tokens are drawn from the policy's logits.
 
@@ -138,16 +139,13 @@ class TokenSampler:
     def __init__(self, config: SamplingConfig, uniforms: Tensor, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
         self.config = config
         self.uniforms = uniforms.to(prompt_ids.device)
-        self.warpers = [
-            warper
-            for wanted, warper in (
-                (config.top_k > 0, lambda: TopKLogitsWarper(config.top_k)),
-                (config.top_p < 1, lambda: TopPLogitsWarper(config.top_p)),
-                (config.min_p > 0, lambda: MinPLogitsWarper(config.min_p)),
-            )
-            if wanted
-            for warper in (warper(),)
-        ]
+        self.warpers: list[Callable[[Any, Tensor], Tensor]] = []
+        if config.top_k > 0:
+            self.warpers.append(TopKLogitsWarper(config.top_k))
+        if config.top_p < 1:
+            self.warpers.append(TopPLogitsWarper(config.top_p))
+        if config.min_p > 0:
+            self.warpers.append(MinPLogitsWarper(config.min_p))
         self._prompt = (prompt_ids, prompt_mask) if config.repetition_penalty != 1 else None
         self._seen: Tensor | None = None
 

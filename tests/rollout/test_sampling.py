@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +10,13 @@ from lightning_lambdapo.rollout.sampling import SamplingConfig, TokenSampler, in
 PROBABILITIES = [0.0, 0.1, 0.0, 0.6, 0.3, 0.0]
 
 
-def draw(logits: Tensor, *, prompt: list[list[int]] | None = None, draws: int = 20_001, **settings: float) -> Tensor:
+def draw(logits: Tensor, *, prompt: list[list[int]] | None = None, draws: int = 20_001, **settings: Any) -> Tensor:
     """Tokens drawn at evenly spaced uniforms: their frequencies are the drawing distribution to 1e-4."""
     rows = torch.arange(draws)
     uniforms = ((rows + 1) / draws).double()[:, None]
     ids = torch.tensor(prompt or [[0]]).expand(draws, -1)
     mask = ids >= 0
-    sampler = TokenSampler(SamplingConfig(**settings), uniforms, ids.clamp(min=0), mask)  # type: ignore[arg-type]
+    sampler = TokenSampler(SamplingConfig(**settings), uniforms, ids.clamp(min=0), mask)
     return sampler(logits.expand(draws, -1), rows, 0)[0].bincount(minlength=logits.shape[-1]) / draws
 
 
@@ -51,7 +52,7 @@ def renormalised(keep: list[int], weights: list[float]) -> Tensor:
         ({"top_k": 3, "min_p": 0.7}, [0, 2]),
     ],
 )
-def test_filters(settings: dict[str, float], keep: list[int]) -> None:
+def test_filters(settings: dict[str, Any], keep: list[int]) -> None:
     weights = [0.4, 0.1, 0.3, 0.15, 0.05]
     found = draw(torch.tensor(weights).log(), **settings)
     torch.testing.assert_close(found, renormalised(keep, weights), atol=2e-4, rtol=0)

@@ -1,0 +1,18 @@
+"""Data: problems from anywhere, as batches of prompts."""
+
+from lightning_lambdapo.data.collate import PromptCollator
+from lightning_lambdapo.data.datamodule import LambdaPODataModule
+from lightning_lambdapo.data.presets import PRESETS
+from lightning_lambdapo.data.sampler import PromptSampler
+from lightning_lambdapo.data.sources import DataSource, load_rows
+from lightning_lambdapo.data.templates import PromptTemplate
+
+__all__ = [
+    "PRESETS",
+    "DataSource",
+    "LambdaPODataModule",
+    "PromptCollator",
+    "PromptSampler",
+    "PromptTemplate",
+    "load_rows",
+]

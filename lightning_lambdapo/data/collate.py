@@ -1,0 +1,88 @@
+"""From rows to a left-padded batch of prompts."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lightning_lambdapo.data.templates import PromptTemplate
+from lightning_lambdapo.datatypes import PromptBatch
+
+_OWN = ("prompt", "answer", "reference", "prompt_id")
+
+
+class PromptCollator:
+    """``collate_fn`` of a DataLoader whose rows are mappings.
+
+    A row has ``prompt`` (text or chat messages), and may have ``answer``, ``reference`` (text or None) and
+    ``prompt_id`` (a stable whole number; otherwise a 63-bit hash of the prompt's text). All other keys reach the rewards
+    as columns.
+
+    Args:
+        tokenizer: the policy's.
+        template: how a prompt is worded.
+        max_prompt_length: longest prompt, in tokens; a longer one is an error, never truncated.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: PromptTemplate = PromptTemplate(),
+        max_prompt_length: int = 512,
+    ) -> None:
+        if max_prompt_length < 1:
+            raise ValueError(f"`max_prompt_length` must be at least 1, got {max_prompt_length}.")
+        self.tokenizer = tokenizer
+        self.template = template
+        self.max_prompt_length = max_prompt_length
+
+    def encode(self, row: Mapping[str, Any]) -> tuple[str, list[int]]:
+        """Text and token ids of a row's prompt.
+
+        Raises:
+            ValueError: the row has no prompt, or the prompt has no tokens.
+        """
+        if "prompt" not in row:
+            raise ValueError(f"A row has no 'prompt'; it has {', '.join(map(repr, row))}.")
+        text = self.template.render(self.tokenizer, row["prompt"])
+        ids = self.template.encode(self.tokenizer, text)
+        if not ids:
+            raise ValueError(f"The prompt {text!r} (id {row.get('prompt_id')}) has no tokens.")
+        return text, ids
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PromptBatch:
+        """Collate rows.
+
+        Raises:
+            ValueError: as :meth:`encode`, or a prompt is longer than ``max_prompt_length``.
+        """
+        texts, encoded = zip(*(self.encode(row) for row in rows), strict=True)
+        for row, ids in zip(rows, encoded, strict=True):
+            if len(ids) > self.max_prompt_length:
+                raise ValueError(
+                    f"The prompt with id {row.get('prompt_id')} has {len(ids)} tokens, more than max_prompt_length = "
+                    f"{self.max_prompt_length}; raise it, or drop the row (LambdaPODataModule drops and counts them)."
+                )
+        width = max(map(len, encoded))
+        pad_id = self.tokenizer.pad_token_id or 0
+        prompt_ids = [
+            row["prompt_id"] if row.get("prompt_id") is not None else _hash(text)
+            for row, text in zip(rows, texts, strict=True)
+        ]
+        return PromptBatch(
+            input_ids=torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in encoded]),
+            # From lengths, not from the padding id, which may be a token of the prompt.
+            attention_mask=torch.tensor([[False] * (width - len(ids)) + [True] * len(ids) for ids in encoded]),
+            prompt_ids=torch.tensor(prompt_ids, dtype=torch.int64),
+            prompts=list(texts),
+            answers=[row.get("answer") for row in rows],
+            references=[row.get("reference") for row in rows],
+            columns=[{name: value for name, value in row.items() if name not in _OWN} for row in rows],
+        )
+
+
+def _hash(text: str) -> int:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,216 @@
+"""The LightningDataModule: sources in, batches of prompts out, in an order that a resume continues."""
+
+import hashlib
+import warnings
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from lightning_lambdapo.data.collate import PromptCollator
+from lightning_lambdapo.data.sampler import PromptSampler
+from lightning_lambdapo.data.sources import DataSource, Row, load_rows
+from lightning_lambdapo.data.templates import PromptTemplate
+from lightning_lambdapo.datatypes import PromptBatch
+
+_STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+
+
+class LambdaPODataModule(LightningDataModule):
+    """Batches of prompts for training, validation, test and prediction.
+
+    Prompts longer than ``max_prompt_length`` are dropped and counted, never truncated. The order of training prompts is
+    a function of seed and epoch; checkpoints hold the position in it.
+
+    Args:
+        train: training problems.
+        val: validation problems.
+        test: test problems; ``val`` where there are none.
+        predict: problems to complete; ``test`` or ``val`` where there are none.
+        batch_size: prompts per rank and training step.
+        eval_batch_size: prompts per rank elsewhere; ``batch_size`` where None.
+        max_prompt_length: longest prompt, in tokens.
+        template: how a problem becomes a prompt.
+        tokenizer: None takes that of the module being trained.
+        seed: of the order of training prompts.
+        shuffle: False keeps the data's own order.
+        num_workers: processes that tokenise.
+
+    Attributes:
+        dropped: number of over-long prompts left out, by split.
+    """
+
+    def __init__(
+        self,
+        train: DataSource | None = None,
+        val: DataSource | None = None,
+        test: DataSource | None = None,
+        predict: DataSource | None = None,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        max_prompt_length: int = 512,
+        template: PromptTemplate = PromptTemplate(),
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size or 1}.items():
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        self.sources = {
+            "train": train,
+            "val": val,
+            "test": test or val,
+            "predict": predict or test or val,
+        }
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.max_prompt_length = max_prompt_length
+        self.template = template
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.shuffle = shuffle
+        self.num_workers = num_workers
+        self.dropped: dict[str, int] = {}
+        self._rows: dict[str, list[Row]] = {}
+        self._position: dict[str, Any] | None = None
+
+    @property
+    def train_rows(self) -> list[Row]:
+        """The training problems, once ``setup`` has run."""
+        return self._rows.get("train", [])
+
+    def setup(self, stage: str) -> None:
+        """Load the stage's sources, and drop what is too long.
+
+        Raises:
+            ValueError: no tokenizer, no source for the stage, or no prompt that is short enough.
+        """
+        for split in _STAGES[stage]:
+            source = self.sources[split]
+            if source is not None and split not in self._rows:
+                self._rows[split] = self._load(split, source)
+        required = _STAGES[stage][0]
+        if required not in self._rows:
+            raise ValueError(f"There is no data to {stage} on; set `data.{required}`.")
+
+    def train_dataloader(self) -> DataLoader[PromptBatch]:
+        """Batches of training prompts; a resumed run goes on where its checkpoint stands."""
+        loader = self._loader("train", self.batch_size)
+        if self._position is not None and isinstance(loader.sampler, PromptSampler):
+            loader.sampler.resume(self._position["epoch"], self._position["batches"])
+        return loader
+
+    def val_dataloader(self) -> DataLoader[PromptBatch] | list[Any]:
+        """Batches of validation prompts, in the data's order; none without a validation source."""
+        return self._loader("val", self.eval_batch_size) if "val" in self._rows else []
+
+    def test_dataloader(self) -> DataLoader[PromptBatch]:
+        """Batches of test prompts, in the data's order."""
+        return self._loader("test", self.eval_batch_size)
+
+    def predict_dataloader(self) -> DataLoader[PromptBatch]:
+        """Batches of prompts to complete, in the data's order."""
+        return self._loader("predict", self.eval_batch_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the training data, counted by the trainer: loader workers run ahead of it."""
+        if self.trainer is None or not self.train_rows:
+            return {}
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return {
+            "epoch": self.trainer.current_epoch,
+            "batches": progress.ready,
+            "data": _fingerprint(self.train_rows),
+            "global_batch": self.batch_size * self.trainer.world_size,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the position of a checkpoint; data or batch size that have changed since get a warning."""
+        if not state_dict:
+            return
+        self._position = state_dict
+        if self.train_rows and state_dict["data"] != _fingerprint(self.train_rows):
+            warnings.warn(
+                "The training data is not that of the checkpoint; the run goes on at the same position of other data.",
+                stacklevel=2,
+            )
+        world_size = 1 if self.trainer is None else self.trainer.world_size
+        if state_dict["global_batch"] != self.batch_size * world_size:
+            warnings.warn(
+                f"The checkpoint's run took {state_dict['global_batch']} prompts per step, this one takes "
+                f"{self.batch_size * world_size}; the run does not go on with the same prompts.",
+                stacklevel=2,
+            )
+
+    def _load(self, split: str, source: DataSource) -> list[Row]:
+        collator = self._collator()
+        rows = load_rows(source)
+        kept = [row for row in rows if len(collator.encode(row)[1]) <= self.max_prompt_length]
+        self.dropped[split] = len(rows) - len(kept)
+        if not kept:
+            raise ValueError(
+                f"All {len(rows)} prompts of {source.name} have more than max_prompt_length = "
+                f"{self.max_prompt_length} tokens; raise it."
+            )
+        if self.dropped[split]:
+            rank_zero_warn(
+                f"{self.dropped[split]} of {len(rows)} prompts of {source.name} ({split}) have more than "
+                f"max_prompt_length = {self.max_prompt_length} tokens and are left out."
+            )
+        return kept
+
+    def _loader(self, split: str, batch_size: int) -> DataLoader[PromptBatch]:
+        rows = _Rows(self._rows[split])
+        sampler = PromptSampler(
+            rows,
+            batch_size=batch_size,
+            training=split == "train",
+            num_replicas=1 if self.trainer is None else self.trainer.world_size,
+            rank=0 if self.trainer is None else self.trainer.global_rank,
+            seed=self.seed,
+            shuffle=self.shuffle,
+        )
+        return DataLoader(
+            rows,
+            batch_size=batch_size,
+            sampler=sampler,
+            collate_fn=self._collator(),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def _collator(self) -> PromptCollator:
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            module = None if self.trainer is None else self.trainer.lightning_module
+            tokenizer = getattr(module, "tokenizer", None)
+        if tokenizer is None:
+            raise ValueError(
+                "LambdaPODataModule has no tokenizer: give it one, or train a module that has a `tokenizer`."
+            )
+        return PromptCollator(tokenizer, self.template, self.max_prompt_length)
+
+
+class _Rows(Dataset[Row]):
+    """A list as a Dataset."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.rows[index]
+
+
+def _fingerprint(rows: list[Row]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for row in rows:
+        digest.update(f"{row['prompt_id']}\0{row['prompt']}\0".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()

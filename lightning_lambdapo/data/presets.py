@@ -1,0 +1,148 @@
+"""Named column mappings of public datasets, as plain data and small pure functions."""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_lambdapo.rewards.answers import boxed_content
+
+Fields = dict[str, Any]
+_LETTERS = "ABCDEFGHIJ"
+
+
+class RowError(ValueError):
+    """A row that a preset cannot read; the caller adds where it stands."""
+
+
+def _as_is(fields: Fields, row: Mapping[str, Any]) -> Fields:
+    return _choices(fields, row) if "choices" in fields else fields
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """How a public dataset becomes prompts, answers and references.
+
+    Attributes:
+        dataset: hub id; None for a mapping that only makes sense over a file of the user's.
+        config: configuration name on the hub.
+        split: the split that the field reports on, or trains on where there is one.
+        columns: our names -> the dataset's column names.
+        finish: turns the mapped columns (and the whole row) into ``prompt``, ``answer`` and ``reference``.
+    """
+
+    dataset: str | None = None
+    config: str | None = None
+    split: str = "train"
+    columns: dict[str, str] = field(default_factory=dict)
+    finish: Callable[[Fields, Mapping[str, Any]], Fields] = _as_is
+
+
+def text_of(value: object) -> str | None:
+    """An answer as text: whole floats lose their point, None stays None.
+
+    Example:
+        >>> text_of(14.0), text_of(" x "), text_of(None)
+        ('14', 'x', None)
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool | str):
+        return str(value).strip()
+    if isinstance(value, int | float):
+        return str(int(value)) if value == int(value) else str(value)
+    raise RowError(f"an answer or reference must be text or a number, got {value!r:.80}")
+
+
+def _gsm8k(fields: Fields, row: Mapping[str, Any]) -> Fields:
+    solution = str(fields["answer"])
+    if "####" not in solution:
+        raise RowError(f"its solution has no final line '#### answer': {solution[-60:]!r}")
+    return {
+        "prompt": fields["prompt"],
+        "answer": solution.rpartition("####")[2].replace(",", "").strip(),
+        "reference": re.sub(r"<<.*?>>", "", solution),
+    }
+
+
+def _boxed_solution(fields: Fields, row: Mapping[str, Any]) -> Fields:
+    answer = boxed_content(str(fields["reference"]))
+    if answer is None:
+        raise RowError("its solution has no \\boxed{...}")
+    return fields | {"answer": answer}
+
+
+def _chat(fields: Fields, row: Mapping[str, Any]) -> Fields:
+    texts = {message["role"]: message["content"] for message in reversed(fields["prompt"])}
+    if not {"user", "assistant"} <= texts.keys():
+        raise RowError("its messages have no user and assistant turn")
+    return {"prompt": texts["user"], "answer": boxed_content(texts["assistant"]), "reference": texts["assistant"]}
+
+
+def _choices(fields: Fields, row: Mapping[str, Any]) -> Fields:
+    choices, answer = fields["choices"], fields.get("answer")
+    if isinstance(choices, Mapping):  # {"text": [...], "label": [...]}
+        choices = choices.get("text")
+    if not isinstance(choices, list) or not 2 <= len(choices) <= len(_LETTERS):
+        raise RowError(f"its choices must be a list of 2 to {len(_LETTERS)} texts, got {choices!r:.80}")
+    if isinstance(answer, int) and 0 <= answer < len(choices):
+        letter = _LETTERS[answer]
+    elif isinstance(answer, str) and answer.strip("() ") in tuple(_LETTERS[: len(choices)]):
+        letter = answer.strip("() ")
+    elif answer in choices:
+        letter = _LETTERS[choices.index(answer)]
+    else:
+        raise RowError(f"its answer {answer!r:.80} is neither an index, a letter nor the text of a choice")
+    return fields | {"prompt": _question(fields["prompt"], choices), "answer": letter}
+
+
+def _gpqa(fields: Fields, row: Mapping[str, Any]) -> Fields:
+    right = row["Correct Answer"]
+    choices = [right, *(row[f"Incorrect Answer {number}"] for number in (1, 2, 3))]
+    # A fixed order that depends on question and choice alone, not on a random state.
+    choices.sort(key=lambda choice: hashlib.blake2b(f"{fields['prompt']}\0{choice}".encode()).digest())
+    return fields | {
+        "prompt": _question(fields["prompt"], [choice.strip() for choice in choices]),
+        "answer": _LETTERS[choices.index(right)],
+    }
+
+
+def _lettered_options(fields: Fields, row: Mapping[str, Any]) -> Fields:
+    return fields | {"prompt": f"{fields['prompt']}\n{row['options']}"}
+
+
+def _question(question: str, choices: list[Any]) -> str:
+    return "\n".join(
+        [question.strip(), *(f"{letter}. {text}" for letter, text in zip(_LETTERS, choices, strict=False))]
+    )
+
+
+_COMPETITION = {"prompt": "problem", "answer": "answer", "reference": "solution"}
+
+PRESETS: dict[str, Preset] = {
+    "gsm8k": Preset("openai/gsm8k", "main", "train", {"prompt": "question", "answer": "answer"}, _gsm8k),
+    "math": Preset(
+        "DigitalLearningGmbH/MATH-lighteval",
+        "default",
+        "train",
+        {"prompt": "problem", "reference": "solution"},
+        _boxed_solution,
+    ),
+    "math500": Preset("HuggingFaceH4/MATH-500", None, "test", _COMPETITION),
+    "aime24": Preset("HuggingFaceH4/aime_2024", None, "train", _COMPETITION),
+    "aime25": Preset("math-ai/aime25", None, "test", {"prompt": "problem", "answer": "answer"}),
+    "amc23": Preset("math-ai/amc23", None, "test", {"prompt": "question", "answer": "answer"}),
+    "gpqa_diamond": Preset(
+        "Idavidrein/gpqa", "gpqa_diamond", "train", {"prompt": "Question", "reference": "Explanation"}, _gpqa
+    ),
+    "mmlu": Preset(
+        "cais/mmlu", "all", "test", {"prompt": "question", "choices": "choices", "answer": "answer"}, _choices
+    ),
+    "multiple_choice": Preset(
+        columns={"prompt": "question", "choices": "choices", "answer": "answer"}, finish=_choices
+    ),
+    "mixture_of_thoughts": Preset("open-r1/Mixture-of-Thoughts", "math", "train", {"prompt": "messages"}, _chat),
+    "mawps": Preset(columns={"prompt": "input", "answer": "target"}),
+    "sat_math": Preset(columns={"prompt": "question", "answer": "Answer"}, finish=_lettered_options),
+}

@@ -1,0 +1,71 @@
+"""The order of prompts: the same global batches on any number of ranks, and from any position on."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, DistributedSampler
+
+
+class PromptSampler(DistributedSampler[Any]):
+    """Deals prompts to ranks; a function of seed, epoch and position alone.
+
+    Global batch ``k`` of an epoch is the same set of prompts for any world size: position ``i`` of rank ``r`` is entry
+    ``i * world + r`` of the epoch's order. In training the last, incomplete global batch of an epoch is left out (the
+    next epoch's shuffle deals its prompts again); in evaluation nothing is left out and nothing repeated, so ranks
+    may differ by one row. Lightning leaves a ``DistributedSampler`` as it is, and calls ``set_epoch``.
+
+    Args:
+        dataset: anything with a length.
+        batch_size: prompts per rank and batch.
+        training: shuffle, and deal whole global batches alone.
+        num_replicas: number of ranks.
+        rank: this one.
+        seed: of the shuffle.
+        shuffle: False keeps the data's own order in training too.
+
+    Raises:
+        ValueError: a training set smaller than one global batch.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        *,
+        batch_size: int,
+        training: bool,
+        num_replicas: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=training and shuffle, seed=seed)
+        count, global_batch = len(dataset), batch_size * num_replicas  # type: ignore[arg-type]
+        if training and count < global_batch:
+            raise ValueError(
+                f"{count} training prompts do not fill one batch of {batch_size} prompts on {num_replicas} rank(s); "
+                "lower `batch_size` or bring more data."
+            )
+        self.batch_size = batch_size
+        self.total_size = count // global_batch * global_batch if training else count
+        self.num_samples = len(range(rank, self.total_size, num_replicas))
+        self._resume: tuple[int, int] | None = None
+
+    def resume(self, epoch: int, batches: int) -> None:
+        """Leave out the first ``batches`` batches of ``epoch``; other epochs are dealt whole."""
+        self._resume = (epoch, batches)
+
+    def __iter__(self) -> Iterator[int]:
+        count = len(self.dataset)  # type: ignore[arg-type]
+        if self.shuffle:
+            generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
+            order = torch.randperm(count, generator=generator).tolist()
+        else:
+            order = list(range(count))
+        mine = order[self.rank : self.total_size : self.num_replicas]
+        skipped = self._resume[1] if self._resume is not None and self._resume[0] == self.epoch else 0
+        return iter(mine[skipped * self.batch_size :])
+
+    def __len__(self) -> int:
+        """Rows of this rank in a whole epoch, also where a resume leaves some of them out."""
+        return self.num_samples

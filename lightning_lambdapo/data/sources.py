@@ -1,0 +1,250 @@
+"""Where problems come from: JSONL files, hub datasets, reasoning-gym tasks, built-in arithmetic."""
+
+import json
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_lambdapo.data.presets import PRESETS, Preset, RowError, text_of
+
+Row = dict[str, Any]
+
+_FIELDS = ("prompt", "answer", "reference", "choices")
+_TERMS = range(1, 20)
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One set of problems. Its origin is exactly one of ``path``, ``dataset``, ``task`` and a ``preset``'s own.
+
+    Attributes:
+        preset: named column mapping, with a hub id unless ``path`` or ``dataset`` overrides it; ``"arithmetic"`` is
+            built in. See ``lightning_lambdapo.data.PRESETS``.
+        path: a JSONL file, one object per line.
+        dataset: a hub id, or a local directory that ``datasets.load_dataset`` reads.
+        config: the hub dataset's configuration name.
+        split: the split; a preset knows its default.
+        revision: branch, tag or commit of the hub dataset.
+        columns: our name (``prompt``, ``answer``, ``reference``, ``choices``) -> the data's column name.
+        limit: keep the first this many rows.
+        task: name of a reasoning-gym task.
+        settings: that task's settings.
+        size: number of generated problems (reasoning-gym, arithmetic).
+        seed: of the generated problems.
+    """
+
+    preset: str | None = None
+    path: str | None = None
+    dataset: str | None = None
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    limit: int | None = None
+    task: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    size: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.preset is not None and self.preset not in PRESETS and self.preset != "arithmetic":
+            raise ValueError(f"Unknown preset {self.preset!r}; there are {', '.join(['arithmetic', *PRESETS])}.")
+        origins = [name for name in ("path", "dataset", "task") if getattr(self, name) is not None]
+        if len(origins) > 1 or (not origins and self.preset is None):
+            raise ValueError(
+                f"A data source needs exactly one origin, got {' and '.join(origins) or 'none'}; give `path`, "
+                "`dataset`, `task` or a `preset`."
+            )
+        generated = self.task is not None or self.preset == "arithmetic"
+        if generated and self.task is not None and self.preset is not None:
+            raise ValueError(f"`task` ({self.task}) takes no `preset` ({self.preset}); drop one of them.")
+        if self.preset == "arithmetic" and origins:
+            raise ValueError(f"The preset arithmetic is generated and takes no `{origins[0]}`.")
+        idle = {
+            "config": self.path is not None or generated,
+            "revision": self.path is not None or generated,
+            "columns": generated,
+            "settings": self.task is None,
+            "size": not generated,
+            "seed": not generated,
+        }
+        for name, is_idle in idle.items():
+            if is_idle and getattr(self, name) not in (None, {}, 0):
+                raise ValueError(f"`{name}` = {getattr(self, name)!r} has no effect on this data source; drop it.")
+        strangers = set(self.columns) - set(_FIELDS)
+        if strangers:
+            raise ValueError(f"`columns` maps {', '.join(_FIELDS)}; it cannot map {', '.join(sorted(strangers))}.")
+        for name in ("limit", "size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+
+    @property
+    def name(self) -> str:
+        """What messages call this source."""
+        return self.path or self.dataset or self.task or str(self.preset)
+
+
+def load_rows(source: DataSource) -> list[Row]:
+    """Load a source.
+
+    Returns:
+        Rows with ``prompt`` (text or chat messages), ``answer`` and ``reference`` (text or None), ``prompt_id`` (the
+        row's index in its origin), and every other column of the data as it is.
+
+    Raises:
+        ValueError: naming the file and line, or the dataset and row, that cannot be read.
+        ImportError: a reasoning-gym task without the package.
+    """
+    if source.preset == "arithmetic":
+        rows = _numbered(arithmetic_rows(source.split or "train", size=source.size, seed=source.seed))
+    elif source.task is not None:
+        rows = _numbered(_reasoning_gym_rows(source))
+    else:
+        preset = PRESETS[source.preset] if source.preset is not None else Preset()
+        raw = _jsonl_rows(Path(source.path).expanduser()) if source.path is not None else _hub_rows(source, preset)
+        rows = (_convert(row, index, where, source, preset) for index, (where, row) in enumerate(raw))
+    kept = [row for _, row in zip(range(source.limit), rows, strict=False)] if source.limit else list(rows)
+    if not kept:
+        raise ValueError(f"The data source {source.name} has no rows.")
+    return kept
+
+
+def arithmetic_prompt(a: int, b: int, c: int) -> str:
+    """The built-in task's prompt.
+
+    Example:
+        >>> arithmetic_prompt(1, 2, 3)
+        '1+2+3='
+    """
+    return f"{a}+{b}+{c}="
+
+
+def arithmetic_solution(a: int, b: int, c: int) -> str:
+    """The built-in task's worked solution.
+
+    Example:
+        >>> arithmetic_solution(1, 2, 3)
+        '1+2=3,3+3=6;6'
+    """
+    return f"{a}+{b}={a + b},{a + b}+{c}={a + b + c};{a + b + c}"
+
+
+def arithmetic_rows(split: str, *, size: int | None = None, seed: int = 0) -> list[Row]:
+    """Sums of three terms from 1 to 19, each sum once; a tenth of all 6,859 is the split ``"test"``.
+
+    Args:
+        split: ``"train"`` or ``"test"``; for one seed they have no sum in common.
+        size: number of rows; None means all of the split.
+        seed: of the order.
+
+    Raises:
+        ValueError: unknown split, or more rows than there are.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"The arithmetic task has the splits train and test, not {split!r}.")
+    triples = [(a, b, c) for a in _TERMS for b in _TERMS for c in _TERMS]
+    random.Random(seed).shuffle(triples)  # noqa: S311
+    held_out = len(triples) // 10
+    chosen = triples[:held_out] if split == "test" else triples[held_out:]
+    if size is not None and size > len(chosen):
+        raise ValueError(f"The arithmetic task's split {split} has {len(chosen)} sums, fewer than size = {size}.")
+    return [
+        {"prompt": arithmetic_prompt(*terms), "answer": str(sum(terms)), "reference": arithmetic_solution(*terms)}
+        for terms in chosen[:size]
+    ]
+
+
+def _numbered(rows: list[Row]) -> Iterator[Row]:
+    return ({**row, "prompt_id": index} for index, row in enumerate(rows))
+
+
+def _reasoning_gym_rows(source: DataSource) -> list[Row]:
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise ImportError(
+            f"The task {source.task!r} needs reasoning-gym: pip install 'lightning-lambdapo[reasoning-gym]'."
+        ) from error
+    try:
+        dataset = reasoning_gym.create_dataset(
+            source.task, size=source.size or 500, seed=source.seed, **source.settings
+        )
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ValueError(f"reasoning-gym cannot make the task {source.task!r}: {error}") from error
+    return [
+        {
+            "prompt": entry["question"],
+            "answer": text_of(entry["answer"]),
+            "reference": None,
+            "metadata": entry["metadata"],
+        }
+        for entry in dataset
+    ]
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise ValueError(f"The data file {path} cannot be read: {error.strerror}.") from error
+    with file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except ValueError as error:  # JSON and UTF-8 errors are both ValueErrors
+                raise ValueError(
+                    f"{where} is not valid JSON: {error}. Each line must hold one whole object."
+                ) from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{where} holds {type(row).__name__}, not an object with named columns.")
+            yield where, row
+
+
+def _hub_rows(source: DataSource, preset: Preset) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    import datasets
+
+    name, split = source.dataset or preset.dataset, source.split or preset.split
+    if name is None:
+        raise ValueError(f"The preset {source.preset} has no hub dataset of its own; give `path` or `dataset`.")
+    try:
+        dataset = datasets.load_dataset(name, source.config or preset.config, split=split, revision=source.revision)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"The dataset {name} (split {split}) cannot be loaded: {error}") from error
+    if isinstance(dataset, dict):
+        raise ValueError(f"The dataset {name} has the splits {', '.join(map(str, dataset))}; choose one with `split`.")
+    return ((f"{name}, split {split}, row {index}", row) for index, row in enumerate(dataset))
+
+
+def _convert(row: Mapping[str, Any], index: int, where: str, source: DataSource, preset: Preset) -> Row:
+    columns = {**preset.columns, **source.columns} or {name: name for name in _FIELDS if name in row}
+    missing = [name for name in columns.values() if name not in row]
+    if missing or "prompt" not in columns:
+        raise ValueError(
+            f"{where} has no column {', '.join(map(repr, missing)) or repr('prompt')}; it has "
+            f"{', '.join(map(repr, row))}. Name the columns with `columns: {{prompt: ..., answer: ...}}`."
+        )
+    try:
+        fields = preset.finish({name: row[column] for name, column in columns.items()}, row)
+        result: Row = {"prompt": _prompt_of(fields["prompt"])}
+        for name in ("answer", "reference"):
+            result[name] = text_of(fields.get(name))
+    except RowError as error:
+        raise ValueError(
+            f"{where} does not fit{f' the preset {source.preset}' * bool(source.preset)}: {error}"
+        ) from error
+    others = {name: value for name, value in row.items() if name not in ("prompt", "answer", "reference", "prompt_id")}
+    return {**others, **result, "prompt_id": index}
+
+
+def _prompt_of(value: object) -> str | list[dict[str, str]]:
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, list) and value and all(isinstance(item, dict) and "content" in item for item in value):
+        return value
+    raise RowError(f"the prompt must be a non-empty text or a list of chat messages, got {value!r:.80}")

@@ -1,0 +1,72 @@
+"""How a problem becomes the text that the policy sees."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """System prompt, wording of the user's turn, and whether the tokenizer's chat template is used.
+
+    Attributes:
+        system: system prompt; None for none.
+        user: the user's turn; ``{prompt}`` in it is replaced by the problem (literally: problems hold braces).
+        chat: use the tokenizer's chat template; None: where it has one.
+        chat_kwargs: further arguments of the chat template, such as ``enable_thinking``.
+    """
+
+    system: str | None = None
+    user: str = "{prompt}"
+    chat: bool | None = None
+    chat_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if "{prompt}" not in self.user:
+            raise ValueError(f"`template.user` must contain {{prompt}}, got {self.user!r}.")
+
+    def render(self, tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> str:
+        """The prompt's text, ready for the tokenizer.
+
+        Args:
+            tokenizer: the policy's.
+            prompt: a problem, which goes into ``user``, or whole chat messages, which are taken as they are.
+
+        Raises:
+            ValueError: ``chat=True`` with a tokenizer that has no chat template.
+        """
+        messages = self._messages(prompt)
+        if self.uses_chat(tokenizer):
+            return str(
+                tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self.chat_kwargs)
+            )
+        return "\n\n".join(message["content"] for message in messages)
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+        """Token ids of a rendered prompt: a chat template writes its own special tokens, none is added twice.
+
+        An end-of-sequence token that the tokenizer appends is taken off: the completion goes on from here.
+        """
+        ids: list[int] = tokenizer(text, add_special_tokens=not self.uses_chat(tokenizer))["input_ids"]
+        return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token) else ids
+
+    def uses_chat(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether the chat template is used with this tokenizer."""
+        has_template = getattr(tokenizer, "chat_template", None) is not None
+        if self.chat and not has_template:
+            raise ValueError(
+                "`template.chat` is true and the tokenizer has no chat template; set it to null for a plain prompt, or "
+                "choose an instruction-tuned model."
+            )
+        return has_template if self.chat is None else self.chat
+
+    def _messages(self, prompt: str | Messages) -> Messages:
+        turns = (
+            prompt if isinstance(prompt, list) else [{"role": "user", "content": self.user.replace("{prompt}", prompt)}]
+        )
+        if self.system is None or turns[0].get("role") == "system":
+            return turns
+        return [{"role": "system", "content": self.system}, *turns]

@@ -1,0 +1,298 @@
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightning_lambdapo.config import AlgorithmConfig
+from lightning_lambdapo.datatypes import PromptBatch, Rollout
+from lightning_lambdapo.learning import Learner, plan_updates
+from lightning_lambdapo.packing import plan_micro_batches
+from lightning_lambdapo.policy import AdapterConfig, Policy, frozen_reference
+from lightning_lambdapo.rollout import GroupedEngine, SamplingConfig
+from lightning_lambdapo.rollout.sampling import row_uniforms
+from lightning_lambdapo.tally import Tally
+
+TEMPERATURE, MAX_NEW_TOKENS, GROUP = 0.8, 14, 4
+EVERYTHING = 10**6
+
+
+def make(dtype: torch.dtype = torch.float64) -> tuple[PreTrainedModel, PromptBatch, Rollout, Tensor, Tensor]:
+    """A model, 3 ragged prompts with 4 completions each, advantages (two of them zero), and validity (one False)."""
+    model = tiny.model("llama", dtype=dtype)
+    batch = tiny.batch(tiny.ragged_prompts(3, seed=5), extra=2)
+    uniforms = row_uniforms(
+        seed=0,
+        stage="train",
+        step=0,
+        prompt_ids=[0, 1, 2],
+        occurrences=[0, 0, 0],
+        num_samples=GROUP,
+        length=MAX_NEW_TOKENS,
+    )
+    with torch.no_grad():
+        rollout = GroupedEngine(tiny.tokenizer(), (1, 5, 9), 0).generate(
+            model, batch, sampling=SamplingConfig(temperature=TEMPERATURE), uniforms=uniforms
+        )
+    advantages = torch.linspace(-1, 1.3, 12, dtype=dtype)
+    advantages[[2, 7, 9]] = 0.0
+    valid = torch.ones(12, dtype=torch.bool)
+    valid[9] = False
+    assert rollout.lengths.unique().numel() > 3
+    return model, batch, rollout, advantages, valid
+
+
+def gradient(model: Policy) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def learn(
+    model: Policy,
+    batch: PromptBatch,
+    rollout: Rollout,
+    advantages: Tensor,
+    valid: Tensor,
+    *,
+    max_tokens: int = EVERYTHING,
+    chunk_size: int = 1000,
+    reference: PreTrainedModel | None = None,
+    old_logprobs: Tensor | None = None,
+    **settings: Any,
+) -> tuple[Tensor, dict[str, float]]:
+    algorithm = AlgorithmConfig(**settings)
+    learner = Learner(
+        model,
+        reference,
+        algorithm=algorithm,
+        temperature=TEMPERATURE,
+        max_new_tokens=MAX_NEW_TOKENS,
+        chunk_size=chunk_size,
+    )
+    (update,) = plan_updates(
+        batch, rollout, advantages, valid, algorithm=algorithm, mini_batches=1, max_tokens=max_tokens
+    )
+    tally = Tally()
+    model.zero_grad()
+    learner.accumulate(
+        update,
+        rollout,
+        advantages,
+        old_logprobs,
+        strategy=SingleDeviceStrategy("cpu"),
+        backward=lambda loss: loss.backward(),  # type: ignore[no-untyped-call]
+        tally=tally,
+    )
+    return gradient(model), tally.reduce()
+
+
+def row_logprobs(model: PreTrainedModel, batch: PromptBatch, rollout: Rollout, row: int) -> Tensor:
+    """Log-probabilities of one completion, alone and unpadded, from the model's own logits."""
+    prompt = batch.input_ids[row // GROUP][batch.attention_mask[row // GROUP]].tolist()
+    ids = rollout.completion_ids[row][rollout.completion_mask[row]].tolist()
+    logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
+    return torch.log_softmax(logits, -1)[torch.arange(len(ids)), ids]
+
+
+def slow_gradient(
+    model: PreTrainedModel,
+    batch: PromptBatch,
+    rollout: Rollout,
+    advantages: Tensor,
+    valid: Tensor,
+    aggregation: str,
+    reference: PreTrainedModel | None = None,
+    kl_coef: float = 0.0,
+) -> Tensor:
+    """On-policy gradient row by row: with ratio 1 the surrogate's gradient is that of advantage times log-prob."""
+    model.zero_grad()
+    rows = [row for row in range(12) if valid[row]]
+    tokens = sum(int(rollout.lengths[row]) for row in rows)
+    total = torch.zeros((), dtype=advantages.dtype)
+    for row in rows:
+        logprobs = row_logprobs(model, batch, rollout, row)
+        value = -advantages[row] * logprobs
+        if reference is not None:
+            with torch.no_grad():
+                ref = row_logprobs(reference, batch, rollout, row)
+            d = ref - logprobs
+            value = value + kl_coef * (d.exp() - d - 1)
+        if aggregation == "token":
+            total = total + value.sum() / tokens
+        elif aggregation == "sequence":
+            total = total + value.mean() / len(rows)
+        else:
+            total = total + value.sum() / (len(rows) * MAX_NEW_TOKENS)
+    total.backward()  # type: ignore[no-untyped-call]
+    return gradient(model)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("max_tokens", [EVERYTHING, 60, 1])
+def test_gradient_is_that_of_single_unpadded_rows(aggregation: str, max_tokens: int) -> None:
+    case = make()
+    expected = slow_gradient(*case, aggregation)
+    found, _ = learn(*case, aggregation=aggregation, max_tokens=max_tokens, chunk_size=5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    assert expected.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_gradient_with_kl_covers_rows_of_zero_advantage(aggregation: str) -> None:
+    model, *rest = make()
+    reference = tiny.model("llama", seed=1, dtype=torch.float64)
+    expected = slow_gradient(model, *rest, aggregation, reference, kl_coef=0.3)
+    for max_tokens in (EVERYTHING, 40):
+        found, _ = learn(model, *rest, aggregation=aggregation, reference=reference, kl_coef=0.3, max_tokens=max_tokens)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+def test_float32_gradient_does_not_depend_on_splitting_or_padding() -> None:
+    model, batch, rollout, advantages, valid = make(torch.float32)
+    whole, _ = learn(model, batch, rollout, advantages, valid)
+    split, _ = learn(model, batch, rollout, advantages, valid, max_tokens=30, chunk_size=3)
+    wider = batch._replace(
+        input_ids=torch.nn.functional.pad(batch.input_ids, (7, 0)),
+        attention_mask=torch.nn.functional.pad(batch.attention_mask, (7, 0)),
+    )
+    padded, _ = learn(model, wider, rollout, advantages, valid)
+    torch.testing.assert_close(split, whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(padded, whole, rtol=0, atol=1e-6)
+
+
+def test_junk_in_masked_positions_changes_nothing() -> None:
+    model, batch, rollout, advantages, valid = make()
+    expected, statistics = learn(model, batch, rollout, advantages, valid)
+    junk = torch.randint_like(rollout.completion_ids, 49)
+    dirty = Rollout(
+        completion_ids=torch.where(rollout.completion_mask, rollout.completion_ids, junk),
+        completion_mask=rollout.completion_mask,
+        sampling_logprobs=torch.where(rollout.completion_mask, rollout.sampling_logprobs, torch.nan),
+        entropy=rollout.entropy,
+        truncated=rollout.truncated,
+        texts=rollout.texts,
+    )
+    ids = torch.where(batch.attention_mask, batch.input_ids, torch.randint_like(batch.input_ids, 49))
+    advantages = torch.where(valid, advantages, torch.nan)  # an invalid row's advantage is never read
+    found, dirty_statistics = learn(model, batch._replace(input_ids=ids), dirty, advantages, valid)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert statistics == pytest.approx(dirty_statistics)
+
+
+def test_rows_of_zero_advantage_are_not_scored_but_counted() -> None:
+    _, batch, rollout, advantages, valid = make()
+    settings = AlgorithmConfig()
+    (update,) = plan_updates(
+        batch, rollout, advantages, valid, algorithm=settings, mini_batches=1, max_tokens=EVERYTHING
+    )
+    scored = sorted(row for each in update.micro_batches for row in each.rows.tolist())
+    assert scored == [0, 1, 3, 4, 5, 6, 8, 10, 11]
+    assert update.token_count == int(rollout.lengths[valid].sum())
+    assert update.row_count == 11
+    assert update.learns
+    logged = AlgorithmConfig(log_kl=True)
+    (update,) = plan_updates(
+        batch, rollout, advantages * 0, valid, algorithm=logged, mini_batches=1, max_tokens=EVERYTHING
+    )
+    assert sorted(row for each in update.micro_batches for row in each.rows.tolist()) == [
+        *range(9),
+        10,
+        11,
+    ]
+    assert not update.learns
+
+
+def test_mini_batches_split_by_prompt() -> None:
+    _, batch, rollout, advantages, valid = make()
+    updates = plan_updates(
+        batch, rollout, advantages, valid, algorithm=AlgorithmConfig(), mini_batches=3, max_tokens=EVERYTHING
+    )
+    rows = [sorted(row for each in update.micro_batches for row in each.rows.tolist()) for update in updates]
+    assert rows == [[0, 1, 3], [4, 5, 6], [8, 10, 11]]
+    assert [update.row_count for update in updates] == [4, 4, 3]
+    lengths = rollout.lengths * valid
+    assert [update.token_count for update in updates] == lengths.view(3, 4).sum(-1).tolist()
+
+
+@pytest.mark.parametrize("max_tokens", [1, 25, 60, EVERYTHING])
+def test_micro_batches_keep_to_their_budget(max_tokens: int) -> None:
+    _, batch, rollout, _, _ = make()
+    rows = torch.tensor([0, 2, 3, 5, 6, 7, 10, 11])
+    plan = plan_micro_batches(batch, rollout, rows, max_tokens=max_tokens)
+    assert sorted(row for each in plan for row in each.rows.tolist()) == rows.tolist()
+    for each in plan:
+        assert each.input_ids.numel() <= max_tokens or len(each.rows) == 1
+        for index, row in enumerate(each.rows.tolist()):
+            prompt = batch.input_ids[row // GROUP][batch.attention_mask[row // GROUP]].tolist()
+            completion = rollout.completion_ids[row][rollout.completion_mask[row]].tolist()
+            mask = each.attention_mask[index]
+            assert each.input_ids[index][mask].tolist() == prompt + completion
+            assert each.position_ids[index][mask].tolist() == list(range(len(prompt + completion)))
+            width = each.completion_mask.shape[1]
+            assert each.input_ids[index, -width:][each.completion_mask[index]].tolist() == completion
+    assert {1: 8, EVERYTHING: 1}.get(max_tokens, len(plan)) == len(plan)
+
+
+def test_off_policy_ratio_and_clipping() -> None:
+    """With old log-probs 0.5 below the present ones every ratio is exp(0.5), clipped where the advantage is positive."""
+    model, batch, rollout, advantages, valid = make()
+    old = torch.zeros_like(rollout.sampling_logprobs)
+    with torch.no_grad():
+        for row in range(12):
+            logprobs = row_logprobs(model, batch, rollout, row)
+            old[row, : len(logprobs)] = logprobs - 0.5
+    found, statistics = learn(model, batch, rollout, advantages, valid, old_logprobs=old, max_tokens=50)
+    ratio = torch.tensor(0.5, dtype=torch.float64).exp()
+    kept = torch.where(advantages > 0, 0.0, advantages * ratio)
+    expected = slow_gradient(model, batch, rollout, kept, valid, "token")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    clipped = rollout.lengths[valid & (advantages > 0)].sum() / rollout.lengths[valid].sum()
+    assert statistics["clip_fraction"] == pytest.approx(clipped.item())
+    assert statistics["ratio_max"] == pytest.approx(ratio.item())
+    surrogate = torch.where(advantages > 0, advantages * 1.2, advantages * ratio) * rollout.lengths * valid
+    assert statistics["loss"] == pytest.approx(-surrogate.sum().item() / int(rollout.lengths[valid].sum()))
+
+
+def test_adapter_reference_is_scored_without_the_adapter(tmp_path: Any) -> None:
+    from lightning_lambdapo.policy import PolicyConfig, load_policy
+
+    tiny.model("llama").save_pretrained(tmp_path)
+    policy = load_policy(PolicyConfig(str(tmp_path)), AdapterConfig(r=4))
+    model, batch, rollout, advantages, valid = make(torch.float32)
+    _, statistics = learn(policy, batch, rollout, advantages, valid, kl_coef=0.1)
+    assert statistics["kl"] == pytest.approx(0.0, abs=1e-7)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.05)
+    _, statistics = learn(policy, batch, rollout, advantages, valid, kl_coef=0.1)
+    total = 0.0
+    with torch.no_grad():
+        for row in [row for row in range(12) if valid[row]]:
+            d = row_logprobs(model, batch, rollout, row) - row_logprobs(policy, batch, rollout, row)  # type: ignore[arg-type]
+            total += (d.exp() - d - 1).sum().item()
+    assert statistics["kl"] == pytest.approx(total / int(rollout.lengths[valid].sum()), rel=1e-3)
+    assert statistics["kl"] > 1e-3
+
+
+def test_frozen_copy_scores_the_same_before_and_after_an_update() -> None:
+    model, batch, rollout, _, _ = make(torch.float32)
+    reference = frozen_reference(model)
+    assert reference is not None
+    learner = Learner(
+        model,
+        reference,
+        algorithm=AlgorithmConfig(kl_coef=0.1),
+        temperature=TEMPERATURE,
+        max_new_tokens=MAX_NEW_TOKENS,
+        chunk_size=100,
+    )
+    (micro_batch,) = plan_micro_batches(batch, rollout, torch.arange(12), max_tokens=EVERYTHING)
+    before = learner.ref_logprobs(micro_batch)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    assert torch.equal(learner.ref_logprobs(micro_batch), before)
+    assert not torch.allclose(learner.scorer(micro_batch), before)
