@@ -399,6 +399,14 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
         """The same for the test set."""
         self._evaluate(batch, "test")
 
+    def on_validation_epoch_start(self) -> None:
+        """Start the metrics anew: states made in an earlier inference mode could not be written to now."""
+        self._evaluation("val").reset()
+
+    def on_test_epoch_start(self) -> None:
+        """The same for the test set."""
+        self._evaluation("test").reset()
+
     def on_validation_epoch_end(self) -> None:
         """Log ``val/...``."""
         self._finish_evaluation("val")
@@ -419,13 +427,8 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
         self._evaluation(stage).update(batch, rollout, scores, votes)
 
     def _finish_evaluation(self, stage: str) -> None:
-        evaluation = self._evaluation(stage)
-        values = evaluation.compute()
-        evaluation.reset()
-        shown = {f"{stage}/pass_at_1", f"{stage}/reward"}
-        for name, value in values.items():
-            key = f"{stage}/{name}"
-            self.log(key, value, prog_bar=key in shown, rank_zero_only=False)
+        for name, value in self._evaluation(stage).compute().items():
+            self.log(f"{stage}/{name}", value, prog_bar=name in ("reward", "pass_at_1"))
 
     def _evaluation(self, stage: str) -> Evaluation:
         return cast(Evaluation, self.evaluations[stage])

@@ -1,0 +1,387 @@
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import tiny
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor
+
+from lightning_lambdapo import (
+    AdapterConfig,
+    AlgorithmConfig,
+    EvaluationConfig,
+    LambdaPODataModule,
+    LambdaPOModule,
+    PolicyConfig,
+    PromptBatch,
+    RolloutConfig,
+    SamplingConfig,
+)
+from lightning_lambdapo.rewards import Reward, RewardInputs, SemanticDensityReward
+
+ROWS = [
+    {"prompt": f"{a}+{b}=", "answer": str(a + b), "reference": f"{a}+{b}={a + b}", "prompt_id": a * 4 + b}
+    for a in range(4)
+    for b in range(4)
+]
+
+
+class Digits(Reward):
+    """Share of digits among the characters."""
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__(weight, "digits")
+
+    def __call__(self, inputs: RewardInputs) -> Sequence[float | None]:
+        return [sum(map(str.isdigit, text)) / max(len(text), 1) for text in inputs.completions]
+
+
+class Same(Reward):
+    """The same for every completion."""
+
+    def __call__(self, inputs: RewardInputs) -> Sequence[float | None]:
+        return [0.3 for _ in inputs.completions]
+
+
+class Rows(LambdaPODataModule):
+    """A DataModule of fixed rows, as a user would write one."""
+
+    def setup(self, stage: str) -> None:
+        self._rows = {split: list(ROWS) for split in ("train", "val", "test", "predict")}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Directory of a tiny Llama with its tokenizer."""
+    directory = tmp_path_factory.mktemp("base")
+    tiny.model("llama").save_pretrained(directory)
+    tiny.tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+
+
+def module(base: str, **settings: Any) -> LambdaPOModule:
+    defaults: dict[str, Any] = {
+        "policy": PolicyConfig(base),
+        "rollout": RolloutConfig(group_size=4, max_new_tokens=8),
+        "rewards": [Digits()],
+        "optimizer": adamw,
+        "seed": 3,
+    }
+    return LambdaPOModule(**(defaults | settings))
+
+
+def trainer(path: Path, **settings: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": path,
+        "max_epochs": 1,
+        "limit_val_batches": 0,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+    }
+    return Trainer(**(defaults | settings))
+
+
+def weights(model: LightningModule) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Recorder(ModelCheckpoint):
+    """Keeps what was logged at every step."""
+
+    def __init__(self) -> None:
+        super().__init__(every_n_epochs=0)
+        self.steps: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.steps.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def fit(path: Path, model: LambdaPOModule, **settings: Any) -> list[dict[str, float]]:
+    recorder = Recorder()
+    callbacks = [*settings.pop("callbacks", []), recorder]
+    trainer(path, callbacks=callbacks, enable_checkpointing=True, **settings).fit(model, Rows(batch_size=4))
+    return recorder.steps
+
+
+def test_a_step_logs_everything_and_nothing_is_nan(base: str, tmp_path: Path) -> None:
+    settings = AlgorithmConfig(kl_coef=0.05)
+    model = module(base, algorithm=settings, rewards=[Digits(), SemanticDensityReward(weight=0.5)])
+    steps = fit(tmp_path, model)
+    assert len(steps) == 4
+    expected = {
+        *("reward", "reward_std", "reward/digits", "reward/digits_std", "reward/semantic_density", "entropy", "kl"),
+        *("completion_length", "truncated", "valid", "loss", "grad_norm", "lr", "clip_fraction", "ratio_max"),
+        *("sampling_drift", "sampling_drift_max", "weight_q05", "weight_q50", "weight_q95", "weight_extreme_share"),
+        *("group_auc", "group_sum", "advantage_length_correlation", "equal_reward_share", "skipped_updates"),
+        *("density_precision", "density_recall", "density_f", "empty_updates"),
+    }
+    for step in steps:
+        assert {f"train/{name}" for name in expected} <= step.keys()
+        assert all(math.isfinite(value) for value in step.values())
+    first = steps[0]
+    parts = first["train/reward/digits"] + 0.5 * first["train/reward/semantic_density"]
+    assert first["train/reward"] == pytest.approx(parts, rel=1e-5)
+    assert first["train/density_f"] == pytest.approx(first["train/reward/semantic_density"], rel=1e-5)
+    assert first["train/ratio_max"] == 1.0
+    assert first["train/clip_fraction"] == 0.0
+    assert first["train/kl"] == pytest.approx(0.0, abs=1e-6)
+    assert steps[1]["train/kl"] > 1e-6
+    assert first["train/sampling_drift_max"] < 1e-4
+    assert "train/accuracy" not in first
+
+
+def test_equal_rewards_leave_every_parameter_as_it_is(base: str, tmp_path: Path) -> None:
+    """Not even momentum or weight decay may move one."""
+    model = module(base)
+    data = Rows(batch_size=4)
+    run = trainer(tmp_path, max_epochs=2)
+    run.fit(model, data)
+    assert run.global_step == 8
+    before = weights(model)
+    model.rewards = [Same(name="same")]
+    run.fit_loop.max_epochs = 4
+    run.fit(model, data)
+    assert run.global_step == 16
+    assert equal(weights(model), before)
+
+
+def test_lora_moves_the_adapter_and_not_a_bit_of_the_base(base: str, tmp_path: Path) -> None:
+    model = module(base, lora=AdapterConfig(r=4))
+    model.configure_model()
+    before = weights(model)
+    fit(tmp_path, model)
+    after = weights(model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if "lora_" in name}
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_8_bit_adamw(base: str, tmp_path: Path, quantization: Any) -> None:
+    def optimizer(parameters: Any) -> torch.optim.Optimizer:
+        return bitsandbytes.optim.AdamW8bit(parameters, lr=1e-2)
+
+    model = module(
+        base, lora=AdapterConfig(r=4), optimizer=optimizer, policy=PolicyConfig(base, quantization=quantization)
+    )
+    model.configure_model()
+    before = weights(model)
+    fit(tmp_path, model)
+    assert any(not torch.equal(before[name], value) for name, value in weights(model).items() if "lora_B" in name)
+
+
+def test_several_updates_per_rollout(base: str, tmp_path: Path) -> None:
+    def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=16)
+
+    model = module(base, updates_per_rollout=4, epochs_per_rollout=2, lr_scheduler=schedule, max_grad_norm=None)
+    recorder = Recorder()
+    run = trainer(tmp_path, callbacks=[recorder], enable_checkpointing=True)
+    run.fit(model, Rows(batch_size=4))
+    assert run.global_step == 16
+    assert model.rollout_step == 4
+    assert [step["train/ratio_max"] > 1.01 for step in recorder.steps] == [True] * 4
+    assert recorder.steps[0]["train/lr"] == pytest.approx(1e-2 * (1 + 15 / 16 + 14 / 16 + 13 / 16) / 4)
+
+
+def test_gradient_clipping(base: str, tmp_path: Path) -> None:
+    """SGD at rate 1 moves by exactly the clipped gradient."""
+    model = module(base, optimizer=lambda p: torch.optim.SGD(p, lr=1.0), max_grad_norm=1e-3)
+    model.configure_model()
+    before = weights(model)
+    steps = fit(tmp_path, model, limit_train_batches=1)
+    moved = torch.cat([(value - before[name]).flatten() for name, value in weights(model).items()])
+    assert steps[0]["train/grad_norm"] > 1e-2
+    assert moved.norm().item() == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_non_finite_gradients_are_skipped_then_an_error(base: str, tmp_path: Path) -> None:
+    model = module(base, max_skipped_updates=2)
+    model.configure_model()
+    before = weights(model)
+
+    def poison(gradient: Tensor) -> Tensor:
+        return torch.full_like(gradient, torch.nan)
+
+    next(model.policy.parameters()).register_hook(poison)
+    with pytest.raises(RuntimeError, match="3 updates in a row had a gradient norm of nan"):
+        fit(tmp_path, model)
+    assert model.skipped_updates == 3
+    assert equal(weights(model), before)
+
+
+@pytest.mark.parametrize("reward", [Digits(), Same(name="same")])
+def test_float16_scaler_takes_updates_and_empty_updates(base: str, tmp_path: Path, reward: Reward) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    model = module(base, rewards=[reward])
+    model.configure_model()
+    before = weights(model)
+    run = trainer(tmp_path, plugins=MixedPrecision("16-mixed", device="cpu", scaler=scaler))
+    run.fit(model, Rows(batch_size=4))
+    assert run.global_step == 4
+    assert equal(weights(model), before) == isinstance(reward, Same)
+    assert scaler.is_enabled()
+
+
+def test_bf16_mixed_trains(base: str, tmp_path: Path) -> None:
+    model = module(base, lora=AdapterConfig(r=4), policy=PolicyConfig(base, dtype="bfloat16"))
+    steps = fit(tmp_path, model, precision="bf16-mixed")
+    assert all(p.dtype == torch.float32 for name, p in model.named_parameters() if "lora_" in name)
+    assert all(math.isfinite(step["train/loss"]) for step in steps)
+
+
+def test_evaluation_uses_its_own_decoding_and_repeats(base: str, tmp_path: Path) -> None:
+    evaluation = EvaluationConfig(num_samples=3, k=[1, 3], max_new_tokens=5, sampling=SamplingConfig(temperature=0.7))
+    model = module(base, validation=evaluation, rewards=None)
+    data = Rows(batch_size=4)
+    run = trainer(tmp_path, limit_val_batches=1.0)
+    first = run.validate(model, data, verbose=False)[0]
+    assert {
+        "val/pass_at_1",
+        "val/pass_at_3",
+        "val/maj_at_3",
+        "val/avg_at_3",
+        "val/reward",
+        "val/density_f",
+    } <= first.keys()
+    assert first["val/avg_at_3"] == pytest.approx(first["val/pass_at_1"])
+    assert first["val/pass_at_3"] >= first["val/pass_at_1"]
+    assert first["val/completion_length_max"] <= 5
+    assert run.validate(model, data, verbose=False)[0] == first
+    assert run.test(model, data, verbose=False)[0]["test/reward"] >= 0
+    before = weights(model)
+    run.fit(model, data)  # after inference mode
+    assert not equal(weights(model), before)
+    records = [record for batch in run.predict(model, data) or [] for record in batch]
+    assert len(records) == 16 * 3
+    assert [record["sample"] for record in records[:4]] == [0, 1, 2, 0]
+    assert {"prompt_id", "prompt", "completion", "answer", "truncated"} <= records[0].keys()
+
+
+def test_truncated_rows_can_be_masked(base: str, tmp_path: Path) -> None:
+    model = module(base, algorithm=AlgorithmConfig(mask_truncated=True))
+    steps = fit(tmp_path, model)
+    assert any(0 < step["train/truncated"] < 1 for step in steps)
+    for step in steps:
+        assert step["train/valid"] == pytest.approx(1 - step["train/truncated"])
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo"])
+def test_baselines_are_one_setting_away(base: str, tmp_path: Path, estimator: Any) -> None:
+    steps = fit(tmp_path, module(base, algorithm=AlgorithmConfig(estimator=estimator)))
+    assert "train/weight_q50" not in steps[0]
+    assert steps[0]["train/group_sum"] == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gradient_clip_val": 1.0}, "set `max_grad_norm` of LambdaPOModule"),
+        ({"accumulate_grad_batches": 2}, "`max_tokens_per_micro_batch`"),
+        ({"precision": "bf16-true"}, 'use precision="bf16-mixed" with `policy.dtype: bfloat16`'),
+    ],
+)
+def test_trainer_settings_that_cannot_work(base: str, tmp_path: Path, settings: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, module(base, lora=AdapterConfig(r=4)), **settings)
+
+
+class Bare(Rows):
+    """Rows without references."""
+
+    def setup(self, stage: str) -> None:
+        self._rows = {"train": [row | {"reference": None} for row in ROWS]}
+
+
+class Frozen(LambdaPOModule):
+    """A policy of which nothing is trained."""
+
+    def build_policy(self) -> Any:
+        return super().build_policy().requires_grad_(False)
+
+
+def test_settings_are_refused_before_any_rollout(base: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`updates_per_rollout` \(3\) must be a positive multiple"):
+        module(base, updates_per_rollout=3, epochs_per_rollout=2)
+    with pytest.raises(ValueError, match=r"must be at least 1, got 0"):
+        module(base, max_tokens_per_micro_batch=0)
+    data = Bare(batch_size=4)
+    with pytest.raises(ValueError, match=r"the 16 training rows"):
+        trainer(tmp_path).fit(module(base, rewards=[SemanticDensityReward()]), data)
+    frozen = Frozen(PolicyConfig(base), rewards=[Digits()])
+    with pytest.raises(ValueError, match="has no trainable parameter"):
+        fit(tmp_path, frozen)
+    with pytest.raises(ValueError, match="ReduceLROnPlateau"):
+        fit(tmp_path, module(base, lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau))
+    with pytest.warns(UserWarning, match="drawn with top_k"):
+        module(base, rollout=RolloutConfig(sampling=SamplingConfig(top_k=5)))
+    with pytest.warns(UserWarning, match="k1.* has zero expected gradient"):
+        module(base, algorithm=AlgorithmConfig(kl_coef=0.1, kl_estimator="k1"))
+
+
+def test_it_lives_in_somebodys_own_project(base: str, tmp_path: Path) -> None:
+    """Own policy by one hook, own loaders, own logger, Lightning's own callbacks."""
+    from torch.utils.data import DataLoader
+
+    from lightning_lambdapo import PromptCollator
+
+    class OwnPolicy(LambdaPOModule):
+        def build_policy(self) -> Any:
+            policy = tiny.model("qwen3")
+            policy.get_input_embeddings().requires_grad_(False)
+            return policy
+
+    model = OwnPolicy(
+        PolicyConfig(base),
+        rollout=RolloutConfig(group_size=3, max_new_tokens=6),
+        rewards=[lambda_free_reward, Digits(weight=0.1)],
+        optimizer=adamw,
+    )
+    rows = [{"prompt": row["prompt"], "shade": index} for index, row in enumerate(ROWS)]
+    collator = PromptCollator(model.tokenizer, max_prompt_length=8)
+    loader: DataLoader[PromptBatch] = DataLoader(rows, batch_size=4, collate_fn=collator, shuffle=True)  # type: ignore[arg-type]
+    callbacks = [
+        ModelCheckpoint(tmp_path / "best", monitor="val/reward", mode="max"),
+        EarlyStopping("val/reward", mode="max", patience=3),
+        LearningRateMonitor("step"),
+    ]
+    run = trainer(
+        tmp_path,
+        callbacks=callbacks,
+        enable_checkpointing=True,
+        logger=CSVLogger(tmp_path),
+        limit_val_batches=1.0,
+        max_epochs=2,
+    )
+    run.fit(model, loader, DataLoader(rows, batch_size=8, collate_fn=collator))  # type: ignore[arg-type]
+    assert run.global_step == 8
+    assert list((tmp_path / "best").glob("*.ckpt"))
+    assert "val/reward" in run.callback_metrics
+    assert run.callback_metrics["train/reward/lambda_free_reward"] >= 0
+
+
+def lambda_free_reward(completions: list[str], shade: list[int], **columns: Any) -> list[float]:
+    """A plain function that wants a column of the data."""
+    assert len(completions) == len(shade)
+    assert {"prompts", "answers", "references", "completion_lengths", "truncated"} <= columns.keys()
+    return [float(len(set(text))) for text in completions]
