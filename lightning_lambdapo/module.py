@@ -428,7 +428,8 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
 
     def _finish_evaluation(self, stage: str) -> None:
         for name, value in self._evaluation(stage).compute().items():
-            self.log(f"{stage}/{name}", value, prog_bar=name in ("reward", "pass_at_1"))
+            # The same on every rank already; `sync_dist` says so to Lightning.
+            self.log(f"{stage}/{name}", value, prog_bar=name in ("reward", "pass_at_1"), sync_dist=True)
 
     def _evaluation(self, stage: str) -> Evaluation:
         return cast(Evaluation, self.evaluations[stage])

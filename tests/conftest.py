@@ -7,9 +7,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch import distributed
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_is_left_behind() -> Iterator[None]:
+    """Sharding strategies start a process group even for one process, and leave it to the process's end."""
+    yield
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

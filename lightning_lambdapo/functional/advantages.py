@@ -172,7 +172,8 @@ def lambda_advantages(
     elif scale == "batch":
         std = _unbiased_std(rewards.flatten(), valid.flatten(), -1) if reward_std is None else reward_std
         advantages = advantages / (torch.as_tensor(std, dtype=rewards.dtype, device=rewards.device) + _STD_EPS)
-    return torch.where(valid & _unequal(rewards, valid), advantages, 0.0)
+    # Equal rewards differ by exact zeros, so that their group has exact zeros here without further ado.
+    return torch.where(valid, advantages, 0.0)
 
 
 @torch.no_grad()
