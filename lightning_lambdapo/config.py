@@ -6,16 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
+from lightning_lambdapo.functional.advantages import Reduction, Scale, Temperature, Weighting
+from lightning_lambdapo.functional.losses import Aggregation, KLEstimator, Level
 from lightning_lambdapo.rollout import SamplingConfig
 
 Estimator = Literal["lambda", "grpo", "dr_grpo", "rloo"]
-Weighting = Literal["uniform", "confidence", "agreement", "lambdarank"]
 Score = Literal["mean", "sum"]
-Reduction = Literal["sum", "mean", "weighted_mean"]
-Scale = Literal["none", "group", "batch"]
-Level = Literal["token", "sequence"]
-KLEstimator = Literal["k1", "k2", "k3"]
-Aggregation = Literal["token", "sequence", "constant"]
 T = TypeVar("T")
 
 
@@ -47,7 +43,7 @@ class AlgorithmConfig:
     estimator: Estimator = "lambda"
     weighting: Weighting = "confidence"
     score: Score = "mean"
-    temperature: float | Literal["group_std"] = "group_std"
+    temperature: Temperature = "group_std"
     reduction: Reduction = "mean"
     center: bool = False
     scale: Scale = "none"

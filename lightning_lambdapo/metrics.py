@@ -283,7 +283,7 @@ class GroupDiagnostics(Metric):
             [
                 kept.sum(-1)[counts > 1].sum(),
                 (counts > 1).sum(),
-                ((largest == smallest) & (counts > 0)).sum(),
+                (largest == smallest).sum(),  # -inf and inf where nothing is valid
                 (counts > 0).sum(),
             ]
         )

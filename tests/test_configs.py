@@ -26,14 +26,14 @@ def base(tmp_path: Path) -> Path:
 
 def rows(preset: str) -> list[dict[str, Any]]:
     worked = "so 2 + 3 = 5 and \\boxed{5}"
-    row: dict[str, Any] = {
+    examples: dict[str, dict[str, Any]] = {
         "gsm8k": {"question": "2 + 3?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"},
         "math500": {"problem": "2 + 3?", "solution": worked, "answer": "5"},
         "mixture_of_thoughts": {
             "messages": [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": worked}]
         },
-    }[preset]
-    return [row] * 24
+    }
+    return [examples[preset]] * 24
 
 
 def overrides(config: dict[str, Any], base: Path, path: Path) -> list[str]:

@@ -82,7 +82,7 @@ def learn(
         advantages,
         old_logprobs,
         strategy=SingleDeviceStrategy("cpu"),
-        backward=lambda loss: loss.backward(),  # type: ignore[no-untyped-call]
+        backward=lambda loss: loss.backward(),
         tally=tally,
     )
     return gradient(model), tally.reduce()
@@ -125,7 +125,7 @@ def slow_gradient(
             total = total + value.mean() / len(rows)
         else:
             total = total + value.sum() / (len(rows) * MAX_NEW_TOKENS)
-    total.backward()  # type: ignore[no-untyped-call]
+    total.backward()
     return gradient(model)
 
 
@@ -141,11 +141,12 @@ def test_gradient_is_that_of_single_unpadded_rows(aggregation: str, max_tokens: 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
 def test_gradient_with_kl_covers_rows_of_zero_advantage(aggregation: str) -> None:
-    model, *rest = make()
+    model, batch, rollout, advantages, valid = make()
     reference = tiny.model("llama", seed=1, dtype=torch.float64)
-    expected = slow_gradient(model, *rest, aggregation, reference, kl_coef=0.3)
+    expected = slow_gradient(model, batch, rollout, advantages, valid, aggregation, reference, 0.3)
     for max_tokens in (EVERYTHING, 40):
-        found, _ = learn(model, *rest, aggregation=aggregation, reference=reference, kl_coef=0.3, max_tokens=max_tokens)
+        settings: dict[str, Any] = {"aggregation": aggregation, "kl_coef": 0.3, "max_tokens": max_tokens}
+        found, _ = learn(model, batch, rollout, advantages, valid, reference=reference, **settings)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
@@ -236,7 +237,7 @@ def test_micro_batches_keep_to_their_budget(max_tokens: int) -> None:
 
 
 def test_off_policy_ratio_and_clipping() -> None:
-    """With old log-probs 0.5 below the present ones every ratio is exp(0.5), clipped where the advantage is positive."""
+    """With old log-probs 0.5 below the present ones every ratio is exp(0.5), clipped where the advantage is above 0."""
     model, batch, rollout, advantages, valid = make()
     old = torch.zeros_like(rollout.sampling_logprobs)
     with torch.no_grad():

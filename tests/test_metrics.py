@@ -40,6 +40,12 @@ def test_density_uses_the_tokenizer_for_both_texts() -> None:
     assert [value.item() for value in metric.compute().values()] == pytest.approx([3 / 4, 1.0, 6 / 7])
 
 
+def test_an_empty_reference_is_a_row_and_no_reference_is_none() -> None:
+    metric = SemanticDensity()
+    metric.update(["a", "a", "a"], ["a", "", None])
+    assert [value.item() for value in metric.compute().values()] == [0.5, 0.5, 0.5]
+
+
 def test_density_without_references_is_left_out() -> None:
     metric = SemanticDensity()
     metric.update(["a", "b"], [None, None])
@@ -262,11 +268,12 @@ def test_statistics_without_data_are_left_out() -> None:
 
 def test_a_constant_does_not_correlate_through_rounding() -> None:
     generator = torch.Generator().manual_seed(0)
-    metric = GroupDiagnostics(None)
-    rewards = torch.rand(50, 4, generator=generator)
-    lengths = torch.randint(1, 999, (50, 4), generator=generator)
-    metric.update(rewards, rewards, torch.full((50, 4), 0.1), lengths, rewards >= 0)
-    assert "advantage_length_correlation" not in metric.compute()
+    for groups, constant in itertools.product(range(1, 30), (0.1, 0.3, -0.7)):
+        metric = GroupDiagnostics(None)
+        rewards = torch.rand(groups, 3, generator=generator)
+        lengths = torch.randint(1, 999, (groups, 3), generator=generator)
+        metric.update(rewards, rewards, torch.full((groups, 3), constant, dtype=torch.float64), lengths, rewards >= 0)
+        assert "advantage_length_correlation" not in metric.compute()
 
 
 def test_bad_settings_are_refused_when_the_metric_is_made() -> None:

@@ -1,7 +1,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import bitsandbytes
 import pytest
@@ -179,7 +179,8 @@ def test_lora_moves_the_adapter_and_not_a_bit_of_the_base(base: str, tmp_path: P
 @pytest.mark.parametrize("quantization", [None, "nf4"])
 def test_8_bit_adamw(base: str, tmp_path: Path, quantization: Any) -> None:
     def optimizer(parameters: Any) -> torch.optim.Optimizer:
-        return bitsandbytes.optim.AdamW8bit(parameters, lr=1e-2)
+        built: torch.optim.Optimizer = cast(Any, bitsandbytes.optim).AdamW8bit(parameters, lr=1e-2)
+        return built
 
     model = module(
         base, lora=AdapterConfig(r=4), optimizer=optimizer, policy=PolicyConfig(base, quantization=quantization)

@@ -3,7 +3,7 @@
 from lightning_lambdapo.data.collate import PromptCollator
 from lightning_lambdapo.data.datamodule import LambdaPODataModule
 from lightning_lambdapo.data.presets import PRESETS
-from lightning_lambdapo.data.sampler import PromptSampler
+from lightning_lambdapo.data.sampler import PromptLoader, PromptSampler
 from lightning_lambdapo.data.sources import DataSource, load_rows
 from lightning_lambdapo.data.templates import PromptTemplate
 
@@ -12,6 +12,7 @@ __all__ = [
     "DataSource",
     "LambdaPODataModule",
     "PromptCollator",
+    "PromptLoader",
     "PromptSampler",
     "PromptTemplate",
     "load_rows",

@@ -17,8 +17,8 @@ class PromptCollator:
     """``collate_fn`` of a DataLoader whose rows are mappings.
 
     A row has ``prompt`` (text or chat messages), and may have ``answer``, ``reference`` (text or None) and
-    ``prompt_id`` (a stable whole number; otherwise a 63-bit hash of the prompt's text). All other keys reach the rewards
-    as columns.
+    ``prompt_id`` (a stable whole number; otherwise a 63-bit hash of the prompt's text). All other keys reach the
+    rewards as columns.
 
     Args:
         tokenizer: the policy's.

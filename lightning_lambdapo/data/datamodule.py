@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lightning_lambdapo.data.collate import PromptCollator
-from lightning_lambdapo.data.sampler import PromptSampler
+from lightning_lambdapo.data.sampler import PromptLoader, PromptSampler
 from lightning_lambdapo.data.sources import DataSource, Row, load_rows
 from lightning_lambdapo.data.templates import PromptTemplate
 from lightning_lambdapo.datatypes import PromptBatch
@@ -77,7 +77,6 @@ class LambdaPODataModule(LightningDataModule):
         self.num_workers = num_workers
         self.dropped: dict[str, int] = {}
         self._rows: dict[str, list[Row]] = {}
-        self._position: dict[str, Any] | None = None
 
     @property
     def train_rows(self) -> list[Row]:
@@ -100,10 +99,7 @@ class LambdaPODataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[PromptBatch]:
         """Batches of training prompts; a resumed run goes on where its checkpoint stands."""
-        loader = self._loader("train", self.batch_size)
-        if self._position is not None and isinstance(loader.sampler, PromptSampler):
-            loader.sampler.resume(self._position["epoch"], self._position["batches"])
-        return loader
+        return self._loader("train", self.batch_size)
 
     def val_dataloader(self) -> DataLoader[PromptBatch] | list[Any]:
         """Batches of validation prompts, in the data's order; none without a validation source."""
@@ -118,22 +114,15 @@ class LambdaPODataModule(LightningDataModule):
         return self._loader("predict", self.eval_batch_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the training data, counted by the trainer: loader workers run ahead of it."""
+        """What the position in the training data, which the loader remembers, is a position in."""
         if self.trainer is None or not self.train_rows:
             return {}
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return {
-            "epoch": self.trainer.current_epoch,
-            "batches": progress.ready,
-            "data": _fingerprint(self.train_rows),
-            "global_batch": self.batch_size * self.trainer.world_size,
-        }
+        return {"data": _fingerprint(self.train_rows), "global_batch": self.batch_size * self.trainer.world_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the position of a checkpoint; data or batch size that have changed since get a warning."""
+        """Warn of data or a batch size that have changed since the checkpoint."""
         if not state_dict:
             return
-        self._position = state_dict
         if self.train_rows and state_dict["data"] != _fingerprint(self.train_rows):
             warnings.warn(
                 "The training data is not that of the checkpoint; the run goes on at the same position of other data.",
@@ -175,7 +164,9 @@ class LambdaPODataModule(LightningDataModule):
             seed=self.seed,
             shuffle=self.shuffle,
         )
-        return DataLoader(
+        # Lightning rebuilds prediction loaders around a sampler of its own; only training has a position to keep.
+        loader: type[DataLoader[Any]] = PromptLoader if split == "train" else DataLoader
+        return loader(
             rows,
             batch_size=batch_size,
             sampler=sampler,

@@ -1,10 +1,10 @@
 """The order of prompts: the same global batches on any number of ranks, and from any position on."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 
 class PromptSampler(DistributedSampler[Any]):
@@ -55,6 +55,11 @@ class PromptSampler(DistributedSampler[Any]):
         """Leave out the first ``batches`` batches of ``epoch``; other epochs are dealt whole."""
         self._resume = (epoch, batches)
 
+    @property
+    def skipped(self) -> int:
+        """Batches of the present epoch that a resume leaves out."""
+        return self._resume[1] if self._resume is not None and self._resume[0] == self.epoch else 0
+
     def __iter__(self) -> Iterator[int]:
         count = len(self.dataset)  # type: ignore[arg-type]
         if self.shuffle:
@@ -63,9 +68,35 @@ class PromptSampler(DistributedSampler[Any]):
         else:
             order = list(range(count))
         mine = order[self.rank : self.total_size : self.num_replicas]
-        skipped = self._resume[1] if self._resume is not None and self._resume[0] == self.epoch else 0
-        return iter(mine[skipped * self.batch_size :])
+        return iter(mine[self.skipped * self.batch_size :])
 
     def __len__(self) -> int:
         """Rows of this rank in a whole epoch, also where a resume leaves some of them out."""
         return self.num_samples
+
+
+class PromptLoader(DataLoader[Any]):
+    """A DataLoader over a :class:`PromptSampler` that a checkpoint of Lightning's remembers the position of.
+
+    Batches are counted when they are handed out, so workers may run ahead.
+    """
+
+    handed_out = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self.handed_out = self._prompt_sampler.skipped
+        for batch in super().__iter__():
+            self.handed_out += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch, and batches of it that were handed out."""
+        return {"epoch": self._prompt_sampler.epoch, "batches": self.handed_out}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from there."""
+        self._prompt_sampler.resume(state_dict["epoch"], state_dict["batches"])
+
+    @property
+    def _prompt_sampler(self) -> PromptSampler:
+        return cast(PromptSampler, self.sampler)
