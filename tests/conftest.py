@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tiny
 from torch import distributed
 
 
@@ -20,6 +21,15 @@ def _no_process_group_is_left_behind() -> Iterator[None]:
     yield
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Directory of a tiny random Llama with its tokenizer."""
+    directory = tmp_path_factory.mktemp("base")
+    tiny.model("llama").save_pretrained(directory)
+    tiny.tokenizer().save_pretrained(directory)
+    return str(directory)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from lightning.pytorch import Trainer
 from peft import PeftModel
@@ -18,15 +17,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Directory of a tiny Llama with its tokenizer."""
-    directory = tmp_path_factory.mktemp("base")
-    tiny.model("llama").save_pretrained(directory)
-    tiny.tokenizer().save_pretrained(directory)
-    return str(directory)
 
 
 def cosine(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:

@@ -57,15 +57,6 @@ class Rows(LambdaPODataModule):
         self._rows = {split: list(ROWS) for split in ("train", "val", "test", "predict")}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Directory of a tiny Llama with its tokenizer."""
-    directory = tmp_path_factory.mktemp("base")
-    tiny.model("llama").save_pretrained(directory)
-    tiny.tokenizer().save_pretrained(directory)
-    return str(directory)
-
-
 def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
 

@@ -27,15 +27,6 @@ from lightning_lambdapo.policy import (
 IDS = torch.tensor([[3, 9, 14, 22, 31], [4, 8, 15, 16, 23]])
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> str:
-    """Directory of a tiny Llama with its tokenizer."""
-    directory = tmp_path / "base"
-    tiny.model("llama").save_pretrained(directory)
-    tiny.tokenizer().save_pretrained(directory)
-    return str(directory)
-
-
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
         found: Tensor = model(IDS).logits
@@ -142,7 +133,8 @@ def test_a_continued_adapter_is_its_own_frozen_reference(base: str, tmp_path: Pa
 @pytest.mark.filterwarnings("ignore:The PEFT config.s `base_model_name_or_path` was renamed")
 def test_an_adapter_for_another_base_is_refused(base: str, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
-    save_policy(load_policy(PolicyConfig(base), AdapterConfig(r=4)), tiny.tokenizer(), adapter)
+    settings = AdapterConfig(r=4, target_modules=["q_proj", "up_proj"])
+    save_policy(load_policy(PolicyConfig(base), settings), tiny.tokenizer(), adapter)
     wider = tmp_path / "wider"
     config = tiny.config("llama")
     config.hidden_size = 64

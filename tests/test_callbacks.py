@@ -1,0 +1,97 @@
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from test_module import ROWS, Digits, Rows, module, trainer
+
+from lightning_lambdapo import CompletionsLogger, LambdaPOModule, RewardPlot, RolloutCheckpoint, Throughput
+from lightning_lambdapo.functional import lambda_advantages
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_completions_hold_everything_that_made_the_advantage(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    callback = CompletionsLogger(every_n_rollouts=2, table_every_n_rollouts=3)
+    trainer(tmp_path, callbacks=[callback]).fit(module(base), Rows(batch_size=4))
+    records = read(tmp_path / "completions.jsonl")
+    assert [record["step"] for record in records] == [2] * 16 + [4] * 16
+    prompts = {row["prompt_id"]: row["prompt"] for row in ROWS}
+    for start in range(0, 32, 4):
+        group = records[start : start + 4]
+        assert {prompts[record["prompt_id"]] for record in group} == {group[0]["prompt"]}
+        assert [record["sample"] for record in group] == [0, 1, 2, 3]
+        rewards = torch.tensor([[record["total"] for record in group]])
+        scores = torch.tensor([[record["score"] for record in group]])
+        expected = lambda_advantages(rewards, scores)[0].tolist()
+        assert [record["advantage"] for record in group] == pytest.approx(expected, abs=1e-6)
+        for record in group:
+            text = record["completion"]
+            assert record["rewards"]["digits"] == pytest.approx(sum(map(str.isdigit, text)) / max(len(text), 1))
+            assert record["valid"]
+    assert "step 3" in capsys.readouterr().out
+
+
+def test_an_earlier_runs_files_are_never_written_over(base: str, tmp_path: Path) -> None:
+    for _ in range(2):
+        callbacks = [CompletionsLogger(every_n_rollouts=4), RewardPlot()]
+        trainer(tmp_path, callbacks=callbacks).fit(module(base), Rows(batch_size=4))
+    assert len(read(tmp_path / "completions.jsonl")) == len(read(tmp_path / "completions-1.jsonl")) == 16
+    assert (tmp_path / "reward.png").exists()
+    assert (tmp_path / "reward-1.png").exists()
+
+
+def test_predictions_go_to_jsonl(base: str, tmp_path: Path) -> None:
+    run = trainer(tmp_path, callbacks=[CompletionsLogger()])
+    run.predict(module(base), Rows(batch_size=4))
+    records = read(tmp_path / "predictions.jsonl")
+    assert [record["prompt_id"] for record in records] == [row["prompt_id"] for row in ROWS]
+    assert {"prompt", "completion", "answer", "truncated", "completion_length"} <= records[0].keys()
+
+
+def test_throughput_and_curves(base: str, tmp_path: Path) -> None:
+    plot = RewardPlot(every_n_rollouts=2, metrics=("train/reward", "val/reward", "train/nothing"))
+    run = trainer(tmp_path, callbacks=[plot, Throughput()], logger=CSVLogger(tmp_path), limit_val_batches=1.0)
+    run.fit(module(base), Rows(batch_size=4))
+    assert run.callback_metrics["train/tokens_per_second"] > 0
+    curves = plot.state_dict()["curves"]
+    assert [step for step, _ in curves["train/reward"]] == [1, 2, 3, 4]
+    assert [step for step, _ in curves["val/reward"]] == [4]
+    again = RewardPlot()
+    again.load_state_dict(json.loads(json.dumps(plot.state_dict())))
+    assert again.state_dict() == plot.state_dict()
+    assert (tmp_path / "lightning_logs" / "version_0" / "reward.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_checkpoints_by_time(base: str, tmp_path: Path) -> None:
+    for name, interval, count in (("often", timedelta(0), 4), ("rarely", timedelta(hours=1), 0)):
+        callback = RolloutCheckpoint(train_time_interval=interval, dirpath=tmp_path / name, save_top_k=-1)
+        run = trainer(tmp_path, callbacks=[callback], enable_checkpointing=True)
+        run.fit(module(base), Rows(batch_size=4))
+        assert len(list((tmp_path / name).glob("rollout-*.ckpt"))) == count
+
+
+def test_checkpoints_of_the_best(base: str, tmp_path: Path) -> None:
+    callback = RolloutCheckpoint(
+        every_n_rollouts=1, dirpath=tmp_path, monitor="train/reward", mode="max", filename="{step}"
+    )
+    run = trainer(tmp_path, callbacks=[callback], enable_checkpointing=True)
+    model = LambdaPOModule(policy=module(base).policy_config, rewards=[Digits()], seed=3)
+    run.fit(model, Rows(batch_size=4))
+    assert callback.best_model_score is not None
+    assert Path(callback.best_model_path).exists()
+
+
+@pytest.mark.parametrize("settings", [{"every_n_rollouts": 0}, {"table_every_n_rollouts": -1}])
+def test_bad_settings(settings: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="at least"):
+        CompletionsLogger(**settings)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        RewardPlot(every_n_rollouts=0)
