@@ -213,8 +213,7 @@ def save_policy(policy: Policy, tokenizer: PreTrainedTokenizerBase, directory: s
     if isinstance(policy, PeftModel):
         policy.save_pretrained(str(directory), selected_adapters=["default"])
     else:
-        if getattr(policy.config, "quantization_config", None) is not None:  # transformers refuses to save GGUF origins
-            del policy.config.quantization_config
+        _forget_gguf(policy)
         policy.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
@@ -266,7 +265,7 @@ def _unpack_gguf(path: Path) -> Path:
         return target
     cache.mkdir(parents=True, exist_ok=True)
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    del model.config.quantization_config
+    _forget_gguf(model)
     scratch = Path(tempfile.mkdtemp(dir=cache))
     try:
         model.save_pretrained(scratch)
@@ -277,6 +276,14 @@ def _unpack_gguf(path: Path) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def _forget_gguf(model: PreTrainedModel) -> None:
+    """Weights read from a GGUF file are plain by now, but transformers refuses to save a model that remembers it."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    if getattr(model, "hf_quantizer", None) is not None:
+        del model.hf_quantizer
 
 
 def _silence_dropout(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_lambdapo.rewards.answers import boxed_content
+from lightning_lambdapo.rewards.extraction import marked_answer
 
 Fields = dict[str, Any]
 _LETTERS = "ABCDEFGHIJ"
@@ -67,7 +67,7 @@ def _gsm8k(fields: Fields, row: Mapping[str, Any]) -> Fields:
 
 
 def _boxed_solution(fields: Fields, row: Mapping[str, Any]) -> Fields:
-    answer = boxed_content(str(fields["reference"]))
+    answer = marked_answer(str(fields["reference"]), "boxed")
     if answer is None:
         raise RowError("its solution has no \\boxed{...}")
     return fields | {"answer": answer}
@@ -77,7 +77,7 @@ def _chat(fields: Fields, row: Mapping[str, Any]) -> Fields:
     texts = {message["role"]: message["content"] for message in reversed(fields["prompt"])}
     if not {"user", "assistant"} <= texts.keys():
         raise RowError("its messages have no user and assistant turn")
-    return {"prompt": texts["user"], "answer": boxed_content(texts["assistant"]), "reference": texts["assistant"]}
+    return {"prompt": texts["user"], "answer": marked_answer(texts["assistant"], "boxed"), "reference": texts["assistant"]}
 
 
 def _choices(fields: Fields, row: Mapping[str, Any]) -> Fields:

@@ -1,4 +1,4 @@
-"""Rewards: judges of completions, and how several of them become one total."""
+"""Judges of completions, and how several of them become one total."""
 
 from lightning_lambdapo.rewards.accuracy import AccuracyReward
 from lightning_lambdapo.rewards.base import FunctionReward, Reward, RewardInputs, as_rewards, score

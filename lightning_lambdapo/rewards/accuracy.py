@@ -1,43 +1,62 @@
-"""The accuracy reward: is the final answer right?"""
+"""Whether the final answer is right."""
 
-from collections.abc import Sequence
+import re
 from typing import get_args
 
-from lightning_lambdapo.rewards.answers import (
-    AnswerFormat,
-    canonical,
-    extract_answer,
-    is_bomb,
-    is_letter,
-    normalise,
-    parse_number,
-    same_number,
-)
 from lightning_lambdapo.rewards.base import Reward, RewardInputs
+from lightning_lambdapo.rewards.exact import canonical, clean, is_text, quantity, same_quantity, too_costly
+from lightning_lambdapo.rewards.extraction import (
+    AnswerFormat,
+    final_answer,
+    final_letter,
+    last_number,
+    leading_letter,
+    marked_answer,
+    trailing_letter,
+)
 from lightning_lambdapo.rewards.verifier import MathVerifier
 
-_ENOUGH = 20
+_MAX_CHARACTERS = 512
+_MIN_VERIFICATIONS = 20
+_GOLD_LETTER = re.compile(r"\(?([A-J])\)?")
+_WORD = re.compile(r"[^\W\d_]{4}")
 
 
 class AccuracyReward(Reward):
-    r"""1 where the completion's final answer is the gold answer, 0 where it is not, None without a gold answer.
+    r"""1 where the completion's final answer equals the gold answer, else 0; None where the data has no answer.
 
-    Answers are compared as strings, then exactly as numbers and fractions, and only then symbolically by math-verify, in
-    a worker process that is killed at the deadline; what fails there, or is an obvious bomb, scores 0 and is counted. A
-    gold answer that is one letter A to J is multiple choice. Gold answers may be whole solutions that end in ``####``
-    or ``\boxed{}``.
+    :func:`~lightning_lambdapo.rewards.extraction.final_answer` finds the final answer. It is compared as a cleaned
+    string, then as an exact number (grouped digits, decimals, percentages, fractions, units), and what neither decides
+    goes to math-verify in a worker process that is killed at the deadline. Gold answers may be worked solutions that
+    end in ``#### N``, ``\boxed{N}`` or ``<answer>N</answer>``.
+
+    Answers that cannot be judged safely (over 512 characters, numbers over 64 digits, exponents over four digits, power
+    towers) and those on which math-verify fails count as wrong.
 
     Args:
         weight: coefficient in the total.
-        name: key in logs.
-        answer_format: where the final answer stands: ``"auto"``, ``"boxed"``, ``"hash"``, ``"tag"``, ``"letter"``; see
-            :func:`~lightning_lambdapo.rewards.answers.extract_answer`.
-        deadline: seconds that math-verify may take for one row.
-        workers: verifying processes.
-        max_failure_rate: once 20 rows were verified symbolically, a greater share of failures is an error.
+        name: key in logs; the part called ``accuracy`` is what accuracy, pass@k and maj@k are computed from.
+        answer_format: where the final answer stands: ``"boxed"``, ``"hash"`` (``#### x``), ``"tag"``
+            (``<answer>x</answer>``), ``"letter"`` (multiple choice, A to J), or ``"auto"``: the last of those marks or
+            of "the answer is x", else the last number; letters where the gold answer is one.
+        deadline: seconds that math-verify gets for one answer.
+        workers: math-verify processes.
+        max_failure_rate: largest share of verifications that may fail, once there were 20.
 
     Raises:
-        RuntimeError: too many symbolic verifications failed.
+        ValueError: a setting out of range.
+        RuntimeError: more verifications failed than ``max_failure_rate`` allows (from calling it).
+
+    Example:
+        >>> reward = AccuracyReward()
+        >>> inputs = RewardInputs(
+        ...     prompts=["6 * 3 = ?"] * 3, completions=["The answer is 18.", "#### 17", "18.00"],
+        ...     answers=["18", "18", None], references=[None] * 3, completion_lengths=[5, 3, 3], truncated=[False] * 3,
+        ...     columns=[{}] * 3)
+        >>> reward(inputs)
+        [1.0, 0.0, None]
+        >>> reward.vote("so it is 0.5"), reward.vote(r"\boxed{\frac{1}{2}}")
+        ('1/2', '1/2')
     """
 
     requires = ("answers",)
@@ -53,79 +72,111 @@ class AccuracyReward(Reward):
     ) -> None:
         super().__init__(weight, name)
         if answer_format not in get_args(AnswerFormat):
-            raise ValueError(f"`answer_format` must be one of {', '.join(get_args(AnswerFormat))}; got {answer_format!r}.")
-        if not 0 <= max_failure_rate <= 1:
-            raise ValueError(f"`max_failure_rate` must be in [0, 1], got {max_failure_rate}.")
+            raise ValueError(
+                f"`answer_format` must be one of {', '.join(get_args(AnswerFormat))}; got {answer_format!r}."
+            )
+        if not 0 < max_failure_rate <= 1:
+            raise ValueError(f"`max_failure_rate` must be above 0 and at most 1, got {max_failure_rate}.")
         self.answer_format = answer_format
         self.max_failure_rate = max_failure_rate
         self.verifier = MathVerifier(workers=workers, deadline=deadline)
-        self._failed_now = self._verified_now = 0
-        self._failed = self._verified = 0
+        self._verified = 0
+        self._failed = 0
+        self._statistics: dict[str, float] = {}
 
-    def __call__(self, inputs: RewardInputs) -> Sequence[float | None]:
+    def __call__(self, inputs: RewardInputs) -> list[float | None]:
         """Judge every row."""
-        rewards: list[float | None] = [None] * len(inputs.completions)
-        undecided: dict[tuple[str, str], list[int]] = {}
-        for row, (completion, answer) in enumerate(zip(inputs.completions, inputs.answers, strict=True)):
-            if answer is None:
+        verdicts: list[float | None] = []
+        refused = 0
+        hard: dict[tuple[str, str], list[int]] = {}  # distinct questions to math-verify, and their rows
+        for row, (completion, gold) in enumerate(zip(inputs.completions, inputs.answers, strict=True)):
+            if gold is None or not str(gold).strip():
+                verdicts.append(None)
                 continue
-            gold, found = _gold(answer), self._extract(completion, answer)
-            verdict = False if found is None else _compare(gold, found)
-            rewards[row] = float(verdict or False)
-            if verdict is None and found is not None:
-                undecided.setdefault((normalise(gold), normalise(found)), []).append(row)
-        failed = 0
-        sound = [pair for pair in undecided if not is_bomb(pair[1])]
-        verdicts = dict(zip(sound, self.verifier.verify(sound), strict=True)) if sound else {}
-        for pair, rows in undecided.items():
-            verdict = verdicts.get(pair)
-            failed += len(rows) if verdict is None else 0
-            for row in rows:
-                rewards[row] = float(verdict or False)
-        self._count(failed, sum(map(len, undecided.values())))
-        return rewards
+            gold_answer, answer = self._answers(str(gold), completion)
+            verdict = False if answer is None else _cheap_verdict(gold_answer, answer)
+            if verdict is None and answer is not None:
+                if _refused(gold_answer) or _refused(answer):
+                    refused += 1
+                else:
+                    hard.setdefault((gold_answer, answer), []).append(row)
+            verdicts.append(float(verdict or False))
+        self._statistics = {"refused_share": refused / len(verdicts)} if refused else {}
+        self._verify(hard, verdicts)
+        return verdicts
 
     def vote(self, completion: str) -> str | None:
-        """The final answer in a canonical spelling."""
-        found = extract_answer(completion, self.answer_format)
-        return None if found is None else canonical(found)
+        """The final answer in a canonical form: one spelling for all exact spellings of a number.
+
+        A percentage votes as its number, and an option such as ``(C) 15`` as its letter.
+        """
+        if self.answer_format == "letter":
+            return final_letter(completion)
+        answer = marked_answer(completion, self.answer_format)
+        if self.answer_format == "auto":
+            letter = trailing_letter(completion) if answer is None else leading_letter(answer, strict=True)
+            answer = letter or answer or last_number(completion)
+        return canonical(answer[:_MAX_CHARACTERS]) or None if answer else None
 
     def statistics(self) -> dict[str, float]:
-        """``verifier_failure_share`` of the last call: of the rows judged symbolically, those that failed."""
-        return {"verifier_failure_share": self._failed_now / self._verified_now} if self._verified_now else {}
+        """Of the last call: ``verifier_failure_share`` of the rows that went to math-verify, where any did.
+
+        And ``refused_share``, rows whose answer was too long or too costly to judge, where there were any.
+        """
+        return dict(self._statistics)
 
     def close(self) -> None:
-        """Stop the verifying processes."""
+        """Stop the worker processes; the next call starts new ones."""
         self.verifier.close()
 
-    def _extract(self, completion: str, answer: str) -> str | None:
-        letter = self.answer_format == "auto" and is_letter(answer)
-        return extract_answer(completion, "letter" if letter else self.answer_format)
+    def _answers(self, gold: str, completion: str) -> tuple[str, str | None]:
+        """The bare gold answer, and the completion's final answer to hold against it."""
+        if self.answer_format == "letter":
+            letter = leading_letter(gold) or final_letter(gold)
+            if letter is None:
+                raise ValueError(f'answer_format="letter" needs gold answers from A to J, got {gold!r}.')
+            return letter, final_letter(completion)
+        gold = marked_answer(gold, phrases=False) or gold
+        option = _GOLD_LETTER.fullmatch(clean(gold)) if self.answer_format == "auto" else None
+        return (option[1], final_letter(completion)) if option else (gold, final_answer(completion, self.answer_format))
 
-    def _count(self, failed: int, verified: int) -> None:
-        self._failed_now, self._verified_now = failed, verified
-        self._failed += failed
-        self._verified += verified
-        if self._verified >= _ENOUGH and self._failed > self.max_failure_rate * self._verified:
+    def _verify(self, hard: dict[tuple[str, str], list[int]], verdicts: list[float | None]) -> None:
+        """Fill in what only math-verify can tell."""
+        if not hard:
+            return
+        failed_rows = 0
+        for rows, verdict in zip(hard.values(), self.verifier.verify(list(hard)), strict=True):
+            self._verified += 1
+            self._failed += verdict is None
+            failed_rows += len(rows) if verdict is None else 0
+            for row in rows:
+                verdicts[row] = float(verdict or False)
+        self._statistics["verifier_failure_share"] = failed_rows / sum(map(len, hard.values()))
+        if self._verified >= _MIN_VERIFICATIONS and self._failed > self.max_failure_rate * self._verified:
             raise RuntimeError(
-                f"{self._failed} of {self._verified} symbolic verifications failed or ran out of time, more than "
-                f"max_failure_rate = {self.max_failure_rate}; the rewards would be noise. Raise `deadline`, add "
-                "`workers`, or ask for plainer answers in the prompt."
+                f"math-verify failed or timed out on {self._failed} of {self._verified} answers, more than "
+                f"`max_failure_rate` = {self.max_failure_rate} allows; look at the gold answers, or raise `deadline` "
+                f"({self.verifier.deadline} s) or `max_failure_rate`."
             )
 
 
-def _gold(answer: str) -> str:
-    """The final answer of a gold entry that may be a whole solution."""
-    if "####" in answer or "\\boxed{" in answer:
-        return extract_answer(answer) or answer
-    return answer.strip("()") if is_letter(answer.strip()) else answer
+def _cheap_verdict(gold: str, answer: str) -> bool | None:
+    """Compare as strings and as exact numbers; None where neither can tell."""
+    if gold.strip() == answer.strip():
+        return True
+    if max(len(gold), len(answer)) > _MAX_CHARACTERS:
+        return None
+    gold, answer = clean(gold), clean(answer)
+    if gold == answer or not answer:
+        return bool(answer)
+    wordy = is_text(gold), is_text(answer)
+    if all(wordy) and (gold.casefold() == answer.casefold() or _WORD.search(gold + " " + answer)):
+        return gold.casefold() == answer.casefold()  # math-verify would multiply the letters: "north" = "thorn"
+    numbers = quantity(gold), quantity(answer)
+    if numbers[0] and numbers[1]:
+        return same_quantity(numbers[0], numbers[1])
+    return False if any(numbers) and any(wordy) else None
 
 
-def _compare(gold: str, found: str) -> bool | None:
-    """True or False where strings or exact numbers decide it; None where it takes algebra."""
-    if canonical(gold) == canonical(found) or is_letter(gold):
-        return canonical(gold) == canonical(found)
-    numbers = parse_number(gold), parse_number(found)
-    if numbers[0] is not None and numbers[1] is not None:
-        return same_number(numbers[0], numbers[1])
-    return None
+def _refused(text: str) -> bool:
+    return len(text) > _MAX_CHARACTERS or too_costly(text)

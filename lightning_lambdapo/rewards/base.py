@@ -1,15 +1,21 @@
 """The reward interface, and how several rewards become one total."""
 
+import dataclasses
 import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from lightning_lambdapo.datatypes import Scores
+
+_SHOWN_CHARACTERS = 80
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,149 +69,209 @@ class Reward(ABC):
         """Extra numbers about the last call, logged as ``reward/<name>/<key>``."""
         return {}
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 -- most rewards hold nothing
         """Free what the reward holds (worker processes); called once at the end of a run."""
 
 
 class FunctionReward(Reward):
     """A plain function as a reward.
 
-    It is called with keyword arguments, one list of ``N`` entries each: the fields of :class:`RewardInputs` other than
-    ``columns``, and every column of the data by its own name (None in rows that lack it). It gets those that its
-    signature names, or all of them where it takes ``**kwargs``, and returns one finite number or None per row.
+    The function is called with keyword arguments that are lists of ``N`` entries: ``prompts``, ``completions``,
+    ``answers``, ``references``, ``completion_lengths``, ``truncated``, and every other column of the data under its own
+    name (None where a row lacks it). It gets only those that its signature takes, or all if it takes ``**kwargs``.
 
     Args:
-        function: the judge.
+        function: returns ``N`` finite numbers, None where it does not apply.
         weight: coefficient in the total.
-        name: key of this part in logs; the function's own name by default.
+        name: key in logs; by default the function's own name, which a lambda or a partial lacks.
 
     Raises:
-        ValueError: the function has no name of its own and none is given.
+        TypeError: not a function that can be called so.
+        ValueError: no name.
+
+    Example:
+        >>> def brevity(completions, limit):
+        ...     return [float(len(text) <= most) for text, most in zip(completions, limit)]
+        >>> reward = FunctionReward(brevity)
+        >>> inputs = RewardInputs(
+        ...     prompts=["?"] * 2, completions=["ab", "abc"], answers=[None] * 2, references=[None] * 2,
+        ...     completion_lengths=[1, 1], truncated=[False] * 2, columns=[{"limit": 2}] * 2)
+        >>> reward.name, reward(inputs)
+        ('brevity', [1.0, 0.0])
     """
 
-    def __init__(self, function: Callable[..., Any], weight: float = 1.0, name: str | None = None) -> None:
-        name = name or getattr(function, "__name__", None)
-        if name is None or name == "<lambda>":
-            raise ValueError(f"The reward function {function!r} has no name; wrap it: FunctionReward(function, name=...).")
+    def __init__(
+        self, function: Callable[..., Sequence[float | None]], weight: float = 1.0, name: str | None = None
+    ) -> None:
+        if not callable(function) or isinstance(function, type):
+            raise TypeError(f"A reward must be a Reward object or a function, got {function!r}.")
+        if inspect.iscoroutinefunction(function):
+            raise TypeError(f"The reward function {function!r} is asynchronous; wrap it in one that runs it.")
+        name = name or getattr(function, "__name__", "")
+        if not name or name == "<lambda>":
+            raise ValueError(f"{function!r} has no name of its own to log it under; use FunctionReward(..., name=...).")
         super().__init__(weight, name)
         self.function = function
         parameters = inspect.signature(function).parameters.values()
-        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-        self._wanted = None if takes_all else {parameter.name for parameter in parameters}
+        positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
+        if positional:
+            raise TypeError(f"The reward function {name!r} must take its arguments by name; {positional} cannot be.")
+        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        keywords = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        self._takes = {p.name for p in keywords}
+        self._needs = {p.name for p in keywords if p.default is p.empty}
 
     def __call__(self, inputs: RewardInputs) -> Sequence[float | None]:
-        """Call the function; see the class."""
-        arguments = {field.name: getattr(inputs, field.name) for field in fields(inputs) if field.name != "columns"}
-        for column in dict.fromkeys(name for row in inputs.columns for name in row):
-            if column in arguments:
-                raise ValueError(
-                    f"The data has a column {column!r}, which is also an argument of every reward function; rename it."
-                )
-            arguments[column] = [row.get(column) for row in inputs.columns]
-        result: Sequence[float | None] = self.function(
-            **{name: value for name, value in arguments.items() if self._wanted is None or name in self._wanted}
-        )
-        return result
+        """Call the function with the columns that it takes."""
+        arguments: dict[str, Any] = {
+            field.name: list(getattr(inputs, field.name))
+            for field in dataclasses.fields(inputs)
+            if field.name != "columns"
+        }
+        columns = list(dict.fromkeys(name for row in inputs.columns for name in row))
+        taken = [name for name in columns if name in arguments]
+        if taken:
+            raise ValueError(
+                f"The data has columns named {taken}, as arguments of every reward function are; rename them."
+            )
+        missing = self._needs - arguments.keys() - set(columns)
+        if missing:
+            raise TypeError(
+                f"The reward function {self.name!r} takes {sorted(missing)}, which is no column of the data; there are "
+                f"{[*arguments, *columns]}."
+            )
+        arguments |= {name: [row.get(name) for row in inputs.columns] for name in columns}
+        chosen = {name: value for name, value in arguments.items() if self._takes_all or name in self._takes}
+        return self.function(**chosen)
 
 
 def as_rewards(rewards: Sequence[Reward | Callable[..., Any]]) -> list[Reward]:
-    """Wrap plain functions, and refuse lists that cannot be logged or summed.
+    """Check a list of rewards, and wrap the plain functions in it.
+
+    Args:
+        rewards: reward objects or functions (see :class:`FunctionReward`).
+
+    Returns:
+        Reward objects in the same order.
 
     Raises:
-        TypeError: an entry is neither a reward nor callable.
-        ValueError: the list is empty, two rewards share a name, or a weight is not finite.
+        TypeError: something that is neither.
+        ValueError: no reward, two of one name, or a weight that is not a finite number.
+
+    Example:
+        >>> def short(completions):
+        ...     return [float(len(text) < 9) for text in completions]
+        >>> [(reward.name, reward.weight) for reward in as_rewards([short, FunctionReward(short, 0.5, name="again")])]
+        [('short', 1.0), ('again', 0.5)]
     """
-    wrapped: list[Reward] = []
-    for reward in rewards:
-        if isinstance(reward, type) or not callable(reward):
-            raise TypeError(f"A reward must be a Reward object or a function, got {reward!r}.")
-        wrapped.append(reward if isinstance(reward, Reward) else FunctionReward(reward))
+    if isinstance(rewards, Reward) or callable(rewards) or isinstance(rewards, str):
+        raise TypeError(f"`rewards` must be a list of rewards, got {rewards!r}; put it in a list.")
+    wrapped = [reward if isinstance(reward, Reward) else FunctionReward(reward) for reward in rewards]
     if not wrapped:
-        raise ValueError("`rewards` is empty; without a reward there is nothing to learn from.")
+        raise ValueError("`rewards` is empty; learning needs at least one reward.")
     names = [reward.name for reward in wrapped]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"Rewards need unique names, and there are several of {twice}; give them a `name`.")
     for reward in wrapped:
-        if names.count(reward.name) > 1:
-            raise ValueError(f"Two rewards are called {reward.name!r}; give one of them another `name`.")
-        if not math.isfinite(reward.weight):
-            raise ValueError(f"The weight of the reward {reward.name!r} must be finite, got {reward.weight}.")
+        if not isinstance(reward.weight, Real) or not math.isfinite(reward.weight):
+            raise ValueError(
+                f"The weight of the reward {reward.name!r} must be a finite number, got {reward.weight!r}."
+            )
     return wrapped
 
 
 def score(
-    rewards: Sequence[Reward],
-    inputs: RewardInputs,
-    *,
-    group_size: int,
-    device: torch.device | str | None = None,
+    rewards: Sequence[Reward], inputs: RewardInputs, *, group_size: int, device: torch.device | str | None = None
 ) -> Scores:
-    """Run all rewards and add them up.
+    r"""Let every reward judge every row, and combine the parts.
 
-    The total of a row is the sum of weight times part over the applicable parts; weights are not renormalised. A part
-    that is None for a whole group is left out of that group; None for some of its rows makes those rows invalid; a row
-    without any applicable part is invalid.
+    .. math:: R_n = \sum_{k\,\text{applicable to } n} \text{weight}_k \, \text{part}_{k,n}
+
+    Weights are not renormalised. A part that is None for a whole group is left out of that group's totals; a part that
+    is None for some rows of a group makes those rows invalid, since their totals could not be compared with their
+    peers'. A row without any applicable part is invalid.
 
     Args:
-        rewards: the judges.
-        inputs: ``N`` rows in group-major order.
-        group_size: G.
-        device: where the result goes.
+        rewards: judges with unique names.
+        inputs: the ``N = B * G`` rows, group-major.
+        group_size: ``G``.
+        device: where the result goes; None: the CPU.
+
+    Returns:
+        ``(B, G)`` float32 total and parts (NaN where None), bool validity.
 
     Raises:
-        RuntimeError: a reward raised; the message names it.
-        TypeError: a reward returned something other than a sequence of numbers and None.
-        ValueError: a reward returned the wrong number of values, or one that is not finite; the message names reward
-            and row.
+        RuntimeError: a reward raised an exception, which is its cause.
+        TypeError: a reward returned something else than a sequence of numbers and None.
+        ValueError: wrong number of values, a value or total that is not finite in float32, or a group size that does
+            not divide ``N``.
+
+    Example:
+        >>> def short(completions):
+        ...     return [len(text) < 3 for text in completions]
+        >>> inputs = RewardInputs(
+        ...     prompts=["?"] * 2, completions=["ab", "abc"], answers=[None] * 2, references=[None] * 2,
+        ...     completion_lengths=[1, 1], truncated=[False] * 2, columns=[{}] * 2)
+        >>> score([FunctionReward(short, weight=0.5)], inputs, group_size=2)
+        Scores(total=tensor([[0.5000, 0.0000]]), parts={'short': tensor([[1., 0.]])}, valid=tensor([[True, True]]))
     """
-    count = len(inputs.completions)
-    total = torch.zeros(count // group_size, group_size, dtype=torch.float64)
-    valid = torch.ones_like(total, dtype=torch.bool)
-    applicable = torch.zeros_like(valid)
+    rows = len(inputs.completions)
+    if group_size < 1 or rows % group_size:
+        raise ValueError(f"`group_size` must divide the number of completions ({rows}), got {group_size}.")
+    total = torch.zeros(rows // group_size, group_size, dtype=torch.float64)
+    some = torch.zeros_like(total, dtype=torch.bool)
+    valid = torch.ones_like(some)
     parts = {}
     for reward in rewards:
-        part = torch.tensor(_values(reward, inputs), dtype=torch.float64).view_as(total)
-        missing = part.isnan()
-        absent = missing.all(-1, keepdim=True)
-        valid &= absent | ~missing
-        applicable |= ~missing
+        part = _judged(reward, inputs).view_as(total)
+        applicable = ~part.isnan()
         total += reward.weight * part.nan_to_num(0.0)
-        parts[reward.name] = part.float().to(device)
-    valid &= applicable
-    return Scores(torch.where(valid, total, 0.0).float().to(device), parts, valid.to(device))
+        some |= applicable
+        valid &= applicable | ~applicable.any(-1, keepdim=True)
+        parts[reward.name] = part.to(device, torch.float32)
+    valid &= some
+    total = torch.where(valid, total, 0.0)
+    if rows and float(total.abs().max()) > _LARGEST:
+        raise ValueError(f"A total reward of {float(total.abs().max()):.3g} does not fit float32; lower the weights.")
+    return Scores(total=total.to(device, torch.float32), parts=parts, valid=valid.to(device))
 
 
-def _values(reward: Reward, inputs: RewardInputs) -> list[float]:
-    """What a reward says of every row, NaN for None; anything else that is no finite number is an error."""
+def _judged(reward: Reward, inputs: RewardInputs) -> Tensor:
+    """What one reward says of every row: ``(N,)`` float64, NaN for None."""
     try:
-        returned = reward(inputs)
+        values: Any = reward(inputs)
     except Exception as error:
         raise RuntimeError(f"The reward {reward.name!r} raised {type(error).__name__}: {error}") from error
-    if isinstance(returned, torch.Tensor):
-        returned = returned.tolist()
-    if isinstance(returned, str) or not isinstance(returned, Sequence):
-        raise TypeError(
-            f"The reward {reward.name!r} returned {type(returned).__name__}; it must return a sequence with one number "
-            "or None per completion."
-        )
-    if len(returned) != len(inputs.completions):
+    if hasattr(values, "tolist"):  # a tensor or an array
+        values = values.tolist()
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+        raise TypeError(f"The reward {reward.name!r} must return a list of numbers, got {type(values).__name__}.")
+    if len(values) != len(inputs.completions):
         raise ValueError(
-            f"The reward {reward.name!r} returned {len(returned)} values for {len(inputs.completions)} completions."
+            f"The reward {reward.name!r} returned {len(values)} values for {len(inputs.completions)} completions."
         )
-    values = []
-    for row, value in enumerate(returned):
-        try:
-            number = math.nan if value is None else float(value)
-        except (TypeError, ValueError) as error:
-            raise TypeError(_bad_value(reward, row, value, inputs)) from error
-        if value is not None and not math.isfinite(number):
-            raise ValueError(_bad_value(reward, row, value, inputs))
-        values.append(number)
-    return values
+    numbers = [math.nan] * len(values)
+    for row, value in enumerate(values):
+        if value is not None:
+            numbers[row] = _number(value, reward.name, row, inputs.completions[row])
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
-def _bad_value(reward: Reward, row: int, value: object, inputs: RewardInputs) -> str:
-    completion = inputs.completions[row]
-    shown = completion if len(completion) <= 80 else f"{completion[:80]}..."
-    return (
-        f"The reward {reward.name!r} returned {value!r} for row {row} (completion {shown!r}); it must be a finite number, "
-        "or None where the reward is not applicable."
-    )
+def _number(value: Any, name: str, row: int, completion: str) -> float:
+    """One value as a float, or an error that says whose it is."""
+    if isinstance(value, Tensor) and value.ndim == 0:
+        value = value.item()
+    shown = completion if len(completion) <= _SHOWN_CHARACTERS else completion[:_SHOWN_CHARACTERS] + "..."
+    if not isinstance(value, Real):
+        raise TypeError(
+            f"The reward {name!r} returned {value!r} ({type(value).__name__}) for row {row}, where a number or None "
+            f"belongs; its completion: {shown!r}."
+        )
+    number = float(value) if not isinstance(value, int) or abs(value) <= _LARGEST else math.inf
+    if not abs(number) <= _LARGEST:  # NaN too
+        raise ValueError(
+            f"The reward {name!r} returned {value!r} for row {row}; it must be finite (None means not applicable). "
+            f"Its completion: {shown!r}."
+        )
+    return number

@@ -1,56 +1,92 @@
-"""The format reward: is the final answer where it was asked for?"""
+"""Whether the completion has the form that was asked for."""
 
 import re
-from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
-from lightning_lambdapo.rewards.answers import boxed_content
 from lightning_lambdapo.rewards.base import Reward, RewardInputs
+from lightning_lambdapo.rewards.extraction import boxed
 
-FormatStyle = Literal["boxed", "hash", "tag", "think"]
+Style = Literal["boxed", "hash", "tag", "think_answer"]
 
-_MAX_LENGTH = 100_000
-_PATTERNS = {
-    "hash": r"^####[ \t]*\S",
-    "tag": r"<answer>\s*\S.*?</answer>",
-    "think": r"\A\s*(?:<think>)?(?:(?!</?think>).)*</think>\s*\S",
+_MAX_CHARACTERS = 100_000
+_HASH_LINE = re.compile(r"^[ \t]*####(?!#)[ \t]*\S", re.MULTILINE)
+_MARKS = {
+    "boxed": ("\\boxed{",),
+    "hash": ("####",),
+    "tag": ("<answer>", "</answer>"),
+    "think_answer": ("<think>", "</think>", "<answer>", "</answer>"),
 }
 
 
 class FormatReward(Reward):
-    r"""1 where the completion has the asked-for form exactly once, else 0.
+    r"""1 where the completion gives its final answer in the asked-for form exactly once, else 0.
 
-    Styles: ``"boxed"``, a non-empty ``\boxed{...}``; ``"hash"``, a line ``#### answer``; ``"tag"``,
-    ``<answer>...</answer>``; ``"think"``, a reasoning part that ends in ``</think>``, followed by an answer.
+    ========================  =============================================================================
+    ``style="boxed"``         one ``\boxed{...}``, braces balanced and not empty
+    ``style="hash"``          one ``####``, which starts a line and has something after it
+    ``style="tag"``           one ``<answer>...</answer>``, not empty
+    ``style="think_answer"``  nothing but ``<think>...</think>`` and then ``<answer>...</answer>``, neither empty
+    ========================  =============================================================================
 
     Args:
-        style: one of the above.
-        pattern: a regular expression in its place (searched, with ``.`` matching newlines and ``^`` at every line).
         weight: coefficient in the total.
         name: key in logs.
+        style: the form.
+        pattern: regular expression to search for instead of a ``style``. A completion of more than 100,000 characters
+            scores 0 unsearched; beyond that the cost of a pattern is its author's business.
 
     Raises:
-        ValueError: unknown style, or a pattern that is no regular expression.
+        ValueError: unknown style, or a pattern that does not compile.
+
+    Example:
+        >>> inputs = RewardInputs(
+        ...     prompts=["?"] * 2, completions=["6 * 3 = 18\n#### 18", "18"], answers=[None] * 2, references=[None] * 2,
+        ...     completion_lengths=[9, 1], truncated=[False] * 2, columns=[{}] * 2)
+        >>> FormatReward(style="hash")(inputs)
+        [1.0, 0.0]
+        >>> FormatReward(pattern=r"\d+\Z")(inputs)
+        [1.0, 1.0]
     """
 
     def __init__(
-        self, style: FormatStyle = "boxed", pattern: str | None = None, weight: float = 1.0, name: str = "format"
+        self, weight: float = 1.0, name: str = "format", style: Style = "boxed", pattern: str | None = None
     ) -> None:
         super().__init__(weight, name)
-        if style != "boxed" and style not in _PATTERNS:
-            raise ValueError(f"`style` must be one of boxed, {', '.join(_PATTERNS)}; got {style!r}.")
-        self.style = style
+        if style not in get_args(Style):
+            raise ValueError(f"`style` must be one of {', '.join(get_args(Style))}; got {style!r}.")
         try:
-            self._pattern = re.compile(pattern or _PATTERNS.get(style, r"\\boxed\{"), re.DOTALL | re.MULTILINE)
+            self.pattern = None if pattern is None else re.compile(pattern)
         except re.error as error:
             raise ValueError(f"`pattern` {pattern!r} is not a regular expression: {error}.") from error
-        self._boxed = pattern is None and style == "boxed"
+        self.style = style
 
-    def __call__(self, inputs: RewardInputs) -> Sequence[float | None]:
+    def __call__(self, inputs: RewardInputs) -> list[float | None]:
         """Judge every row."""
-        return [float(self._fits(text[-_MAX_LENGTH:])) for text in inputs.completions]
+        return [float(self._fits(text)) for text in inputs.completions]
 
     def _fits(self, text: str) -> bool:
-        if len(self._pattern.findall(text)) != 1:
+        if self.pattern is not None:
+            return len(text) <= _MAX_CHARACTERS and self.pattern.search(text) is not None
+        if any(text.count(mark) != 1 for mark in _MARKS[self.style]):
             return False
-        return not self._boxed or bool((boxed_content(text) or "").strip())
+        if self.style == "boxed":
+            return any(content for _, content in boxed(text))
+        if self.style == "hash":
+            return _HASH_LINE.search(text) is not None
+        if self.style == "tag":
+            return _between(text, "<answer>", "</answer>")
+        text = text.strip()
+        gap = text[text.find("</think>") + len("</think>") : text.find("<answer>")]
+        return (
+            text.startswith("<think>")
+            and text.endswith("</answer>")
+            and not gap.strip()
+            and text.find("</think>") < text.find("<answer>")
+            and _between(text, "<think>", "</think>")
+            and _between(text, "<answer>", "</answer>")
+        )
+
+
+def _between(text: str, opening: str, closing: str) -> bool:
+    """Whether something stands between two marks."""
+    return bool(text[text.find(opening) + len(opening) : text.find(closing)].strip())

@@ -1,40 +1,42 @@
-"""A soft penalty on overlong completions."""
-
-from collections.abc import Sequence
+"""A soft limit on the length of completions."""
 
 from lightning_lambdapo.rewards.base import Reward, RewardInputs
 
 
 class LengthPenalty(Reward):
-    r"""Soft overlong punishment: 0 for short completions, then linearly down to -1.
+    r"""Soft punishment of overlong completions.
 
-    .. math:: 0 \text{ for } l \le L - b, \quad (L - b - l) / b \text{ for } L - b < l \le L, \quad -1 \text{ beyond}
+    With ``L`` the length in tokens, ``M`` the maximum and ``b`` the buffer:
 
-    Source: DAPO, arXiv 2503.14476, equation 13.
+    .. math:: R = 0 \text{ for } L \le M - b, \quad (M - b - L) / b \text{ for } M - b < L \le M, \quad -1 \text{ else}
 
     Args:
-        max_length: L, tokens from which on the penalty is -1.
-        buffer: b, tokens before that over which it grows; at most ``max_length``.
+        max_length: ``M``, the length in tokens from which the penalty is full.
+        buffer: ``b``, the number of tokens before it over which the penalty grows; 1 to ``max_length``.
         weight: coefficient in the total.
         name: key in logs.
 
+    Raises:
+        ValueError: a buffer that does not fit.
+
     Example:
-        >>> penalty = LengthPenalty(max_length=100, buffer=20)
-        >>> [penalty.of(length) for length in (80, 90, 100, 500)]
-        [0.0, -0.5, -1.0, -1.0]
+        >>> inputs = RewardInputs(
+        ...     prompts=["?"] * 3, completions=["..."] * 3, answers=[None] * 3, references=[None] * 3,
+        ...     completion_lengths=[80, 95, 130], truncated=[False, False, True], columns=[{}] * 3)
+        >>> LengthPenalty(max_length=100, buffer=20)(inputs)
+        [0.0, -0.75, -1.0]
+
+    Source: soft overlong punishment of DAPO, arXiv 2503.14476, equation 13.
     """
 
     def __init__(self, max_length: int, buffer: int, weight: float = 1.0, name: str = "length") -> None:
         super().__init__(weight, name)
-        if not 0 < buffer <= max_length:
+        if not 1 <= buffer <= max_length:
             raise ValueError(f"`buffer` must be from 1 to `max_length` ({max_length}), got {buffer}.")
         self.max_length = max_length
         self.buffer = buffer
 
-    def __call__(self, inputs: RewardInputs) -> Sequence[float | None]:
-        """Judge every row by its length in tokens."""
-        return [self.of(length) for length in inputs.completion_lengths]
-
-    def of(self, length: int) -> float:
-        """Penalty of one completion of ``length`` tokens."""
-        return min(0.0, max(-1.0, (self.max_length - self.buffer - length) / self.buffer))
+    def __call__(self, inputs: RewardInputs) -> list[float | None]:
+        """Judge every row."""
+        free = self.max_length - self.buffer
+        return [-min(max(length - free, 0) / self.buffer, 1.0) + 0.0 for length in inputs.completion_lengths]

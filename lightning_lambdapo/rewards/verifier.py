@@ -22,10 +22,10 @@ _MAX_CHARACTERS = 10_000
 class MathVerifier:
     r"""Decide with math-verify whether answers are equivalent, one killable process per worker.
 
-    math-verify can hang without end on model output (``9^{9^{9^{9}}}``), and its own timeout needs the main thread. Here
-    a worker that overruns its deadline is killed and replaced. Workers start when first needed; they are stopped by
-    :meth:`close`, by the end of a ``with`` block, with the object, and at the end of the program. Copies and forked
-    children start workers of their own.
+    math-verify can hang without end on model output (``9^{9^{9^{9}}}``), and its own timeout needs the main thread.
+    Here a worker that overruns its deadline is killed and replaced. Workers start when first needed; they are
+    stopped by :meth:`close`, by the end of a ``with`` block, with the object, and at the end of the program. Copies
+    and forked children start workers of their own.
 
     Args:
         workers: number of processes that compare at the same time.
@@ -139,7 +139,7 @@ class _Worker:
     """One process, its pipes, and the row that it works on."""
 
     def __init__(self, deadline: float, memory_limit_mb: int) -> None:
-        self.process = subprocess.Popen(
+        self.process = subprocess.Popen(  # noqa: S603 -- our own program, no shell
             [sys.executable, "-P", "-W", "ignore", str(_WORKER), str(deadline), str(memory_limit_mb)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
