@@ -3,6 +3,7 @@
 import csv
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,11 +36,11 @@ def test_reward_rises(tmp_path: Path) -> None:
     run = tmp_path / "lightning_logs" / "version_0"
     for name in ("config.yaml", "metrics.csv", "reward.png", "completions.jsonl", "export", "checkpoints"):
         assert (run / name).exists()
-    model = AutoModelForCausalLM.from_pretrained(run / "export")
+    model: Any = AutoModelForCausalLM.from_pretrained(run / "export")
     tokenizer = AutoTokenizer.from_pretrained(run / "export")
     prompt = tokenizer("1+2+3=", return_tensors="pt", add_special_tokens=False)
-    text = tokenizer.decode(model.generate(**prompt, max_new_tokens=24, do_sample=False)[0], skip_special_tokens=True)
-    assert text.startswith("1+2+3=1+2=")
+    ids = model.generate(**prompt, max_new_tokens=24, do_sample=False)[0]
+    assert str(tokenizer.decode(ids, skip_special_tokens=True)).startswith("1+2+3=1+2=")
 
 
 def test_a_wrong_sign_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,10 @@ class LambdaPODataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[PromptBatch] | list[Any]:
         """Batches of validation prompts, in the data's order; none without a validation source."""
-        return self._loader("val", self.eval_batch_size) if "val" in self._rows else []
+        if "val" in self._rows:
+            return self._loader("val", self.eval_batch_size)
+        warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # it is meant
+        return []
 
     def test_dataloader(self) -> DataLoader[PromptBatch]:
         """Batches of test prompts, in the data's order."""

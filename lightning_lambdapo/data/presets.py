@@ -77,7 +77,8 @@ def _chat(fields: Fields, row: Mapping[str, Any]) -> Fields:
     texts = {message["role"]: message["content"] for message in reversed(fields["prompt"])}
     if not {"user", "assistant"} <= texts.keys():
         raise RowError("its messages have no user and assistant turn")
-    return {"prompt": texts["user"], "answer": marked_answer(texts["assistant"], "boxed"), "reference": texts["assistant"]}
+    solution = texts["assistant"]
+    return {"prompt": texts["user"], "answer": marked_answer(solution, "boxed"), "reference": solution}
 
 
 def _choices(fields: Fields, row: Mapping[str, Any]) -> Fields:
