@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_lambdapo.config import AlgorithmConfig
 from lightning_lambdapo.rewards import Reward
@@ -54,6 +56,33 @@ def check_trainer(trainer: Trainer, *, adapted: bool) -> None:
         raise ValueError(
             f"Trainer(precision={trainer.precision!r}) would hold the adapter in 16 bits, where a step of a usual "
             'learning rate is rounded away; use precision="bf16-mixed" with `policy.dtype: bfloat16`.'
+        )
+
+
+def check_trainable(policy: nn.Module) -> None:
+    """Refuse a policy of which an optimizer would change nothing."""
+    if not any(parameter.requires_grad for parameter in policy.parameters()):
+        raise ValueError(
+            "The policy has no trainable parameter, so training would change nothing; set `lora`, or leave "
+            "`requires_grad` on in `build_policy`."
+        )
+
+
+def check_scheduler(scheduler: object) -> None:
+    """Refuse a schedule that cannot be stepped without a monitored value."""
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError(
+            "`lr_scheduler` is ReduceLROnPlateau, which needs a monitored value at every update; use a schedule that "
+            "is a function of the update count."
+        )
+
+
+def check_mini_batches(mini_batches: int, prompts: int) -> None:
+    """Refuse more mini-batches than prompts: some would be empty."""
+    if mini_batches > prompts:
+        raise ValueError(
+            f"`updates_per_rollout` / `epochs_per_rollout` asks for {mini_batches} mini-batches of a global batch of "
+            f"{prompts} prompts; raise `batch_size`, lower the one, or raise the other."
         )
 
 

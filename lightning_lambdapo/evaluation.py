@@ -1,17 +1,18 @@
-"""What validation and test measure: accuracy in the field's forms, rewards, density, length."""
+"""What training steps, validation and test measure: rewards, density, accuracy in the field's forms, groups."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_lambdapo.config import EvaluationConfig
+from lightning_lambdapo.config import AlgorithmConfig, EvaluationConfig
 from lightning_lambdapo.datatypes import PromptBatch, Rollout, Scores
-from lightning_lambdapo.metrics import MajorityAtK, PassAtK, SemanticDensity
-from lightning_lambdapo.rewards import Reward, RewardInputs, score
+from lightning_lambdapo.metrics import GroupDiagnostics, MajorityAtK, PassAtK, SemanticDensity
+from lightning_lambdapo.rewards import Reward, RewardInputs, SemanticDensityReward, score
 from lightning_lambdapo.tally import Tally
 
 M = TypeVar("M", bound=Metric)
@@ -29,8 +30,8 @@ def tally_rollout(tally: Tally, rollout: Rollout, scores: Scores) -> None:
     tally.mean("entropy", rollout.entropy[rollout.completion_mask])
 
 
-def judge(rewards: Sequence[Reward], batch: PromptBatch, rollout: Rollout) -> Scores:
-    """Let every reward judge every completion."""
+def judge(rewards: Sequence[Reward], batch: PromptBatch, rollout: Rollout, *, mask_truncated: bool = False) -> Scores:
+    """Let every reward judge every completion; with ``mask_truncated`` truncated rows are invalid."""
     group_size = len(rollout.texts) // len(batch.prompts)
     owner = [index for index in range(len(batch.prompts)) for _ in range(group_size)]
     inputs = RewardInputs(
@@ -42,7 +43,61 @@ def judge(rewards: Sequence[Reward], batch: PromptBatch, rollout: Rollout) -> Sc
         truncated=rollout.truncated.tolist(),
         columns=[batch.columns[i] for i in owner],
     )
-    return score(rewards, inputs, group_size=group_size, device=rollout.completion_ids.device)
+    scores = score(rewards, inputs, group_size=group_size, device=rollout.completion_ids.device)
+    if not mask_truncated:
+        return scores
+    return dataclasses.replace(scores, valid=scores.valid & ~rollout.truncated.view_as(scores.valid))
+
+
+class StepReport(nn.Module):
+    """What a training step reports beyond its learning pass: rewards, density, and what the advantage saw.
+
+    Args:
+        algorithm: weighting and temperature of the pairs.
+        rewards: settings of the density are those of the density reward, where there is one.
+    """
+
+    def __init__(self, algorithm: AlgorithmConfig, rewards: Sequence[Reward]) -> None:
+        super().__init__()
+        self.density = _density_metric(rewards)
+        self.groups = GroupDiagnostics(
+            weighting=algorithm.weighting if algorithm.estimator == "lambda" else None,
+            temperature=algorithm.temperature,
+        )
+        self.tally = Tally()
+
+    def update(
+        self,
+        batch: PromptBatch,
+        rollout: Rollout,
+        scores: Scores,
+        policy_scores: Tensor,
+        advantages: Tensor,
+        rewards: Sequence[Reward],
+    ) -> None:
+        """Take in the step's rollout; ``policy_scores`` is ``(B, G)``, ``advantages`` ``(N,)``."""
+        shape = scores.total.shape
+        tally_rollout(self.tally, rollout, scores)
+        if "accuracy" in scores.parts:
+            accuracy = scores.parts["accuracy"]
+            self.tally.mean("accuracy", accuracy[~accuracy.isnan()] > 0.5)
+        for reward in rewards:
+            for key, value in reward.statistics().items():
+                self.tally.ratio(f"reward/{reward.name}/{key}", value, 1.0)
+        self.density.update(rollout.texts, [text for text in batch.references for _ in range(shape[1])])
+        self.groups.update(
+            scores.total, policy_scores, advantages.view(shape), rollout.lengths.view(shape), scores.valid
+        )
+
+    def finish(self, tally: Tally) -> dict[str, float]:
+        """All of the step's statistics with those of ``tally``, over all ranks; starts anew. A collective."""
+        values = tally.reduce() | self.tally.reduce()
+        values |= {name: float(value) for name, value in self.groups.compute().items()}
+        values |= {f"density_{name}": float(value) for name, value in self.density.compute().items()}
+        self.tally = Tally()
+        self.groups.reset()
+        self.density.reset()
+        return values
 
 
 class Evaluation(nn.Module):
@@ -53,19 +108,20 @@ class Evaluation(nn.Module):
 
     Args:
         config: ``k`` and the number of samples.
-        density: the metric object of the semantic density.
+        rewards: the judges; the one called ``accuracy`` reads the votes of maj@k.
     """
 
-    def __init__(self, config: EvaluationConfig, density: SemanticDensity) -> None:
+    def __init__(self, config: EvaluationConfig, rewards: Sequence[Reward]) -> None:
         super().__init__()
         self.num_samples = config.num_samples
-        self.density = density
+        self.voter = next((reward for reward in rewards if reward.name == "accuracy"), None)
+        self.density = _density_metric(rewards)
         self.pass_at = nn.ModuleList(PassAtK(k) for k in config.k)
         self.majority_at = nn.ModuleList(MajorityAtK(k) for k in config.k if k > 1)
         self.tally = Tally()
 
-    def update(self, batch: PromptBatch, rollout: Rollout, scores: Scores, votes: Sequence[str | None]) -> None:
-        """Take in one batch of prompts with ``n`` completions each; ``votes`` has an answer or None per row."""
+    def update(self, batch: PromptBatch, rollout: Rollout, scores: Scores) -> None:
+        """Take in one batch of prompts with ``n`` completions each."""
         tally_rollout(self.tally, rollout, scores)
         samples = self.num_samples
         self.density.update(rollout.texts, [text for text in batch.references for _ in range(samples)])
@@ -73,6 +129,7 @@ class Evaluation(nn.Module):
         judged = ~accuracy.isnan().any(-1)
         correct = accuracy[judged] > 0.5
         self.tally.mean(f"avg_at_{samples}", correct)
+        votes = [self.voter.vote(text) if self.voter else None for text in rollout.texts]
         chosen = [list(votes[i * samples : (i + 1) * samples]) for i in judged.nonzero().flatten().tolist()]
         for pass_at in self._metrics(PassAtK):
             pass_at.update(correct)
@@ -96,3 +153,11 @@ class Evaluation(nn.Module):
 
     def _metrics(self, kind: type[M]) -> list[M]:
         return [module for module in self.modules() if isinstance(module, kind)]
+
+
+def _density_metric(rewards: Sequence[Reward]) -> SemanticDensity:
+    """A density metric with the settings of the density reward, where there is one."""
+    for reward in rewards:
+        if isinstance(reward, SemanticDensityReward):
+            return SemanticDensity(kind=reward.kind, n=reward.n, beta=reward.beta, tokenizer=reward.tokenizer)
+    return SemanticDensity()

@@ -15,23 +15,15 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_lambdapo import parallel
+from lightning_lambdapo import checks, parallel
 from lightning_lambdapo.checkpoints import TrainableCheckpoint
-from lightning_lambdapo.checks import (
-    check_fields,
-    check_schedule,
-    check_trainer,
-    warn_of_settings,
-)
 from lightning_lambdapo.config import AlgorithmConfig, EvaluationConfig, from_mapping
 from lightning_lambdapo.datatypes import PromptBatch, Rollout, Scores
-from lightning_lambdapo.evaluation import Evaluation, judge, tally_rollout
+from lightning_lambdapo.evaluation import Evaluation, StepReport, judge
 from lightning_lambdapo.functional import group_advantages, lambda_advantages, sequence_scores
 from lightning_lambdapo.learning import Learner, Update, plan_updates
-from lightning_lambdapo.metrics import GroupDiagnostics, SemanticDensity
 from lightning_lambdapo.policy import (
     AdapterConfig,
     Policy,
@@ -43,12 +35,21 @@ from lightning_lambdapo.policy import (
     load_policy,
     load_tokenizer,
 )
-from lightning_lambdapo.rewards import AccuracyReward, Reward, SemanticDensityReward, as_rewards
+from lightning_lambdapo.rewards import AccuracyReward, Reward, as_rewards
 from lightning_lambdapo.rollout import GroupedEngine, HFEngine, RolloutConfig, RolloutEngine
 from lightning_lambdapo.rollout.sampling import row_uniforms
 from lightning_lambdapo.tally import Tally
 
 RewardLike = Reward | Callable[..., Any]
+_PLAIN = (
+    "max_grad_norm",
+    "updates_per_rollout",
+    "epochs_per_rollout",
+    "max_tokens_per_micro_batch",
+    "logprob_chunk_size",
+    "max_skipped_updates",
+    "seed",
+)
 _PROGRESS_BAR = ("reward", "accuracy", "density_f")
 
 
@@ -120,12 +121,12 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
         self.rollout_config = from_mapping(RolloutConfig, rollout)
         self.validation_config = from_mapping(EvaluationConfig, validation)
         self.algorithm = from_mapping(AlgorithmConfig, algorithm)
-        check_schedule(
+        checks.check_schedule(
             updates_per_rollout=updates_per_rollout,
             epochs_per_rollout=epochs_per_rollout,
             max_tokens_per_micro_batch=max_tokens_per_micro_batch,
         )
-        warn_of_settings(self.algorithm, self.rollout_config.sampling, updates_per_rollout)
+        checks.warn_of_settings(self.algorithm, self.rollout_config.sampling, updates_per_rollout)
         self.rewards = as_rewards([AccuracyReward()] if rewards is None else rewards)
         self.optimizer_factory = optimizer
         self.lr_scheduler_factory = lr_scheduler
@@ -143,33 +144,21 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
         self._grad_norm = 0.0
         self.reference: PreTrainedModel | None = None
         self.tokenizer = self.build_tokenizer()
-        self.train_density = self._density_metric()
-        self.group_diagnostics = GroupDiagnostics(
-            weighting=self.algorithm.weighting if self.algorithm.estimator == "lambda" else None,
-            temperature=self.algorithm.temperature,
-        )
+        self.report = StepReport(self.algorithm, self.rewards)
         self.evaluations = nn.ModuleDict(
-            {stage: Evaluation(self.validation_config, self._density_metric()) for stage in ("val", "test")}
+            {stage: Evaluation(self.validation_config, self.rewards) for stage in ("val", "test")}
         )
         if _given_hyperparameters.get() is not None:
             self.save_hyperparameters()  # under LightningCLI: the parsed config, plain data already
             return
-        self.save_hyperparameters(  # live objects (rewards, optimizer, schedule) stay out of checkpoints
-            {
-                "policy": dataclasses.asdict(self.policy_config),
-                "lora": dataclasses.asdict(self.lora) if isinstance(self.lora, AdapterConfig) else None,
-                "rollout": dataclasses.asdict(self.rollout_config),
-                "validation": dataclasses.asdict(self.validation_config),
-                "algorithm": dataclasses.asdict(self.algorithm),
-                "max_grad_norm": max_grad_norm,
-                "updates_per_rollout": updates_per_rollout,
-                "epochs_per_rollout": epochs_per_rollout,
-                "max_tokens_per_micro_batch": max_tokens_per_micro_batch,
-                "logprob_chunk_size": logprob_chunk_size,
-                "max_skipped_updates": max_skipped_updates,
-                "seed": seed,
-            }
-        )
+        plain = {name: getattr(self, name) for name in _PLAIN}  # live objects (rewards, factories) stay out
+        configs: dict[str, Any] = {
+            "policy": self.policy_config,
+            "rollout": self.rollout_config,
+            "validation": self.validation_config,
+            "algorithm": self.algorithm,
+        } | ({"lora": self.lora} if isinstance(self.lora, AdapterConfig) else {})
+        self.save_hyperparameters(plain | {name: dataclasses.asdict(config) for name, config in configs.items()})
 
     # -- what a subclass may replace ------------------------------------------------------------------------------
 
@@ -192,7 +181,7 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Refuse ``Trainer`` settings that cannot work, before Lightning's own check and before weights are loaded."""
-        check_trainer(self.trainer, adapted=self.lora is not None or self.policy_config.adapter is not None)
+        checks.check_trainer(self.trainer, adapted=self.lora is not None or self.policy_config.adapter is not None)
         return []
 
     def configure_model(self) -> None:
@@ -210,27 +199,19 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build optimizer and schedule over all the policy's parameters (frozen ones get no gradient)."""
-        if not any(parameter.requires_grad for parameter in self.policy.parameters()):
-            raise ValueError(
-                "The policy has no trainable parameter, so training would change nothing; set `lora`, or leave "
-                "`requires_grad` on in `build_policy`."
-            )
+        checks.check_trainable(self.policy)
         optimizer = self.optimizer_factory(self.policy.parameters())
         if self.lr_scheduler_factory is None:
             return optimizer
         scheduler = self.lr_scheduler_factory(optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            raise ValueError(
-                "`lr_scheduler` is ReduceLROnPlateau, which needs a monitored value at every update; use a schedule "
-                "that is a function of the update count."
-            )
+        checks.check_scheduler(scheduler)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
         """Check the data against the rewards, and set up learning on the device where it runs."""
         rows = getattr(getattr(self.trainer, "datamodule", None), "train_rows", None)
         if rows:
-            check_fields(self.rewards, rows)
+            checks.check_fields(self.rewards, rows)
         self.learner = Learner(
             self.policy,
             self.reference,
@@ -238,6 +219,12 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
             temperature=self.rollout_config.sampling.logprob_temperature,
             max_new_tokens=self.rollout_config.max_new_tokens,
             chunk_size=self.logprob_chunk_size,
+        )
+
+    def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Refuse a batch that has fewer prompts than mini-batches are to be made of it."""
+        checks.check_mini_batches(
+            self.updates_per_rollout // self.epochs_per_rollout, len(batch.prompts) * parallel.world_size()
         )
 
     def teardown(self, stage: str) -> None:
@@ -251,9 +238,7 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
         """From prompts to optimizer: sample groups, reward, compare, learn, report."""
         tally = Tally()
         rollout = self.sample(batch, "train")
-        scores = judge(self.rewards, batch, rollout)
-        if self.algorithm.mask_truncated:
-            scores = dataclasses.replace(scores, valid=scores.valid & ~rollout.truncated.view_as(scores.valid))
+        scores = judge(self.rewards, batch, rollout, mask_truncated=self.algorithm.mask_truncated)
         policy_scores = sequence_scores(
             rollout.sampling_logprobs, rollout.completion_mask, score=self.algorithm.score
         ).view_as(scores.total)
@@ -271,8 +256,11 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
         old_logprobs = None if on_policy else self.learner.old_logprobs(updates, rollout, tally)
         for update in updates * self.epochs_per_rollout:
             self.learn(update, rollout, advantages, old_logprobs, tally)
+        tally.maximum("skipped_updates", torch.tensor(self.skipped_updates))
         self.rollout_step += 1
-        self._report(batch, rollout, scores, policy_scores, advantages, tally)
+        self.report.update(batch, rollout, scores, policy_scores, advantages, self.rewards)
+        for name, value in self.report.finish(tally).items():
+            self.log(f"train/{name}", value, prog_bar=name in _PROGRESS_BAR, batch_size=len(batch.prompts))
         return {"rollout": rollout, "scores": scores, "policy_scores": policy_scores, "advantages": advantages}
 
     @torch.no_grad()
@@ -307,7 +295,7 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
             center=settings.center,
             scale=settings.scale,
             valid=scores.valid,
-            reward_std=_global_std(scores.total[scores.valid]) if settings.scale == "batch" else None,
+            reward_std=parallel.global_std(scores.total[scores.valid]) if settings.scale == "batch" else None,
         ).flatten()
 
     def learn(
@@ -329,7 +317,8 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
                 tally=tally,
             )
             optimizer.step()
-            tally.ratio("grad_norm", self._grad_norm, 1.0)
+            if math.isfinite(self._grad_norm):
+                tally.ratio("grad_norm", self._grad_norm, 1.0)
         else:
             with parallel.without_grad_scaler(strategy):
                 optimizer.step()
@@ -358,36 +347,6 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
                 f"{self._skipped_in_a_row} updates in a row had a gradient norm of {self._grad_norm}; the policy has "
                 "diverged or its precision does not hold. Lower the learning rate, or use bf16-mixed or 32-true."
             )
-
-    def _report(
-        self,
-        batch: PromptBatch,
-        rollout: Rollout,
-        scores: Scores,
-        policy_scores: Tensor,
-        advantages: Tensor,
-        tally: Tally,
-    ) -> None:
-        """Log the step: every statistic is over the global batch, and one without data is left out."""
-        shape = scores.total.shape
-        tally_rollout(tally, rollout, scores)
-        if "accuracy" in scores.parts:
-            accuracy = scores.parts["accuracy"]
-            tally.mean("accuracy", accuracy[~accuracy.isnan()] > 0.5)
-        for reward in self.rewards:
-            for key, value in reward.statistics().items():
-                tally.ratio(f"reward/{reward.name}/{key}", value, 1.0)
-        self.group_diagnostics.update(
-            scores.total, policy_scores, advantages.view(shape), rollout.lengths.view(shape), scores.valid
-        )
-        self.train_density.update(rollout.texts, [text for text in batch.references for _ in range(shape[1])])
-        values: dict[str, Any] = tally.reduce() | self.group_diagnostics.compute()
-        values |= {f"density_{name}": value for name, value in self.train_density.compute().items()}
-        self.group_diagnostics.reset()
-        self.train_density.reset()
-        values["skipped_updates"] = self.skipped_updates
-        for name, value in values.items():
-            self.log(f"train/{name}", float(value), prog_bar=name in _PROGRESS_BAR, batch_size=len(batch.prompts))
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 
@@ -422,9 +381,7 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
     def _evaluate(self, batch: PromptBatch, stage: str) -> None:
         rollout = self.sample(batch, stage)
         scores = judge(self.rewards, batch, rollout)
-        voter = next((reward for reward in self.rewards if reward.name == "accuracy"), None)
-        votes = [voter.vote(text) if voter else None for text in rollout.texts]
-        self._evaluation(stage).update(batch, rollout, scores, votes)
+        self._evaluation(stage).update(batch, rollout, scores)
 
     def _finish_evaluation(self, stage: str) -> None:
         for name, value in self._evaluation(stage).compute().items():
@@ -433,13 +390,6 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
 
     def _evaluation(self, stage: str) -> Evaluation:
         return cast(Evaluation, self.evaluations[stage])
-
-    def _density_metric(self) -> SemanticDensity:
-        """A density metric with the settings of the density reward, where there is one."""
-        for reward in self.rewards:
-            if isinstance(reward, SemanticDensityReward):
-                return SemanticDensity(kind=reward.kind, n=reward.n, beta=reward.beta)
-        return SemanticDensity()
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -450,10 +400,3 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
     def sampling_seed(self) -> int:
         """Seed of the sampling streams."""
         return int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
-
-
-def _global_std(values: Tensor) -> Tensor:
-    """Unbiased standard deviation over all ranks' values; 0 for fewer than two; a collective."""
-    everything = torch.tensor([value for part in parallel.gather_objects(values.tolist()) for value in part])
-    std = everything.double().std() if len(everything) > 1 else everything.new_zeros(())
-    return std.to(values)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -45,6 +46,13 @@ def global_occurrences(prompt_ids: list[int]) -> list[int]:
                     mine.append(seen[ids[position]])
                 seen[ids[position]] += 1
     return mine
+
+
+def global_std(values: Tensor) -> Tensor:
+    """Unbiased standard deviation over all ranks' values; 0 for fewer than two; a collective."""
+    everything = torch.tensor([value for part in gather_objects(values.tolist()) for value in part]).double()
+    std = everything.std() if len(everything) > 1 else everything.new_zeros(())
+    return std.to(values)
 
 
 def micro_batch_count(local: int, strategy: Strategy) -> int:

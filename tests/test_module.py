@@ -325,6 +325,9 @@ def test_settings_are_refused_before_any_rollout(base: str, tmp_path: Path) -> N
         fit(tmp_path, frozen)
     with pytest.raises(ValueError, match="ReduceLROnPlateau"):
         fit(tmp_path, module(base, lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau))
+    many = module(base, updates_per_rollout=5)
+    with pytest.raises(ValueError, match="5 mini-batches of a global batch of 4 prompts"):
+        fit(tmp_path, many)
     with pytest.warns(UserWarning, match="drawn with top_k"):
         module(base, rollout=RolloutConfig(sampling=SamplingConfig(top_k=5)))
     with pytest.warns(UserWarning, match="k1.* has zero expected gradient"):

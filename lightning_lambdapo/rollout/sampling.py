@@ -78,7 +78,7 @@ def row_uniforms(
 
     Args:
         seed: the run's seed.
-        stage: ``"train"``, ``"validate"``, ``"test"`` or ``"predict"``.
+        stage: ``"train"``, ``"val"``, ``"test"`` or ``"predict"``.
         step: the module's count of finished training steps; 0 outside fit.
         prompt_ids: ``B`` stable prompt identities.
         occurrences: ``B`` counts of earlier appearances of the same prompt in the global batch.

@@ -1,0 +1,108 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_module import ROWS
+
+from lightning_lambdapo.cli import main
+from lightning_lambdapo.config import AlgorithmConfig, EvaluationConfig, from_mapping
+from lightning_lambdapo.rollout import RolloutConfig, SamplingConfig
+
+
+@pytest.fixture
+def arguments(base: str, tmp_path: Path) -> list[str]:
+    """A whole configuration on the command line, class paths left to their defaults."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return [
+        "--seed_everything=1",
+        "--trainer.accelerator=cpu",
+        f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.callbacks+=lightning_lambdapo.CompletionsLogger",
+        f"--model.policy.model={base}",
+        "--model.rollout={group_size: 2, max_new_tokens: 5}",
+        f"--data.train={{path: {data}}}",
+        f"--data.val={{path: {data}, limit: 6}}",
+        "--data.batch_size=4",
+    ]
+
+
+def test_fit_validate_test_predict(arguments: list[str], tmp_path: Path) -> None:
+    for command in ("fit", "validate", "test", "predict"):
+        more = ["--trainer.max_steps=2", "--trainer.max_epochs=1"] if command == "fit" else []
+        main([command, *arguments, *more])
+    runs = [tmp_path / "lightning_logs" / f"version_{number}" for number in range(4)]
+    assert len((runs[0] / "completions.jsonl").read_text().splitlines()) == 2 * 4 * 2
+    assert "val/pass_at_1" in (runs[1] / "metrics.csv").read_text()
+    assert "test/pass_at_1" in (runs[2] / "metrics.csv").read_text()
+    assert len((runs[3] / "predictions.jsonl").read_text().splitlines()) == 6
+    assert all((run / "config.yaml").exists() for run in runs)
+
+
+def test_threads(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    main(["validate", *arguments])
+    main(["validate", *arguments, "--num_threads=3"])
+    assert asked == [3]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--model.rollout.groupsize=4", "groupsize"),
+        ("--model.algorithm.weighting=sideways", "sideways"),
+        ("--model.rollout.group_size=1", "a pairwise advantage needs a peer"),
+        ("--model.rollout.sampling.temperature=0", "greedy decoding makes all rollouts of a group the same"),
+        ("--data.train.preset=gsm9k", "gsm9k"),
+    ],
+)
+def test_mistakes_are_found_while_parsing(
+    arguments: list[str], argument: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises((SystemExit, ValueError)) as error:
+        main(["fit", *arguments, argument])
+    assert message in capsys.readouterr().err + str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weighting": "sideways"}, "`algorithm.weighting` must be one of uniform, confidence, agreement, lambdarank"),
+        ({"estimator": "ppo"}, "`algorithm.estimator` must be one of lambda, grpo, dr_grpo, rloo; got 'ppo'"),
+        ({"temperature": 0.0}, '`algorithm.temperature` must be a finite number above 0 or "group_std", got 0.0'),
+        ({"temperature": "batch_std"}, "got 'batch_std'"),
+        ({"clip_low": 1.5}, "`clip_low` must be in"),
+        ({"clip_high": -0.1}, "`clip_high` finite and at least 0"),
+        ({"kl_coef": -1.0}, "`kl_coef` must be finite and at least 0"),
+    ],
+)
+def test_bad_algorithm_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AlgorithmConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_samples": 0}, "`validation.num_samples` must be at least 1"),
+        ({"num_samples": 2, "k": [1, 4]}, r"numbers from 1 to num_samples = 2, got \[1, 4\]"),
+        ({"num_samples": 2, "k": [2]}, "greedy decoding gives the same completion every time"),
+        ({"max_new_tokens": 0}, "`validation.max_new_tokens` must be at least 1"),
+    ],
+)
+def test_bad_evaluation_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EvaluationConfig(**settings)
+
+
+def test_configs_come_back_from_plain_mappings() -> None:
+    found = from_mapping(RolloutConfig, {"group_size": 3, "sampling": {"temperature": 0.5}})
+    assert found == RolloutConfig(group_size=3, sampling=SamplingConfig(temperature=0.5))
+    with pytest.raises(TypeError, match="groupsize"):
+        from_mapping(RolloutConfig, {"groupsize": 3})
