@@ -7,6 +7,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_lambdapo import learning
 from lightning_lambdapo.config import AlgorithmConfig
 from lightning_lambdapo.datatypes import PromptBatch, Rollout
 from lightning_lambdapo.learning import Learner, plan_updates
@@ -215,6 +216,28 @@ def test_mini_batches_split_by_prompt() -> None:
     assert [update.row_count for update in updates] == [4, 4, 3]
     lengths = rollout.lengths * valid
     assert [update.token_count for update in updates] == lengths.view(3, 4).sum(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("rank", "expected"), [(0, [[0, 1, 3, 4, 5, 6], [8, 10, 11]]), (1, [[0, 1, 3], [4, 5, 6, 8, 10, 11]])]
+)
+def test_mini_batches_go_by_place_in_the_global_batch(
+    monkeypatch: pytest.MonkeyPatch, rank: int, expected: list[list[int]]
+) -> None:
+    """Prompts 0, 1, 2 of two ranks stand at places 0, 2, 4 and 1, 3, 5; each half is one update."""
+    _, batch, rollout, advantages, valid = make()
+    monkeypatch.setattr(learning, "world_size", lambda: 2)
+    monkeypatch.setattr(learning, "rank", lambda: rank)
+    monkeypatch.setattr(learning, "gather_objects", lambda local: [local, [(100, 10, 1), (200, 20, 0)]])
+    updates = plan_updates(
+        batch, rollout, advantages, valid, algorithm=AlgorithmConfig(), mini_batches=2, max_tokens=EVERYTHING
+    )
+    rows = [sorted(row for each in update.micro_batches for row in each.rows.tolist()) for update in updates]
+    assert rows == expected
+    counts = (rollout.lengths * valid).view(3, 4).sum(-1).tolist()
+    first = sum(counts[:2]) if rank == 0 else counts[0]
+    assert [update.token_count for update in updates] == [first + 100, sum(counts) - first + 200]
+    assert [update.row_count for update in updates] == ([18, 23] if rank == 0 else [14, 27])
 
 
 @pytest.mark.parametrize("max_tokens", [1, 25, 60, EVERYTHING])
