@@ -23,25 +23,13 @@ class HFEngine(RolloutEngine):
         input_ids = batch.input_ids.repeat_interleave(group_size, 0)
         mask = batch.attention_mask.repeat_interleave(group_size, 0)
         recorder = _SamplingProcessor(TokenSampler(sampling, uniforms, input_ids, mask.bool()))
-        # Every setting is given, or the model's own generation_config would fill the gaps with its own.
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
-            max_length=None,
-            min_length=0,
-            min_new_tokens=0,
-            do_sample=False,
-            num_beams=1,
-            num_return_sequences=1,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            min_p=0.0,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
+            do_sample=False,  # the processor draws
             eos_token_id=list(self.eos_ids),
             pad_token_id=self.pad_id,
-            use_cache=True,
         )
+        # Whatever a given config leaves open `generate` takes from the model's own, which must have no say.
         model_defaults, model.generation_config = model.generation_config, config
         try:
             sequences = cast(Any, model).generate(

@@ -102,6 +102,29 @@ def test_streams_are_keyed_by_everything_but_the_batch() -> None:
     assert torch.equal(other[2:], base)
 
 
+def test_streams_never_hold_a_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch draws from [0, 1); at 0 a first token of probability zero would be drawn."""
+    monkeypatch.setattr(torch, "rand", lambda *_, out, **__: out.zero_())
+    key = {"seed": 1, "stage": "train", "step": 2, "prompt_ids": [7], "occurrences": [0], "num_samples": 2, "length": 5}
+    assert (row_uniforms(**key) == 1.0).all()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("engine", [GroupedEngine, HFEngine])
+def test_decoding_stops_with_its_last_row(engine: type[RolloutEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("llama")
+    calls = []
+    forward = model.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", counted)
+    every_id = tuple(range(2, 49))
+    rollout = run(engine, model, tiny.batch(tiny.ragged_prompts(3)), length=110, eos_ids=every_id)
+    assert len(calls) == int(rollout.lengths.max()) < 100
+
+
 @pytest.mark.parametrize("engine", [GroupedEngine, HFEngine])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3"])
 @pytest.mark.parametrize("pad_is_eos", [False, True])
