@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from lightning_lambdapo.functional import chunked_logprobs, logprobs_from_logits
 from lightning_lambdapo.packing import MicroBatch
 from lightning_lambdapo.parallel import as_forward
+from lightning_lambdapo.policy import evaluating
 
 
 class CompletionScorer:
@@ -61,9 +62,10 @@ class CompletionScorer:
             completion_mask=mask[:, 1:],
         )
         self._splits = False
-        expected = self._flat(probe)
         try:
-            found = self._chunked(probe, self.temperature, self.chunk_size)
+            with evaluating(self.model):  # dropout would make any two passes differ
+                expected = self._flat(probe)
+                found = self._chunked(probe, self.temperature, self.chunk_size)
         except (AttributeError, TypeError, RuntimeError) as error:
             reason = str(error)
         else:
