@@ -77,6 +77,12 @@ def test_batches_are_left_padded_and_hold_every_column(pad_is_eos: bool) -> None
     assert again.prompt_ids[0] == batch.prompt_ids[1] != again.prompt_ids[1]
 
 
+def test_a_padding_token_inside_a_prompt_counts() -> None:
+    batch = PromptCollator(tiny.tokenizer(pad_is_eos=True))([{"prompt": "a<eos>b"}, {"prompt": "abcde"}])
+    assert batch.input_ids[0].tolist() == [1, 1, 3, 1, 4]
+    assert batch.attention_mask[0].tolist() == [False, False, True, True, True]
+
+
 def test_bad_rows_are_errors() -> None:
     collator = PromptCollator(tiny.tokenizer(), max_prompt_length=5)
     with pytest.raises(ValueError, match=r"id 3 has 6 tokens, more than max_prompt_length = 5"):
