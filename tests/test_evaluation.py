@@ -45,7 +45,8 @@ def test_accuracy_in_all_its_forms() -> None:
     assert found["entropy"] == pytest.approx(0.5)
     assert found["truncated"] == pytest.approx(1 / 9)
     evaluation.reset()
-    assert evaluation.compute() == {}
+    evaluation.update(batch, sampled, judge(rewards, batch, sampled))
+    assert evaluation.compute() == found  # nothing of the first round is left
 
 
 def test_without_an_accuracy_reward_there_is_no_accuracy() -> None:
