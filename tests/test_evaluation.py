@@ -22,24 +22,24 @@ def rollout(texts: list[str]) -> Rollout:
 
 
 def test_accuracy_in_all_its_forms() -> None:
-    """Gold is 7. First prompt: 7, 9, 9 (majority wrong). Second: 8, 7, 7.0 (right). Third has no answer."""
+    """Gold is 7. First prompt: 7, 9, 9 (majority wrong). Second: 7, 8, 8.5 (right: first of a tie). Third: no answer."""
     rewards = [AccuracyReward(), FormatReward(style="hash", weight=0.5), SemanticDensityReward(weight=0.0)]
     config = EvaluationConfig(num_samples=3, k=[1, 2, 3], sampling=SamplingConfig(temperature=1.0))
     evaluation = Evaluation(config, rewards)
     batch = tiny.batch([[3], [4], [5]])._replace(answers=["7", "7", None], references=["a + b", None, None])
-    texts = ["a + b\n#### 7", "#### 9", "so 9", "so 8", "so 7", "so 7.0", "x", "y", "z"]
+    texts = ["a + b\n#### 7", "#### 9", "so 9", "so 7", "so 8", "so 8.5", "x", "y", "z"]
     sampled = rollout(texts)
     evaluation.update(batch, sampled, judge(rewards, batch, sampled))
     found = evaluation.compute()
-    assert found["avg_at_3"] == pytest.approx(3 / 6)
-    assert found["pass_at_1"] == pytest.approx((1 / 3 + 2 / 3) / 2)
-    assert found["pass_at_2"] == pytest.approx((2 / 3 + 1) / 2)
+    assert found["avg_at_3"] == pytest.approx(2 / 6)
+    assert found["pass_at_1"] == pytest.approx(1 / 3)
+    assert found["pass_at_2"] == pytest.approx(2 / 3)
     assert found["pass_at_3"] == 1.0
-    assert found["maj_at_2"] == pytest.approx(1 / 2)  # a tie goes to the first: 7 right, 8 wrong
+    assert found["maj_at_2"] == 1.0  # ties go to the first
     assert found["maj_at_3"] == pytest.approx(1 / 2)  # 9 wrong, 7 right
-    assert found["reward/accuracy"] == pytest.approx(3 / 6)
+    assert found["reward/accuracy"] == pytest.approx(2 / 6)
     assert found["reward/format"] == pytest.approx(2 / 9)
-    assert found["reward"] == pytest.approx((3 + 2 * 0.5) / 9)
+    assert found["reward"] == pytest.approx((2 + 2 * 0.5) / 9)
     assert found["density_recall"] == pytest.approx(1 / 3)  # of one prompt's three rows, the first has it all
     assert (found["completion_length"], found["completion_length_max"]) == (2.0, 3.0)
     assert found["entropy"] == pytest.approx(0.5)
