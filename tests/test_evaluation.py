@@ -22,7 +22,7 @@ def rollout(texts: list[str]) -> Rollout:
 
 
 def test_accuracy_in_all_its_forms() -> None:
-    """Gold is 7. First prompt: 7, 9, 9 (majority wrong). Second: 7, 8, 8.5 (right: first of a tie). Third: no answer."""
+    """Gold is 7. First prompt: 7, 9, 9 (majority wrong). Second: 7, 8, 8.5 (right: a tie). Third: no answer."""
     rewards = [AccuracyReward(), FormatReward(style="hash", weight=0.5), SemanticDensityReward(weight=0.0)]
     config = EvaluationConfig(num_samples=3, k=[1, 2, 3], sampling=SamplingConfig(temperature=1.0))
     evaluation = Evaluation(config, rewards)
