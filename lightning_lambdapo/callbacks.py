@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_lambdapo.datatypes import PromptBatch, Rollout, Scores
-from lightning_lambdapo.parallel import gather_objects
+from lightning_lambdapo.parallel import gather_objects, is_sharded
 from lightning_lambdapo.policy import Policy, save_policy
 
 
@@ -231,6 +231,14 @@ class PolicyExport(Callback):
 
     def __init__(self, directory: str = "export") -> None:
         self.directory = directory
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse sharded weights before training rather than after it."""
+        if is_sharded(trainer.strategy):
+            raise ValueError(
+                f"PolicyExport cannot gather the shards of {type(trainer.strategy).__name__}; leave it out, and export "
+                "from a checkpoint: LambdaPOModule.load_from_checkpoint(path), then save_policy(...)."
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the export, on rank 0."""

@@ -6,9 +6,17 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from test_module import ROWS, Digits, Rows, module, trainer
 
-from lightning_lambdapo import CompletionsLogger, LambdaPOModule, RewardPlot, RolloutCheckpoint, Throughput
+from lightning_lambdapo import (
+    CompletionsLogger,
+    LambdaPOModule,
+    PolicyExport,
+    RewardPlot,
+    RolloutCheckpoint,
+    Throughput,
+)
 from lightning_lambdapo.functional import lambda_advantages
 
 
@@ -87,6 +95,12 @@ def test_checkpoints_of_the_best(base: str, tmp_path: Path) -> None:
     run.fit(model, Rows(batch_size=4))
     assert callback.best_model_score is not None
     assert Path(callback.best_model_path).exists()
+
+
+def test_sharded_weights_are_not_exported(base: str, tmp_path: Path) -> None:
+    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+    with pytest.raises(ValueError, match="cannot gather the shards of ModelParallelStrategy"):
+        trainer(tmp_path, strategy=strategy, callbacks=[PolicyExport()]).fit(module(base), Rows(batch_size=4))
 
 
 @pytest.mark.parametrize("settings", [{"every_n_rollouts": 0}, {"table_every_n_rollouts": -1}])

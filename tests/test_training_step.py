@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from test_module import Rows, fit, module, trainer
 
-from lightning_lambdapo import AdapterConfig, AlgorithmConfig, PolicyConfig
+from lightning_lambdapo import AdapterConfig, AlgorithmConfig, PolicyConfig, RolloutConfig
 from lightning_lambdapo.functional import group_advantages, lambda_advantages
 from lightning_lambdapo.rewards import Reward, RewardInputs
 
@@ -89,6 +89,17 @@ def test_every_step_draws_anew_and_every_run_the_same(base: str, tmp_path: Path)
     assert first[0].keys() == first[1].keys()
     for one, two in ((first[0], first[1]), (first[0], other[0])):
         assert sum(one[key] == two[key] for key in one) < len(one) // 4
+
+
+def test_both_engines_train_alike(base: str, tmp_path: Path) -> None:
+    texts = []
+    for engine in ("grouped", "hf"):
+        outputs = Outputs()
+        rollout = RolloutConfig(engine=engine, group_size=4, max_new_tokens=8)
+        model = module(base, rollout=rollout, policy=PolicyConfig(base, dtype="float64"))
+        fit(tmp_path, model, callbacks=[outputs], precision="64-true")
+        texts.append([step["rollout"].texts for step in outputs.steps])
+    assert texts[0] == texts[1]
 
 
 class Picky(Reward):
