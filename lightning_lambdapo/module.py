@@ -168,7 +168,9 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
 
     def build_policy(self) -> Policy:
         """Hook: the policy, with ``requires_grad`` set on what is to be trained; called once, when a run starts."""
-        return load_policy(self.policy_config, self.lora, seed=self.sampling_seed)
+        return load_policy(
+            self.policy_config, self.lora, seed=self.sampling_seed, reference=self.algorithm.needs_reference
+        )
 
     def build_engine(self, model: PreTrainedModel) -> RolloutEngine:
         """Hook: what generates the rollouts; called once, when a run starts."""

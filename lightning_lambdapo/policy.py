@@ -107,13 +107,16 @@ def load_tokenizer(config: PolicyConfig) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(location, **options)
 
 
-def load_policy(config: PolicyConfig, adapter: AdapterConfig | PeftConfig | None, *, seed: int = 0) -> Policy:
+def load_policy(
+    config: PolicyConfig, adapter: AdapterConfig | PeftConfig | None, *, seed: int = 0, reference: bool = True
+) -> Policy:
     """Build the policy, in eval mode: base weights frozen under an adapter, all weights trainable without one.
 
     Args:
         config: where the model comes from.
         adapter: the adapter to add; None with ``config.adapter`` unset fine-tunes all weights.
         seed: of the adapter's initial weights; the global random state is left alone.
+        reference: keep a frozen copy of an adapter that is continued, for :func:`reference_mode`.
 
     Raises:
         ValueError: a quantised base without an adapter, or an adapter that was made for another base.
@@ -139,7 +142,7 @@ def load_policy(config: PolicyConfig, adapter: AdapterConfig | PeftConfig | None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if config.adapter is not None:
-            policy = _continue_adapter(model, config.adapter)
+            policy = _continue_adapter(model, config.adapter, reference=reference)
         elif isinstance(adapter, AdapterConfig):
             policy = _add_adapter(model, adapter.to_peft())
         else:
@@ -299,13 +302,14 @@ def _add_adapter(model: PreTrainedModel, settings: PeftConfig | None) -> PeftMod
     return cast(PeftModel, get_peft_model(model, cast(PeftConfig, settings)))
 
 
-def _continue_adapter(model: PreTrainedModel, path: str) -> PeftModel:
+def _continue_adapter(model: PreTrainedModel, path: str, *, reference: bool) -> PeftModel:
     settings = PeftConfig.from_pretrained(path)
     settings.inference_mode = False
     weights = load_peft_weights(path, device="cpu")
     policy = _add_adapter(model, settings)
-    policy.add_adapter(_REFERENCE_ADAPTER, copy.deepcopy(settings))
-    for name in ("default", _REFERENCE_ADAPTER):
+    if reference:
+        policy.add_adapter(_REFERENCE_ADAPTER, copy.deepcopy(settings))
+    for name in list(policy.peft_config):
         try:
             result: Any = set_peft_model_state_dict(policy, weights, adapter_name=name)
         except RuntimeError as error:

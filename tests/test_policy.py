@@ -255,6 +255,15 @@ def test_builtin_policy_is_small_and_loads() -> None:
     assert tokenizer.decode(tokenizer("1+22=;")["input_ids"]) == "1+22=;"
 
 
+def test_no_reference_is_built_where_none_is_wanted(base: str, tmp_path: Path) -> None:
+    save_policy(load_policy(PolicyConfig(base), AdapterConfig(r=4)), tiny.tokenizer(), tmp_path / "a")
+    config = PolicyConfig(base, adapter=str(tmp_path / "a"))
+    with_one, without = (load_policy(config, None, reference=flag) for flag in (True, False))
+    assert any(".reference." in name for name, _ in with_one.named_parameters())
+    assert not any(".reference." in name for name, _ in without.named_parameters())
+    torch.testing.assert_close(logits(with_one), logits(without))
+
+
 def test_saved_adapter_holds_no_second_adapter(base: str, tmp_path: Path) -> None:
     save_policy(load_policy(PolicyConfig(base), AdapterConfig(r=4)), tiny.tokenizer(), tmp_path / "a")
     save_policy(load_policy(PolicyConfig(base, adapter=str(tmp_path / "a")), None), tiny.tokenizer(), tmp_path / "b")
