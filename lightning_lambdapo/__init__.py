@@ -5,9 +5,13 @@ lightning nor transformers.
 """
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Said at every import on a CPU, of an optional kernel that nothing here needs.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in str(record.msg))
 
 _HOMES = {
     "AdapterConfig": "policy",
