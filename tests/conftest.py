@@ -16,9 +16,12 @@ from torch import distributed
 
 
 @pytest.fixture(autouse=True)
-def _no_process_group_is_left_behind() -> Iterator[None]:
-    """Sharding strategies start a process group even for one process, and leave it to the process's end."""
+def _nothing_is_left_behind() -> Iterator[None]:
+    """Sharding strategies leave a process group, seeds and launchers leave environment variables."""
+    environment = dict(os.environ)
     yield
+    os.environ.clear()
+    os.environ.update(environment)
     if distributed.is_initialized():
         distributed.destroy_process_group()
 

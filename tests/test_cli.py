@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from test_module import ROWS
 
+from lightning_lambdapo import LambdaPOModule
 from lightning_lambdapo.cli import main
 from lightning_lambdapo.config import AlgorithmConfig, EvaluationConfig, from_mapping
 from lightning_lambdapo.rollout import RolloutConfig, SamplingConfig
@@ -42,6 +44,30 @@ def test_fit_validate_test_predict(arguments: list[str], tmp_path: Path) -> None
     assert "test/pass_at_1" in (runs[2] / "metrics.csv").read_text()
     assert len((runs[3] / "predictions.jsonl").read_text().splitlines()) == 6
     assert all((run / "config.yaml").exists() for run in runs)
+
+
+@pytest.mark.filterwarnings("ignore:`loftq_config` specified but will be ignored")
+def test_peft_settings_and_plain_functions_by_name(arguments: list[str], tmp_path: Path) -> None:
+    lora = "{class_path: peft.LoraConfig, init_args: {r: 3, target_modules: [q_proj], task_type: CAUSAL_LM}}"
+    accuracy = "{class_path: lightning_lambdapo.rewards.AccuracyReward, init_args: {weight: 2.0}}"
+    rewards = f"[{accuracy}, test_module.lambda_free_reward]"
+    more = [
+        f"--model.lora={lora}",
+        f"--model.rewards={rewards}",
+        "--trainer.max_steps=1",
+        "--trainer.limit_val_batches=0",
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row | {"shade": 1}) + "\n" for row in ROWS))
+    main(["fit", *arguments, *more])
+    run = tmp_path / "lightning_logs" / "version_0"
+    assert "train/reward/lambda_free_reward" in (run / "metrics.csv").read_text()
+    checkpoint = next((run / "checkpoints").glob("*.ckpt"))
+    again = LambdaPOModule.load_from_checkpoint(checkpoint)
+    assert isinstance(again.lora, LoraConfig)
+    assert again.lora.r == 3
+    assert [reward.name for reward in again.rewards] == ["accuracy", "lambda_free_reward"]
+    assert again.rewards[0].weight == 2.0
 
 
 def test_threads(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
