@@ -1,73 +1,219 @@
-"""The fast decoder: prompts prefilled once, caches repeated per group, finished rows dropped."""
+"""The fast decoder: prompts stored once, rows that leave when they end, prompts that come in as room is made."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_lambdapo.attention import UnsupportedAttentionError, branch_attention
 from lightning_lambdapo.datatypes import PromptBatch, Rollout
+from lightning_lambdapo.functional.masking import at_least_float32
 from lightning_lambdapo.rollout.engine import RolloutEngine
-from lightning_lambdapo.rollout.sampling import SamplingConfig, TokenSampler
+from lightning_lambdapo.rollout.hf import HFEngine
+from lightning_lambdapo.rollout.merging import merged_adapter
+from lightning_lambdapo.rollout.sampling import SamplingConfig, TokenSampler, row_uniforms
+from lightning_lambdapo.rollout.store import GroupStore
 
 
 class GroupedEngine(RolloutEngine):
-    """Own decoding loop over the model's forward.
+    """Own decoding loop over the model's forward, with attention over :class:`GroupStore`.
 
-    Each prompt goes through the model once; its cache is then repeated for the ``G`` rows of its group. Rows that have
-    ended leave the batch once they are an eighth of it (selecting rows copies the cache, so not at every ending).
+    Each prompt goes through the model once and is stored once, whatever its number of rows. A row that has ended
+    leaves at once; with ``max_live_tokens`` the next prompts come in as soon as there is room, so that one long row
+    keeps no others waiting. Before its first rollout the engine decodes a few tokens of two short prompts and scores
+    them by the model's own forward; where the two differ, or the architecture has layers that are no attention over
+    all earlier tokens, :class:`HFEngine` takes over with one warning.
+
+    Args:
+        tokenizer: decodes the completions.
+        eos_ids: every token id that ends a completion.
+        pad_id: id written after the end.
+        share_prompts: False computes and stores a prompt for each of its rows.
+        compaction: False keeps ended rows until all that are decoded with them have ended.
+        max_live_tokens: tokens for which keys and values are held at once, a row counting with its longest possible
+            completion; None decodes all prompts together. A single prompt's rows are never split.
+        merge_adapter: decode with a merged copy of the adapted weights; see :func:`merged_adapter`.
     """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_ids: Sequence[int],
+        pad_id: int,
+        *,
+        share_prompts: bool = True,
+        compaction: bool = True,
+        max_live_tokens: int | None = None,
+        merge_adapter: bool | None = None,
+    ) -> None:
+        super().__init__(tokenizer, eos_ids, pad_id)
+        self.share_prompts = share_prompts
+        self.compaction = compaction
+        self.max_live_tokens = max_live_tokens
+        self.merge_adapter = merge_adapter
+        self._fallback: HFEngine | None = None
+        self._probed = False
 
     def generate(
         self, model: PreTrainedModel, batch: PromptBatch, *, sampling: SamplingConfig, uniforms: Tensor
     ) -> Rollout:
         """Generate completions; see :meth:`RolloutEngine.generate`."""
+        if not self._probed:
+            self._probe(model)
+        if self._fallback is not None:
+            return self._fallback.generate(model, batch, sampling=sampling, uniforms=uniforms)
+        with merged_adapter(model, self.merge_adapter):
+            return self._decode(model, batch, sampling, uniforms)
+
+    def _decode(
+        self, model: PreTrainedModel, batch: PromptBatch, sampling: SamplingConfig, uniforms: Tensor
+    ) -> Rollout:
         total, max_new_tokens = uniforms.shape
         group_size = total // len(batch.input_ids)
         device = batch.input_ids.device
-        mask = batch.attention_mask.long()
-        cache = DynamicCache(config=model.config)
-        logits = _next_logits(model, batch.input_ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
-        if group_size > 1:
-            cache.batch_repeat_interleave(group_size)
-        logits = logits.repeat_interleave(group_size, 0)
-        mask = mask.repeat_interleave(group_size, 0)
-        sampler = TokenSampler(sampling, uniforms, batch.input_ids.repeat_interleave(group_size, 0), mask.bool())
-        eos = torch.tensor(self.eos_ids, device=device)
-        rows = torch.arange(total, device=device)
-        alive = torch.ones(total, dtype=torch.bool, device=device)
-        ids = torch.full((total, max_new_tokens), self.pad_id, device=device)
-        logprobs = torch.zeros(total, max_new_tokens, dtype=_float_type(logits), device=device)
-        entropy = torch.zeros_like(logprobs)
-        step = 0
-        while True:
-            tokens, logprobs[rows, step], entropy[rows, step] = sampler(logits, rows, step)
-            ids[rows, step] = tokens
-            alive &= ~torch.isin(tokens, eos)
-            step += 1
-            if step == max_new_tokens or not (count := int(alive.sum())):
+        prompts = [ids[mask] for ids, mask in zip(batch.input_ids, batch.attention_mask.bool(), strict=True)]
+        sampler = TokenSampler(
+            sampling,
+            uniforms,
+            batch.input_ids.repeat_interleave(group_size, 0),
+            batch.attention_mask.bool().repeat_interleave(group_size, 0),
+        )
+        if not self.share_prompts:
+            prompts, group_size = [ids for ids in prompts for _ in range(group_size)], 1
+        store = GroupStore(device)
+        live: _LiveRows | None = None
+        waiting = 0
+        with branch_attention(model):
+            while waiting < len(prompts) or len(store):
+                admitted = self._admissible(prompts[waiting:], group_size, max_new_tokens, store)
+                if admitted:
+                    new = prompts[waiting : waiting + admitted]
+                    prefill = store.admit(list(map(len, new)), group_size)
+                    ends = torch.tensor(prefill.prompts, device=device).cumsum(0) - 1
+                    logits = _logits(model, torch.cat(new)[None], prefill.position_ids, prefill, ends)[0]
+                    logits = logits.repeat_interleave(group_size, 0)
+                    live = live or _LiveRows(self.eos_ids, self.pad_id, total, max_new_tokens, logits)
+                    rows = torch.arange(waiting * group_size, (waiting + admitted) * group_size, device=device)
+                    which = live.add(rows)
+                    waiting += admitted
+                else:
+                    assert live is not None
+                    store.begin_step()
+                    logits = _logits(model, live.tokens[:, None], store.position_ids, store, 0)[:, 0]
+                    store.end_step()
+                    which = slice(None)
+                live.write(which, sampler(logits, live.rows[which], live.steps[which]))
+                left = int(live.alive.sum())
+                if left < len(store) and (self.compaction or not left):
+                    live.select(store.keep(live.alive))
+        assert live is not None
+        return self.finish(live.ids, live.logprobs, live.entropy)
+
+    def _admissible(self, waiting: list[Tensor], group_size: int, max_new_tokens: int, store: GroupStore) -> int:
+        """How many of the waiting prompts come in now."""
+        if self.max_live_tokens is None:
+            return len(waiting)
+        room = self.max_live_tokens - int(store.prompt_lengths.sum()) - len(store) * max_new_tokens
+        count = 0
+        for ids in waiting:
+            room -= len(ids) + group_size * max_new_tokens
+            if room < 0 and (count or len(store)):
                 break
-            if count <= len(alive) * 7 // 8:
-                keep = alive.nonzero().squeeze(-1)
-                cache.batch_select_indices(keep)
-                rows, tokens, mask, alive = rows[keep], tokens[keep], mask[keep], alive[keep]
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
-            logits = _next_logits(model, tokens[:, None], mask, mask.sum(-1, keepdim=True) - 1, cache)
-        # Past the last step nothing was drawn: there the padding may not pass for tokens.
-        return self.finish(ids[:, :step], logprobs[:, :step], entropy[:, :step])
+            count += 1
+        return count
+
+    @torch.no_grad()
+    def _probe(self, model: PreTrainedModel) -> None:
+        """Decode two short prompts, and fall back where the model's own forward disagrees."""
+        self._probed = True
+        vocabulary = model.config.get_text_config().vocab_size
+        ids = torch.arange(2, 8, device=model.device).remainder(vocabulary).view(2, 3)
+        mask = torch.tensor([[False, True, True], [True, True, True]], device=model.device)
+        batch = PromptBatch(ids, mask, torch.arange(2), ["", ""], [None, None], [None, None], [{}, {}])
+        uniforms = row_uniforms(
+            seed=0, stage="probe", step=0, prompt_ids=[0, 1], occurrences=[0, 0], num_samples=2, length=4
+        )
+        ends, self.eos_ids = self.eos_ids, (-1,)  # nothing ends the probe early
+        try:
+            found = self._decode(model, batch, SamplingConfig(), uniforms)
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+            reason = str(error) if isinstance(error, UnsupportedAttentionError) else f"{type(error).__name__}: {error}"
+        else:
+            worst = 0.0
+            for row, completion in enumerate(found.completion_ids):
+                tokens = torch.cat([ids[row // 2][mask[row // 2]], completion])
+                logits = model(input_ids=tokens[None], use_cache=False).logits[0, -len(completion) - 1 : -1]
+                expected = logits.double().log_softmax(-1).gather(-1, completion[:, None]).squeeze(-1)
+                worst = max(worst, (expected - found.sampling_logprobs[row]).abs().max().item())
+            if worst < 2 * torch.finfo(model.dtype).eps ** 0.5:
+                return
+            reason = f"its log-probabilities would be off by {worst:.2g}"
+        finally:
+            self.eos_ids = ends
+        warnings.warn(
+            f"{type(model).__name__} cannot be decoded by the grouped engine ({reason}); transformers' generate is used "
+            "instead, which is slower. `rollout.engine: hf` chooses it without this message.",
+            stacklevel=2,
+        )
+        self._fallback = HFEngine(self.tokenizer, self.eos_ids, self.pad_id)
 
 
-def _next_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
-    """Logits of the token after ``ids``, ``(n, V)``; ``cache`` grows by ``ids``."""
+class _LiveRows:
+    """What has been drawn, and which rows are still being decoded: the ``n`` rows of the store, in its order.
+
+    Attributes:
+        rows: ``(n,)`` int64, which of all rows they are.
+        steps: ``(n,)`` int64, place of the token each draws next.
+        tokens: ``(n,)`` int64, the last one drawn.
+        alive: ``(n,)`` bool, False once a row has ended.
+    """
+
+    def __init__(self, eos_ids: Sequence[int], pad_id: int, total: int, length: int, logits: Tensor) -> None:
+        device = logits.device
+        self.eos = torch.tensor(eos_ids, device=device)
+        self.ids = torch.full((total, length), pad_id, device=device)
+        self.logprobs = torch.zeros(total, length, dtype=at_least_float32(logits).dtype, device=device)
+        self.entropy = torch.zeros_like(self.logprobs)
+        self.rows = self.steps = self.tokens = torch.zeros(0, dtype=torch.long, device=device)
+        self.alive = torch.zeros(0, dtype=torch.bool, device=device)
+
+    def add(self, rows: Tensor) -> slice:
+        """Take in new rows; where their first tokens are to be written."""
+        count = len(self.rows)
+        self.rows = torch.cat([self.rows, rows])
+        self.steps = torch.cat([self.steps, torch.zeros_like(rows)])
+        self.tokens = torch.cat([self.tokens, torch.zeros_like(rows)])
+        self.alive = torch.cat([self.alive, torch.ones_like(rows, dtype=torch.bool)])
+        return slice(count, None)
+
+    def write(self, which: slice, drawn: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Take in one token of each of these rows, with its log-probability and entropy."""
+        steps, alive = self.steps[which], self.alive[which]
+        place = self.rows[which][alive], steps[alive]
+        self.ids[place], self.logprobs[place], self.entropy[place] = (values[alive] for values in drawn)
+        self.tokens[which] = drawn[0]
+        last = self.ids.shape[1] - 1
+        self.alive[which] &= ~torch.isin(drawn[0], self.eos) & (steps < last)
+        self.steps[which] = (steps + 1).clamp(max=last)
+
+    def select(self, order: Tensor) -> None:
+        """Keep the rows at these places, in this order."""
+        self.rows, self.steps, self.tokens, self.alive = (
+            states[order] for states in (self.rows, self.steps, self.tokens, self.alive)
+        )
+
+
+def _logits(model: PreTrainedModel, ids: Tensor, positions: Tensor, branches: Any, keep: int | Tensor) -> Tensor:
     output = model(
         input_ids=ids,
-        attention_mask=mask,
+        attention_mask=torch.ones_like(ids),
         position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
+        use_cache=False,
+        logits_to_keep=keep,
+        branches=branches,
     )
-    logits: Tensor = output.logits[:, -1]
+    logits: Tensor = output.logits
     return logits
-
-
-def _float_type(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32

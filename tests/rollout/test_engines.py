@@ -120,9 +120,13 @@ def test_decoding_stops_with_its_last_row(engine: type[RolloutEngine], monkeypat
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(model, "forward", counted)
-    every_id = tuple(range(2, 49))
-    rollout = run(engine, model, tiny.batch(tiny.ragged_prompts(3)), length=110, eos_ids=every_id)
-    assert len(calls) == int(rollout.lengths.max()) < 100
+    batch = tiny.batch(tiny.ragged_prompts(3))
+    decoder = engine(tiny.tokenizer(), tuple(range(2, 49, 3)), 0)
+    with torch.no_grad():  # the first call also probes
+        decoder.generate(model, batch, sampling=GREEDY, uniforms=streams(batch, 1, 2))
+        calls.clear()
+        rollout = decoder.generate(model, batch, sampling=SamplingConfig(), uniforms=streams(batch, 4, 110))
+    assert 1 < len(calls) == int(rollout.lengths.max()) < 100
 
 
 @pytest.mark.parametrize("engine", [GroupedEngine, HFEngine])

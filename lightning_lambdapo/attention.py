@@ -1,0 +1,230 @@
+"""Attention for rows that branch off shared prompts, as a function that transformers' models call.
+
+A model runs it inside :func:`branch_attention` and gets told who attends to whom by the extra forward keyword
+``branches``. No mask of (tokens x tokens) exists, no key of a prompt is stored twice, and no key head is repeated.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface, PreTrainedModel
+
+_NAME = "lambdapo_branches"
+
+
+class UnsupportedAttentionError(RuntimeError):
+    """The model's attention has something that branches cannot honour."""
+
+
+class Branches(ABC):
+    """Who attends to whom in one forward pass of the model; handed to it as the keyword ``branches``."""
+
+    @abstractmethod
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer: int,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Attention of one layer.
+
+        Args:
+            query: ``(b, H, l, d)``, rotated.
+            key: ``(b, K, l, d)`` of the same tokens; ``H`` is a multiple of ``K``.
+            value: ``(b, K, l, e)``.
+            layer: the layer's index.
+            scaling: factor of the scores.
+            window: a position sees keys less than this far back; None sees all.
+            softcap: scores become ``softcap * tanh(score / softcap)``; None leaves them.
+
+        Returns:
+            ``(b, l, H, e)``.
+        """
+
+
+@contextmanager
+def branch_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let ``model`` attend by the ``branches`` keyword for the duration; a backward pass that recomputes belongs in it.
+
+    Raises:
+        UnsupportedAttentionError: the configuration names layers that are no attention over all earlier tokens.
+    """
+    config = model.config
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise UnsupportedAttentionError(f"layers of type {', '.join(sorted(kinds))}")
+    before = config._attn_implementation
+    config._attn_implementation = _NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+class PackedRow(Branches):
+    """One unpadded row of ``prompt, completion, completion, ..., prompt, completion, ...``: learning and prefill.
+
+    Each completion attends to its own prompt and itself. The scores computed are those of prompts with themselves and
+    of completions (padded to the longest of their group) with prompt and themselves, not all pairs of the row.
+
+    Args:
+        prompts: length of each prompt.
+        completions: for each prompt, the lengths of its completions; may be empty.
+        device: of the row.
+    """
+
+    def __init__(self, prompts: Sequence[int], completions: Sequence[Sequence[int]], device: torch.device) -> None:
+        self.prompts = list(prompts)
+        self.completions = [list(lengths) for lengths in completions]
+        self.device = device
+        self._segments = [size for p, c in zip(self.prompts, self.completions, strict=True) for size in (p, sum(c))]
+        self._padding = [_Padding.of(lengths, device) for lengths in self.completions]
+        self._masks: dict[tuple[int, int, int | None, torch.dtype], Tensor] = {}
+
+    @property
+    def position_ids(self) -> Tensor:
+        """``(1, l)`` int64: each completion goes on from its prompt's length."""
+        parts = []
+        for prompt, lengths in zip(self.prompts, self.completions, strict=True):
+            parts += [torch.arange(prompt), *(torch.arange(prompt, prompt + length) for length in lengths)]
+        return torch.cat(parts)[None].to(self.device)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer: int,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Attention of one layer; see :meth:`Branches.attend`."""
+        parts = [states[0].transpose(0, 1).split(self._segments) for states in (query, key, value)]
+        out: list[Tensor] = []
+        for index, (prompt, padding) in enumerate(zip(self.prompts, self._padding, strict=True)):
+            q, k, v = (part[2 * index] for part in parts)
+            out.append(
+                _attend(q[None], k[None], v[None], self._mask(0, prompt, window, q.dtype), scaling, softcap).squeeze(0)
+            )
+            if padding is None:
+                continue
+            q, own_k, own_v = (padding.pad(part[2 * index + 1]) for part in parts)
+            k, v = (
+                torch.cat([shared.expand(len(own), *shared.shape), own], dim=1)
+                for shared, own in ((k, own_k), (v, own_v))
+            )
+            mask = self._mask(prompt, q.shape[1], window, q.dtype)
+            out.append(padding.unpad(_attend(q, k, v, mask, scaling, softcap)))
+        return torch.cat(out)[None]
+
+    def _mask(self, past: int, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Additive ``(length, past + length)``: position ``past + j`` sees keys up to itself, within its window.
+
+        Keys of padding come after every real position of their row, so none of those sees them.
+        """
+        if window is not None and window >= past + length:
+            window = None
+        name = (past, length, window, dtype)
+        if name not in self._masks:
+            distance = torch.arange(past, past + length, device=self.device)[:, None] - torch.arange(
+                past + length, device=self.device
+            )
+            hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+            self._masks[name] = torch.zeros(distance.shape, dtype=dtype, device=self.device).masked_fill_(
+                hidden, -math.inf
+            )
+        return self._masks[name]
+
+
+class _Padding:
+    """Rows of unequal length, from end to end and back: ``(sum of lengths, ...)`` and ``(rows, longest, ...)``."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.shape = len(lengths), max(lengths)
+        self.index: Tensor | None = None
+        if len(set(lengths)) > 1:
+            size = torch.tensor(lengths)
+            place = torch.arange(self.shape[1]).expand(self.shape)
+            mask = place < size[:, None]
+            start = (size.cumsum(0) - size)[:, None]
+            self.index = (start + place.minimum(size[:, None] - 1)).flatten().to(device)
+            self.kept = mask.flatten().nonzero().squeeze(-1).to(device)
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> "_Padding | None":
+        return cls(lengths, device) if lengths else None
+
+    def pad(self, flat: Tensor) -> Tensor:
+        return (flat if self.index is None else flat.index_select(0, self.index)).unflatten(0, self.shape)
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        flat = padded.flatten(0, 1)
+        return flat if self.index is None else flat.index_select(0, self.kept)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float | None
+) -> Tensor:
+    """Plain attention of ``(b, l, H, d)`` over ``(b, m, K, d)`` under an additive ``(l, m)`` mask."""
+    query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+    if softcap is None:
+        gqa = query.shape[1] != key.shape[1]
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=gqa)
+    else:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        scores = cap_scores(query @ key.transpose(-1, -2) * scaling, softcap) + mask
+        out = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype) @ value
+    return out.transpose(1, 2)
+
+
+def cap_scores(scores: Tensor, softcap: float | None) -> Tensor:
+    """``softcap * tanh(scores / softcap)``, or ``scores`` where there is no cap."""
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+
+
+def _attention_function(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    branches: Branches,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in each layer; see :class:`Branches`."""
+    unknown = [name for name in ("s_aux", "sinks", "position_bias", "alibi") if others.get(name) is not None]
+    if unknown or getattr(module, "sinks", None) is not None:
+        raise UnsupportedAttentionError(f"attention with {unknown[0] if unknown else 'sinks'}")
+    if not getattr(module, "is_causal", True):
+        raise UnsupportedAttentionError("attention that is not causal")
+    out = branches.attend(
+        query,
+        key,
+        value,
+        layer=getattr(module, "layer_idx"),  # noqa: B009
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window if sliding_window is not None else getattr(module, "sliding_window", None),
+        softcap=softcap,
+    )
+    return out, None
+
+
+AttentionInterface.register(_NAME, _attention_function)

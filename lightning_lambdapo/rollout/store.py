@@ -1,0 +1,250 @@
+"""Keys and values of a rollout in progress: each prompt's once, completions' in storage made ahead."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_lambdapo.attention import Branches, PackedRow, cap_scores
+
+_BLOCK = 128
+
+
+class GroupStore(Branches):
+    """Live rows, each with the slot of its prompt; :meth:`attend` is one decoding step of all of them.
+
+    Rows and prompts sit without gaps at the front of their storage: what leaves is replaced by what was last. Storage
+    of completions grows in blocks of 128 tokens.
+
+    Attributes:
+        lengths: ``(n,)`` int64, tokens of each live row's completion that are stored.
+        groups: ``(n,)`` int64, slot of each live row's prompt.
+        prompt_lengths: ``(g,)`` int64.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.lengths = torch.zeros(0, dtype=torch.long, device=device)
+        self.groups = torch.zeros(0, dtype=torch.long, device=device)
+        self.prompt_lengths = torch.zeros(0, dtype=torch.long, device=device)
+        self._prompts: dict[int, tuple[Tensor, Tensor]] = {}
+        self._completions: dict[int, tuple[Tensor, Tensor]] = {}
+        self._prompt_width = 0
+        self._width = 0
+        self._capacity = 0
+        self._rows = self.lengths
+        self._bias: dict[int | None, Tensor | None] = {}
+        self._index: dict[int, tuple[Tensor, Tensor] | None] = {}
+
+    def __len__(self) -> int:
+        """Number of live rows."""
+        return len(self.lengths)
+
+    @property
+    def position_ids(self) -> Tensor:
+        """``(n, 1)`` int64, position of the token each row decodes next."""
+        return (self.prompt_lengths[self.groups] + self.lengths)[:, None]
+
+    def admit(self, prompt_lengths: Sequence[int], group_size: int) -> "Prefill":
+        """Make room for prompts with ``group_size`` rows each; the model must now be run over what is returned."""
+        device, first = self.lengths.device, len(self.prompt_lengths)
+        added = torch.tensor(prompt_lengths, device=device)
+        slots = torch.arange(first, first + len(added), device=device).repeat_interleave(group_size)
+        self.prompt_lengths = torch.cat([self.prompt_lengths, added])
+        self._prompt_width = max(self._prompt_width, *prompt_lengths)
+        self.groups = torch.cat([self.groups, slots])
+        self.lengths = torch.cat([self.lengths, torch.zeros_like(slots)])
+        self._rearranged()
+        return Prefill(self, prompt_lengths, first)
+
+    def write_prompts(self, layer: int, parts: list[tuple[Tensor, Tensor]], first: int) -> None:
+        """Store keys and values ``(length, K, d)`` of the prompts whose slots begin at ``first``."""
+        count = len(self.prompt_lengths)
+        stored = self._prompts.get(layer)
+        if stored is None or len(stored[0]) < count or stored[0].shape[2] < self._prompt_width:
+            shapes = [(count, states.shape[1], self._prompt_width, states.shape[2]) for states in parts[0]]
+            stored = self._prompts[layer] = _grown(stored, shapes, parts[0], first)
+        for slot, states in enumerate(parts, start=first):
+            for target, source in zip(stored, states, strict=True):
+                target[slot, :, : len(source)] = source.transpose(0, 1)
+
+    def begin_step(self) -> None:
+        """Make room for one more token of each row; to be called before the model decodes it."""
+        self._width = int(self.lengths.max()) + 1
+        self._capacity = max(self._capacity, -(-self._width // _BLOCK) * _BLOCK)
+        self._bias = {}
+
+    def end_step(self) -> None:
+        """Count the token that was decoded."""
+        self.lengths = self.lengths + 1
+
+    def keep(self, kept: Tensor) -> Tensor:
+        """Let rows leave.
+
+        Args:
+            kept: ``(n,)`` bool.
+
+        Returns:
+            ``(m,)`` int64, the old place of each row that stays.
+        """
+        count = int(kept.sum())
+        order = torch.arange(count, device=kept.device)
+        holes = (~kept[:count]).nonzero().squeeze(-1)
+        movers = kept[count:].nonzero().squeeze(-1) + count
+        order[holes] = movers
+        if len(holes):
+            for stored in self._completions.values():
+                for states in stored:
+                    states[holes, :, : self._width] = states[movers, :, : self._width]
+        self.lengths, self.groups = self.lengths[order], self.groups[order]
+        self._drop_prompts()
+        self._rearranged()
+        return order
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer: int,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """One decoding step: ``l`` is 1, ``b`` the number of live rows; see :meth:`Branches.attend`."""
+        count, heads, _, dim = query.shape
+        kv_heads = key.shape[1]
+        repeats = heads // kv_heads
+        keys, values = self._write(layer, key, value)
+        prompt_keys, prompt_values = (states[: len(self.prompt_lengths)].flatten(0, 1) for states in self._prompts[layer])
+        query = (query * scaling).view(count * kv_heads, repeats, dim)
+        own = torch.bmm(query, keys.transpose(1, 2))
+        shared = torch.bmm(self._by_prompt(query, kv_heads), prompt_keys.transpose(1, 2))
+        scores = torch.cat([self._by_row(shared, kv_heads, repeats), own], dim=-1)
+        scores = cap_scores(scores, softcap)
+        bias = self._bias_of(window, prompt_keys.shape[1], scores.dtype)
+        if bias is not None:
+            scores.view(count, -1, scores.shape[-1]).add_(bias)
+        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
+        split = prompt_keys.shape[1]
+        out = torch.bmm(weights[..., split:], values)
+        shared = torch.bmm(self._by_prompt(weights[..., :split], kv_heads), prompt_values)
+        out += self._by_row(shared, kv_heads, repeats)
+        return out.view(count, 1, heads, -1)
+
+    def _write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new token; all keys and values ``(n * K, width, d)`` of completions, as views."""
+        count, kv_heads = key.shape[:2]
+        stored = self._completions.get(layer)
+        if stored is None or len(stored[0]) < count or stored[0].shape[2] < self._capacity:
+            shapes = [(count, kv_heads, self._capacity, states.shape[-1]) for states in (key, value)]
+            stored = self._completions[layer] = _grown(stored, shapes, (key, value), count)
+        for target, source in zip(stored, (key, value), strict=True):
+            target[self._rows, :, self.lengths] = source[:, :, 0]
+        keys, values = (states[:count, :, : self._width].flatten(0, 1) for states in stored)
+        return keys, values
+
+    def _bias_of(self, window: int | None, split: int, dtype: torch.dtype) -> Tensor | None:
+        """Additive ``(n, 1, split + width)``: -inf where a row has no key, or it is out of its window."""
+        if window not in self._bias:
+            device = self.lengths.device
+            prompt = self.prompt_lengths[self.groups][:, None]
+            own = self.lengths[:, None]
+            place = torch.arange(split, device=device)
+            later = torch.arange(self._width, device=device)
+            hidden = torch.cat([place >= prompt, later > own], dim=-1)
+            if window is not None:
+                at = prompt + own
+                hidden |= torch.cat([at - place >= window, own - later >= window], dim=-1)
+            bias = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)
+            self._bias[window] = bias[:, None] if bool(hidden.any()) else None
+        return self._bias[window]
+
+    def _by_prompt(self, rows: Tensor, kv_heads: int) -> Tensor:
+        """``(n * K, r, x)`` to ``(g * K, s * r, x)``: rows beside the other rows of their prompt."""
+        index = self._indices(kv_heads)
+        gathered = rows.index_select(0, index[0])
+        return gathered.reshape(len(self.prompt_lengths) * kv_heads, -1, rows.shape[-1])
+
+    def _by_row(self, grouped: Tensor, kv_heads: int, repeats: int) -> Tensor:
+        """The way back of :meth:`_by_prompt`."""
+        flat = grouped.view(-1, repeats, grouped.shape[-1])
+        return flat.index_select(0, self._indices(kv_heads)[1])
+
+    def _indices(self, kv_heads: int) -> tuple[Tensor, Tensor]:
+        """For each (prompt, head, place) a (row, head), and for each (row, head) its (prompt, head, place)."""
+        found = self._index.get(kv_heads)
+        if found is None:
+            device, groups = self.groups.device, len(self.prompt_lengths)
+            order = self.groups.argsort(stable=True)
+            sizes = torch.bincount(self.groups, minlength=groups)
+            places = int(sizes.max())
+            place = torch.empty_like(order)
+            place[order] = torch.arange(len(order), device=device) - (sizes.cumsum(0) - sizes)[self.groups[order]]
+            rows = torch.zeros(groups, places, dtype=torch.long, device=device)
+            rows[self.groups, place] = self._rows
+            head = torch.arange(kv_heads, device=device)
+            there = (rows[:, None] * kv_heads + head[:, None]).flatten()
+            back = ((self.groups[:, None] * kv_heads + head) * places + place[:, None]).flatten()
+            found = self._index[kv_heads] = there, back
+        return found
+
+    def _drop_prompts(self) -> None:
+        """Let prompts without rows leave."""
+        kept = torch.zeros(len(self.prompt_lengths), dtype=torch.bool, device=self.groups.device)
+        kept[self.groups] = True
+        order = kept.nonzero().squeeze(-1)
+        if len(order) == len(kept):
+            return
+        renamed = torch.zeros(len(kept), dtype=torch.long, device=kept.device)
+        renamed[order] = torch.arange(len(order), device=kept.device)
+        self.groups, self.prompt_lengths = renamed[self.groups], self.prompt_lengths[order]
+        for layer, stored in self._prompts.items():
+            keys, values = (states[order] for states in stored)
+            self._prompts[layer] = keys, values
+
+    def _rearranged(self) -> None:
+        self._rows = torch.arange(len(self.lengths), device=self.lengths.device)
+        self._index = {}
+        self._bias = {}
+
+
+class Prefill(PackedRow):
+    """Prompts end to end in one row, whose keys and values go to the store on the way."""
+
+    def __init__(self, store: GroupStore, prompt_lengths: Sequence[int], first: int) -> None:
+        super().__init__(prompt_lengths, [[]] * len(prompt_lengths), store.lengths.device)
+        self.store = store
+        self.first = first
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer: int,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Attention of one layer; see :meth:`Branches.attend`."""
+        keys, values = (states[0].transpose(0, 1).split(self.prompts) for states in (key, value))
+        self.store.write_prompts(layer, list(zip(keys, values, strict=True)), self.first)
+        return super().attend(query, key, value, layer=layer, scaling=scaling, window=window, softcap=softcap)
+
+
+def _grown(
+    old: tuple[Tensor, Tensor] | None, shapes: list[tuple[int, ...]], like: tuple[Tensor, Tensor], count: int
+) -> tuple[Tensor, Tensor]:
+    """Zeros (a masked key must still be finite) of at least ``shapes``, with ``count`` entries of the old storage."""
+    new: list[Tensor] = []
+    for index, (shape, states) in enumerate(zip(shapes, like, strict=True)):
+        previous = None if old is None else old[index][:count]
+        if previous is not None:
+            shape = tuple(map(max, shape, (len(old[index]), *previous.shape[1:])))  # type: ignore[index]
+        new.append(states.new_zeros(shape))
+        if previous is not None:
+            new[-1][: len(previous), :, : previous.shape[2]] = previous
+    return new[0], new[1]
