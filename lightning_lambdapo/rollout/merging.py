@@ -49,7 +49,6 @@ def _can_merge(layer: LoraLinear) -> bool:
     return (
         bool(active)
         and len(active) == len(layer.active_adapters)
-        and type(layer) is LoraLinear
         and not layer.disable_adapters
         and not layer.merged
         and not any(name in layer.lora_variant or layer.lora_bias[name] for name in active)
