@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 _NAME = "lambdapo_branches"
@@ -168,21 +167,21 @@ class _Padding:
         return cls(lengths, device) if lengths else None
 
     def pad(self, flat: Tensor) -> Tensor:
-        return (flat if self.index is None else flat.index_select(0, self.index)).unflatten(0, self.shape)
+        return (flat if self.index is None else flat.index_select(0, self.index)).view(*self.shape, *flat.shape[1:])
 
     def unpad(self, padded: Tensor) -> Tensor:
         flat = padded.flatten(0, 1)
         return flat if self.index is None else flat.index_select(0, self.kept)
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float | None
-) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float | None) -> Tensor:
     """Plain attention of ``(b, l, H, d)`` over ``(b, m, K, d)`` under an additive ``(l, m)`` mask."""
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))
     if softcap is None:
         gqa = query.shape[1] != key.shape[1]
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=gqa)
+        out = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scaling, enable_gqa=gqa
+        )
     else:
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
@@ -197,7 +196,7 @@ def cap_scores(scores: Tensor, softcap: float | None) -> Tensor:
 
 
 def _attention_function(
-    module: torch.nn.Module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,

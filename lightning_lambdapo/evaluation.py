@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -153,6 +155,54 @@ class Evaluation(nn.Module):
 
     def _metrics(self, kind: type[M]) -> list[M]:
         return [module for module in self.modules() if isinstance(module, kind)]
+
+
+class EvaluationSteps(LightningModule):
+    """The validation and test loops of a module that has ``evaluations``, ``rewards`` and ``sample``."""
+
+    evaluations: nn.ModuleDict
+    rewards: list[Reward]
+
+    @abstractmethod
+    def sample(self, batch: PromptBatch, stage: str) -> Rollout:
+        """Complete each prompt."""
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Sample with ``validation``'s own settings and measure."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """The same for the test set."""
+        self._evaluate(batch, "test")
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the metrics anew: states made in an earlier inference mode could not be written to now."""
+        self._evaluation("val").reset()
+
+    def on_test_epoch_start(self) -> None:
+        """The same for the test set."""
+        self._evaluation("test").reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/...``."""
+        self._finish_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/...``."""
+        self._finish_evaluation("test")
+
+    def _evaluate(self, batch: PromptBatch, stage: str) -> None:
+        rollout = self.sample(batch, stage)
+        scores = judge(self.rewards, batch, rollout)
+        self._evaluation(stage).update(batch, rollout, scores)
+
+    def _finish_evaluation(self, stage: str) -> None:
+        for name, value in self._evaluation(stage).compute().items():
+            # The same on every rank already; `sync_dist` says so to Lightning.
+            self.log(f"{stage}/{name}", value, prog_bar=name in ("reward", "pass_at_1"), sync_dist=True)
+
+    def _evaluation(self, stage: str) -> Evaluation:
+        return cast(Evaluation, self.evaluations[stage])
 
 
 def _density_metric(rewards: Sequence[Reward]) -> SemanticDensity:

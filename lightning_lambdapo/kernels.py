@@ -7,8 +7,7 @@ from typing import Any, cast
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 
 
 def fast_linears(model: nn.Module, *, fused_lora: bool = True, onednn: bool | None = None) -> None:
@@ -41,7 +40,7 @@ class OneDNNLinear(nn.Linear):
         if not _is_float32_on_cpu(input, self.weight):
             return super().forward(input)
         if torch.is_grad_enabled():
-            return cast(Tensor, _Linear.apply(input, self.weight, self.bias))
+            return cast(Tensor, cast(Any, _Linear).apply(input, self.weight, self.bias))
         return _onednn(input, self.weight, self.bias)
 
 
@@ -51,7 +50,7 @@ class FusedLoraLinear(LoraLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the adapted layer's output."""
         if args or kwargs or self.disable_adapters:
-            return cast(Tensor, super().forward(x, *args, **kwargs))
+            return super().forward(x, *args, **kwargs)
         base = self.base_layer
         if self.merged_adapters:
             return cast(Tensor, base(x))
@@ -66,18 +65,19 @@ class FusedLoraLinear(LoraLinear):
             or base.weight.requires_grad
             or (self.training and not isinstance(self.lora_dropout[name], nn.Identity))
         ):
-            return cast(Tensor, super().forward(x))
+            return super().forward(x)
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
         if not (_is_plain(x) and base.weight.dtype == down.dtype == up.dtype == x.dtype):
-            return cast(Tensor, super().forward(x))
+            return super().forward(x)
         onednn = isinstance(base, OneDNNLinear) and _is_float32_on_cpu(x, base.weight)
-        return cast(Tensor, _AdaptedLinear.apply(x, base.weight, base.bias, down, up, self.scaling[name], onednn))
+        apply = cast(Any, _AdaptedLinear).apply
+        return cast(Tensor, apply(x, base.weight, base.bias, down, up, self.scaling[name], onednn))
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        wants_x, wants_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        wants_x, wants_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
         return _onednn(x, weight, bias)
 
@@ -101,7 +101,7 @@ class _AdaptedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float, onednn: bool
     ) -> Tensor:
-        product = _onednn if onednn else F.linear
+        product = _onednn if onednn else nn.functional.linear
         flat = x.flatten(0, -2)
         inner = product(flat, down, None)
         out = product(flat, weight, bias).addmm_(inner, up.t(), alpha=scaling)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from lightning.pytorch.strategies import Strategy
@@ -53,6 +54,7 @@ def plan_updates(
     algorithm: AlgorithmConfig,
     mini_batches: int,
     max_tokens: int,
+    share_prompts: bool = True,
 ) -> list[Update]:
     """Split a rollout into mini-batches by prompt, and each into micro-batches; a collective.
 
@@ -68,6 +70,7 @@ def plan_updates(
         algorithm: whether there is a KL term.
         mini_batches: updates per pass over the rollout.
         max_tokens: budget of a micro-batch.
+        share_prompts: pack the rows of a prompt with one copy of it, instead of padding them.
     """
     count, world = len(batch.input_ids), world_size()
     group_size = len(advantages) // count
@@ -85,7 +88,11 @@ def plan_updates(
     return [
         Update(
             micro_batches=plan_micro_batches(
-                batch, rollout, (wanted & (owner == index)).nonzero().squeeze(-1), max_tokens=max_tokens
+                batch,
+                rollout,
+                (wanted & (owner == index)).nonzero().squeeze(-1),
+                max_tokens=max_tokens,
+                share_prompts=share_prompts,
             ),
             local_tokens=local[index][0],
             token_count=tokens,
@@ -106,6 +113,8 @@ class Learner:
         temperature: divisor of the logits in every log-probability, that of sampling.
         max_new_tokens: factor of the denominator under ``aggregation="constant"``.
         chunk_size: positions whose logits exist at once.
+        share_prompts: score the rows of a prompt with one copy of it, where the model can.
+        recompute_logits: see :class:`CompletionScorer`.
     """
 
     def __init__(
@@ -117,22 +126,32 @@ class Learner:
         temperature: float,
         max_new_tokens: int,
         chunk_size: int,
+        share_prompts: bool = True,
+        recompute_logits: bool = False,
     ) -> None:
         self.policy = policy
         self.algorithm = algorithm
         self.max_new_tokens = max_new_tokens
-        self.scorer = CompletionScorer(causal_lm(policy), temperature=temperature, chunk_size=chunk_size)
-        self.reference_scorer = (
-            self.scorer
-            if reference is None
-            else CompletionScorer(reference, temperature=temperature, chunk_size=chunk_size)
+        make_scorer = partial(
+            CompletionScorer,
+            temperature=temperature,
+            chunk_size=chunk_size,
+            share_prompts=share_prompts,
+            recompute_logits=recompute_logits,
         )
+        self.scorer = make_scorer(causal_lm(policy))
+        self.reference_scorer = self.scorer if reference is None else make_scorer(reference)
+
+    @property
+    def share_prompts(self) -> bool:
+        """Whether micro-batches may be packed."""
+        return self.scorer.share_prompts
 
     @torch.no_grad()
     def old_logprobs(self, updates: list[Update], rollout: Rollout, tally: Tally) -> Tensor:
         """Log-probabilities ``(N, T)`` before the first update of every row that will be learned from; 0 elsewhere."""
         logprobs = torch.zeros_like(rollout.sampling_logprobs)
-        with evaluating(self.policy):
+        with evaluating(self.policy), self.scorer.attention():
             for micro_batch in (each for update in updates for each in update.micro_batches):
                 scored = self.scorer(micro_batch)
                 logprobs[micro_batch.rows, : scored.shape[1]] = scored.to(logprobs)
@@ -143,7 +162,8 @@ class Learner:
     def ref_logprobs(self, micro_batch: MicroBatch) -> Tensor:
         """Log-probabilities ``(n, T')`` under the reference."""
         if self.reference_scorer is not self.scorer:
-            return self.reference_scorer(micro_batch)
+            with self.reference_scorer.attention():
+                return self.reference_scorer(micro_batch)
         with evaluating(self.policy), reference_mode(self.policy):
             return self.scorer(micro_batch)
 
@@ -173,7 +193,8 @@ class Learner:
         tally.ratio("loss", 0.0, 1 / world_size())
         passes = micro_batch_count(len(update.micro_batches), strategy)
         for index in range(passes):
-            with gradient_sync(strategy, last=index == passes - 1):
+            # Activation checkpointing runs the model again in the backward pass, which needs the same attention.
+            with gradient_sync(strategy, last=index == passes - 1), self.scorer.attention():
                 if index < len(update.micro_batches):
                     loss = self._loss(update, update.micro_batches[index], rollout, advantages, old_logprobs, tally)
                 else:
@@ -223,8 +244,7 @@ class Learner:
         """A loss of 0 with a gradient of 0 everywhere, for a rank whose peers have more rows."""
         if is_sharded(strategy):  # forwards are collectives: go through the model with one token
             token = torch.zeros(1, 2, dtype=torch.long, device=self.policy.device)
-            mask = torch.ones_like(token, dtype=torch.bool)
-            return self.scorer(MicroBatch(token[:, 0], token, mask, mask.cumsum(-1) - 1, mask[:, 1:])).sum() * 0
+            return self.scorer(MicroBatch.of_tokens(token, packed=self.share_prompts)).sum() * 0
         return torch.stack([p.sum() for p in self.policy.parameters() if p.requires_grad]).sum() * 0
 
 

@@ -21,7 +21,7 @@ from lightning_lambdapo import checks, parallel
 from lightning_lambdapo.checkpoints import TrainableCheckpoint
 from lightning_lambdapo.config import AlgorithmConfig, EvaluationConfig, from_mapping
 from lightning_lambdapo.datatypes import PromptBatch, Rollout, Scores
-from lightning_lambdapo.evaluation import Evaluation, StepReport, judge
+from lightning_lambdapo.evaluation import Evaluation, EvaluationSteps, StepReport, judge
 from lightning_lambdapo.functional import group_advantages, lambda_advantages, sequence_scores
 from lightning_lambdapo.learning import Learner, Update, plan_updates
 from lightning_lambdapo.policy import (
@@ -47,6 +47,8 @@ _PLAIN = (
     "epochs_per_rollout",
     "max_tokens_per_micro_batch",
     "logprob_chunk_size",
+    "share_prompts",
+    "recompute_logits",
     "max_skipped_updates",
     "seed",
 )
@@ -57,7 +59,7 @@ def _adamw(parameters: Iterable[Tensor]) -> Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-5)
 
 
-class LambdaPOModule(TrainableCheckpoint, LightningModule):
+class LambdaPOModule(EvaluationSteps, TrainableCheckpoint, LightningModule):
     r"""Reinforcement learning from verifiable rewards with pairwise, confidence-weighted advantages.
 
     One training step samples a group of ``G`` completions per prompt, rewards them, and turns rewards into advantages
@@ -86,6 +88,9 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
         max_tokens_per_micro_batch: tokens, padding included, that go through the learning pass at once. It bounds
             memory and changes no gradient.
         logprob_chunk_size: positions whose logits exist at once.
+        share_prompts: in the learning pass, compute a prompt once for all rows of its group in the micro-batch.
+        recompute_logits: compute each chunk of logits once more in the backward pass, instead of using it for the
+            gradient while it exists (which needs an output head that is not trained).
         max_skipped_updates: updates in a row whose gradient may be non-finite (they are skipped) before an error.
         seed: of the sampling streams; None takes that of ``seed_everything``, else 0.
 
@@ -112,6 +117,8 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
         epochs_per_rollout: int = 1,
         max_tokens_per_micro_batch: int = 16384,
         logprob_chunk_size: int = 1024,
+        share_prompts: bool = True,
+        recompute_logits: bool = False,
         max_skipped_updates: int = 3,
         seed: int | None = None,
     ) -> None:
@@ -135,6 +142,8 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
         self.updates_per_rollout = updates_per_rollout
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self.logprob_chunk_size = logprob_chunk_size
+        self.share_prompts = share_prompts
+        self.recompute_logits = recompute_logits
         self.max_skipped_updates = max_skipped_updates
         self.seed = seed
         self.automatic_optimization = False
@@ -176,8 +185,9 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
         """Hook: what generates the rollouts; called once, when a run starts."""
         eos_ids = eos_token_ids(model, self.tokenizer)
         pad_id = self.tokenizer.pad_token_id
-        engine = GroupedEngine if self.rollout_config.engine == "grouped" else HFEngine
-        return engine(self.tokenizer, eos_ids, eos_ids[0] if pad_id is None else pad_id)
+        config = self.rollout_config
+        arguments = self.tokenizer, eos_ids, eos_ids[0] if pad_id is None else pad_id
+        return GroupedEngine(*arguments, config) if config.engine == "grouped" else HFEngine(*arguments)
 
     # -- set-up ---------------------------------------------------------------------------------------------------
 
@@ -221,6 +231,8 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
             temperature=self.rollout_config.sampling.logprob_temperature,
             max_new_tokens=self.rollout_config.max_new_tokens,
             chunk_size=self.logprob_chunk_size,
+            share_prompts=self.share_prompts,
+            recompute_logits=self.recompute_logits,
         )
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
@@ -253,6 +265,7 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
             algorithm=self.algorithm,
             mini_batches=self.updates_per_rollout // self.epochs_per_rollout,
             max_tokens=self.max_tokens_per_micro_batch,
+            share_prompts=self.learner.share_prompts,
         )
         on_policy = self.updates_per_rollout == 1
         old_logprobs = None if on_policy else self.learner.old_logprobs(updates, rollout, tally)
@@ -350,48 +363,11 @@ class LambdaPOModule(TrainableCheckpoint, LightningModule):
                 "diverged or its precision does not hold. Lower the learning rate, or use bf16-mixed or 32-true."
             )
 
-    # -- evaluation -----------------------------------------------------------------------------------------------
-
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Sample with ``validation``'s own settings and measure."""
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """The same for the test set."""
-        self._evaluate(batch, "test")
-
-    def on_validation_epoch_start(self) -> None:
-        """Start the metrics anew: states made in an earlier inference mode could not be written to now."""
-        self._evaluation("val").reset()
-
-    def on_test_epoch_start(self) -> None:
-        """The same for the test set."""
-        self._evaluation("test").reset()
-
-    def on_validation_epoch_end(self) -> None:
-        """Log ``val/...``."""
-        self._finish_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log ``test/...``."""
-        self._finish_evaluation("test")
+    # -- elsewhere -----------------------------------------------------------------------------------------------------
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Complete each prompt; one record per completion."""
         return self.sample(batch, "predict").records(batch)
-
-    def _evaluate(self, batch: PromptBatch, stage: str) -> None:
-        rollout = self.sample(batch, stage)
-        scores = judge(self.rewards, batch, rollout)
-        self._evaluation(stage).update(batch, rollout, scores)
-
-    def _finish_evaluation(self, stage: str) -> None:
-        for name, value in self._evaluation(stage).compute().items():
-            # The same on every rank already; `sync_dist` says so to Lightning.
-            self.log(f"{stage}/{name}", value, prog_bar=name in ("reward", "pass_at_1"), sync_dist=True)
-
-    def _evaluation(self, stage: str) -> Evaluation:
-        return cast(Evaluation, self.evaluations[stage])
 
     @property
     def causal_lm(self) -> PreTrainedModel:

@@ -24,6 +24,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lightning_lambdapo.kernels import fast_linears
+
 Policy = PreTrainedModel | PeftModel
 
 BUILTIN = "builtin:arithmetic"
@@ -44,7 +46,11 @@ class PolicyConfig:
         quantization: hold the frozen base in 4 bits (``"nf4"``, ``"fp4"``) or 8 bits (``"int8"``) by bitsandbytes.
         double_quantization: quantise the 4-bit scales too.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
-        attn_implementation: transformers' name of the attention implementation; None lets transformers choose.
+        attn_implementation: transformers' name of the attention implementation; None lets transformers choose. It
+            serves where prompts are not shared: the ``hf`` engine, padded rows.
+        fused_lora: compute base and LoRA adapter of a linear layer as one operation.
+        onednn: compute float32 linear layers on the CPU by oneDNN; None does so on AMD processors, where torch's
+            usual library leaves AVX-512 unused.
     """
 
     model: str
@@ -56,6 +62,8 @@ class PolicyConfig:
     double_quantization: bool = True
     gradient_checkpointing: bool = False
     attn_implementation: str | None = None
+    fused_lora: bool = True
+    onednn: bool | None = None
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -136,6 +144,7 @@ def load_policy(
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if adapter is None and config.adapter is None:
+        fast_linears(model, onednn=config.onednn)
         model.eval()
         return model
     model.requires_grad_(False)
@@ -147,6 +156,7 @@ def load_policy(
             policy = _add_adapter(model, adapter.to_peft())
         else:
             policy = _add_adapter(model, adapter)
+    fast_linears(policy, fused_lora=config.fused_lora, onednn=config.onednn)
     policy.eval()
     return policy
 

@@ -2,11 +2,15 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_lambdapo.attention import branch_attention
+from lightning_lambdapo.datatypes import PromptBatch, Rollout
 from lightning_lambdapo.functional import chunked_logprobs, logprobs_from_logits
 from lightning_lambdapo.packing import MicroBatch
 from lightning_lambdapo.parallel import as_forward
@@ -17,21 +21,41 @@ class CompletionScorer:
     """Scores the completion tokens of micro-batches with one model.
 
     Only positions that predict a completion token reach the output head, and logits exist for one chunk at a time. At
-    construction a short input goes through both this path and the model's own forward; where they differ (an
-    architecture that does more to its logits than is known here) the model's own logits are used, with one warning.
+    construction short inputs go through this path and through the model's own forward. Where the two differ with
+    padded rows (an architecture that does more to its logits than is known here) the model's own logits are used;
+    where they differ with shared prompts (an attention that cannot branch), padded rows are. Either gives one warning.
 
     Args:
         model: the causal language model.
         temperature: divisor of the logits, that of sampling.
         chunk_size: positions whose logits exist at once.
+        share_prompts: False never packs rows.
+        recompute_logits: True computes each chunk's logits once more in the backward pass, where they would otherwise
+            be used for the gradient while they exist. A head with parameters to train does so in any case.
+
+    Attributes:
+        share_prompts: whether packed micro-batches can be scored.
     """
 
-    def __init__(self, model: PreTrainedModel, *, temperature: float, chunk_size: int = 1024) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        temperature: float,
+        chunk_size: int = 1024,
+        share_prompts: bool = True,
+        recompute_logits: bool = False,
+    ) -> None:
         self.model = model
         self.temperature = temperature
         self.chunk_size = chunk_size
+        self.recompute_logits = recompute_logits or any(
+            parameter.requires_grad for parameter in model.get_output_embeddings().parameters()
+        )
         self._chunked = as_forward(model, "lambdapo_logprobs", _chunked_forward)
-        self._splits = self._probe()
+        self._splits = self.share_prompts = False
+        self._splits = self._probe_head()
+        self.share_prompts = share_prompts and self._probe_packing()
 
     def __call__(self, micro_batch: MicroBatch) -> Tensor:
         """Log-probabilities ``(n, T')`` of the completion tokens; 0 where masked out."""
@@ -40,68 +64,101 @@ class CompletionScorer:
             micro_batch.completion_mask, logprobs
         )
 
+    def attention(self) -> AbstractContextManager[None]:
+        """Packed micro-batches' attention also beyond the call: a backward pass may have to run the model again."""
+        return branch_attention(self.model) if self.share_prompts else nullcontext()
+
     def _flat(self, micro_batch: MicroBatch) -> Tensor:
-        if self._splits:
-            return self._chunked(micro_batch, self.temperature, self.chunk_size)
-        mask = micro_batch.completion_mask
-        width = mask.shape[1]
-        output = self.model(**_inputs(micro_batch), logits_to_keep=width + 1)
-        logits = output.logits[:, -width - 1 : -1][mask]
-        return logprobs_from_logits(logits, micro_batch.input_ids[:, -width:][mask], temperature=self.temperature)
+        with branch_attention(self.model) if micro_batch.branches is not None else nullcontext():
+            if self._splits:
+                return self._chunked(micro_batch, self.temperature, self.chunk_size, self.recompute_logits)
+            return self._from_own_logits(micro_batch)
+
+    def _from_own_logits(self, micro_batch: MicroBatch) -> Tensor:
+        width = micro_batch.input_ids.shape[1]
+        first = int(micro_batch.predictors.remainder(width).min())
+        logits = self.model(**_inputs(micro_batch), logits_to_keep=width - first).logits
+        row, column = micro_batch.predictors // width, micro_batch.predictors.remainder(width)
+        return logprobs_from_logits(logits[row, column - first], micro_batch.targets, temperature=self.temperature)
 
     @torch.no_grad()
-    def _probe(self) -> bool:
-        device = self.model.device
-        ids = torch.arange(8, device=device).remainder(self.model.config.get_text_config().vocab_size).view(2, 4)
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        probe = MicroBatch(
-            rows=torch.arange(2, device=device),
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=mask.long().cumsum(-1) - 1,
-            completion_mask=mask[:, 1:],
+    def _probe_head(self) -> bool:
+        probe = MicroBatch.of_tokens(self._ids()[None])
+        reason = self._difference(
+            lambda: self._chunked(probe, self.temperature, self.chunk_size, self.recompute_logits),
+            lambda: self._from_own_logits(probe),
         )
-        self._splits = False
+        if reason is not None:
+            warnings.warn(
+                f"{type(self.model).__name__} cannot be scored in chunks ({reason}); its own forward is used, whose "
+                "logits take (rows x completion length x vocabulary) memory.",
+                stacklevel=3,
+            )
+        return reason is None
+
+    @torch.no_grad()
+    def _probe_packing(self) -> bool:
+        ids = self._ids()
+        mask = torch.tensor([[False, True], [True, True]], device=ids.device)
+        batch = PromptBatch(ids[:4].view(2, 2), mask, ids[:2], ["", ""], [None, None], [None, None], [{}, {}])
+        kept = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]], dtype=torch.bool, device=ids.device)
+        logprobs = torch.zeros(kept.shape, device=ids.device)
+        completions = ids.repeat(2)[:12].view(4, 3)
+        rollout = Rollout(completions, kept, logprobs, logprobs, kept[:, 2], [""] * 4)
+        rows = torch.arange(4, device=ids.device)
+        reason = self._difference(
+            lambda: self._flat(MicroBatch.packed(batch, rollout, rows)),
+            lambda: self._flat(MicroBatch.padded(batch, rollout, rows)),
+        )
+        if reason is not None:
+            warnings.warn(
+                f"{type(self.model).__name__} cannot share prompts in the learning pass ({reason}); rows are padded "
+                "instead, each with its own copy of the prompt. `share_prompts: false` chooses that without this "
+                "message.",
+                stacklevel=3,
+            )
+        return reason is None
+
+    def _ids(self) -> Tensor:
+        vocabulary = self.model.config.get_text_config().vocab_size
+        return torch.arange(8, device=self.model.device).remainder(vocabulary)
+
+    def _difference(self, found: Callable[[], Tensor], expected: Callable[[], Tensor]) -> str | None:
+        """What keeps two ways from giving the same log-probabilities; None where nothing does."""
         try:
             with evaluating(self.model):  # dropout would make any two passes differ
-                expected = self._flat(probe)
-                found = self._chunked(probe, self.temperature, self.chunk_size)
-        except (AttributeError, TypeError, RuntimeError) as error:
-            reason = str(error)
-        else:
-            if torch.allclose(found, expected, atol=torch.finfo(self.model.dtype).eps ** 0.5, rtol=0.0):
-                return True
-            reason = f"log-probabilities differ by up to {(found - expected).abs().max().item():.3g}"
-        warnings.warn(
-            f"{type(self.model).__name__} cannot be scored in chunks ({reason}); its own forward is used, whose logits "
-            "take (rows x completion length x vocabulary) memory.",
-            stacklevel=2,
-        )
-        return False
+                difference = (found() - expected()).abs().max().item()
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+            return str(error)
+        if difference <= torch.finfo(self.model.dtype).eps ** 0.5:
+            return None
+        return f"log-probabilities differ by up to {difference:.3g}"
 
 
-def _chunked_forward(model: PreTrainedModel, micro_batch: MicroBatch, temperature: float, chunk_size: int) -> Tensor:
+def _chunked_forward(
+    model: PreTrainedModel, micro_batch: MicroBatch, temperature: float, chunk_size: int, recompute: bool
+) -> Tensor:
     """Log-probabilities ``(M,)`` of the ``M`` completion tokens that count, in row-major order."""
-    mask = micro_batch.completion_mask
-    width = mask.shape[1]
     hidden = model.get_decoder()(**_inputs(micro_batch)).last_hidden_state
     logprobs, _ = chunked_logprobs(
-        hidden[:, -width - 1 : -1][mask],
-        micro_batch.input_ids[:, -width:][mask],
+        hidden.flatten(0, 1).index_select(0, micro_batch.predictors),
+        micro_batch.targets,
         _head(model),
         temperature=temperature,
         chunk_size=chunk_size,
+        recompute=recompute,
     )
     return logprobs
 
 
-def _inputs(micro_batch: MicroBatch) -> dict[str, Tensor | bool]:
-    return {
+def _inputs(micro_batch: MicroBatch) -> dict[str, Any]:
+    inputs = {
         "input_ids": micro_batch.input_ids,
         "attention_mask": micro_batch.attention_mask.long(),
         "position_ids": micro_batch.position_ids,
         "use_cache": False,
     }
+    return inputs if micro_batch.branches is None else inputs | {"branches": micro_batch.branches}
 
 
 def _head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:

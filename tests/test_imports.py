@@ -12,7 +12,7 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if path.name not in ("__init_
 
 #: Package parts from the ground up; a part may import from earlier ones alone.
 LAYERS = [
-    {"functional"},
+    {"functional", "attention", "kernels"},
     {"datatypes"},
     {"rewards", "rollout", "policy", "packing", "parallel", "metrics"},
     {"config", "scoring", "tally", "data"},

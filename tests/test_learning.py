@@ -241,10 +241,10 @@ def test_mini_batches_go_by_place_in_the_global_batch(
 
 
 @pytest.mark.parametrize("max_tokens", [1, 25, 60, EVERYTHING])
-def test_micro_batches_keep_to_their_budget(max_tokens: int) -> None:
+def test_padded_micro_batches_keep_to_their_budget(max_tokens: int) -> None:
     _, batch, rollout, _, _ = make()
     rows = torch.tensor([0, 2, 3, 5, 6, 7, 10, 11])
-    plan = plan_micro_batches(batch, rollout, rows, max_tokens=max_tokens)
+    plan = plan_micro_batches(batch, rollout, rows, max_tokens=max_tokens, share_prompts=False)
     assert sorted(row for each in plan for row in each.rows.tolist()) == rows.tolist()
     for each in plan:
         assert each.input_ids.numel() <= max_tokens or len(each.rows) == 1
@@ -256,6 +256,45 @@ def test_micro_batches_keep_to_their_budget(max_tokens: int) -> None:
             assert each.position_ids[index][mask].tolist() == list(range(len(prompt + completion)))
             width = each.completion_mask.shape[1]
             assert each.input_ids[index, -width:][each.completion_mask[index]].tolist() == completion
+    assert {1: 8, EVERYTHING: 1}.get(max_tokens, len(plan)) == len(plan)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 18, 25, 40, EVERYTHING])
+def test_packed_micro_batches_hold_each_prompt_once(max_tokens: int) -> None:
+    _, batch, rollout, _, _ = make()
+    rows = torch.tensor([0, 2, 3, 5, 6, 7, 10, 11])
+    plan = plan_micro_batches(batch, rollout, rows, max_tokens=max_tokens)
+    assert sorted(row for each in plan for row in each.rows.tolist()) == rows.tolist()
+    sizes = [each.input_ids.numel() for each in plan]
+    assert sizes == sorted(sizes, reverse=True)
+    for each in plan:
+        assert each.input_ids.numel() <= max_tokens or len(each.rows) == 1
+        assert each.attention_mask.all()
+        ids, positions, targets = each.input_ids[0].tolist(), each.position_ids[0].tolist(), each.targets.tolist()
+        predictors = each.predictors.tolist()
+        offset = place = 0
+        seen: list[int] = []
+        for index, row in enumerate(each.rows.tolist()):
+            prompt = batch.input_ids[row // GROUP][batch.attention_mask[row // GROUP]].tolist()
+            completion = rollout.completion_ids[row][rollout.completion_mask[row]].tolist()
+            if row // GROUP not in seen:
+                seen.append(row // GROUP)
+                assert ids[offset : offset + len(prompt)] == prompt
+                assert positions[offset : offset + len(prompt)] == list(range(len(prompt)))
+                offset += len(prompt)
+                last = offset - 1
+            inputs = len(completion) - 1  # the last token predicts nothing
+            assert ids[offset : offset + inputs] == completion[:-1]
+            assert positions[offset : offset + inputs] == list(range(len(prompt), len(prompt) + inputs))
+            assert targets[place : place + inputs + 1] == completion
+            assert predictors[place : place + inputs + 1] == [last, *range(offset, offset + inputs)]
+            assert each.completion_mask[index].tolist() == [
+                place < len(completion) for place in range(each.completion_mask.shape[1])
+            ]
+            offset += inputs
+            place += inputs + 1
+        assert offset == len(ids)
+        assert place == len(targets)
     assert {1: 8, EVERYTHING: 1}.get(max_tokens, len(plan)) == len(plan)
 
 

@@ -1,6 +1,7 @@
 """Tiny random models of several architectures, a character tokenizer, and batches to feed them."""
 
 import random
+from types import MethodType
 from typing import Any
 
 import torch
@@ -77,8 +78,21 @@ def model(architecture: str = "llama", *, seed: int = 0, dtype: torch.dtype = to
         for parameter in built.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(6.0)
+    if dtype == torch.float64:
+        for module in built.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                # transformers' norms round to float32 on the way, and do so with gradients too.
+                module.forward = MethodType(_exact_rms_norm, module)
     built.eval()
     return built
+
+
+def _exact_rms_norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+    gemma = "Gemma" in type(self).__name__
+    eps = self.eps if gemma else self.variance_epsilon
+    normed = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps)
+    scaled: torch.Tensor = normed * (1 + self.weight if gemma else self.weight)
+    return scaled
 
 
 def batch(

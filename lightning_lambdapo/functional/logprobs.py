@@ -2,9 +2,12 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lambdapo.functional.masking import at_least_float32
@@ -43,13 +46,20 @@ def chunked_logprobs(
     temperature: float = 1.0,
     chunk_size: int = 1024,
     entropy: bool = False,
+    recompute: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     r"""Log-probabilities of ``targets`` from hidden states, with logits for one chunk of positions at a time.
 
     .. math:: \log softmax(head(h) / temperature)[target]
 
-    Under gradient each chunk's logits are recomputed in the backward pass, so memory grows with ``chunk_size`` times
-    the vocabulary and not with ``M`` times the vocabulary.
+    Memory grows with ``chunk_size`` times the vocabulary and not with ``M`` times the vocabulary: each chunk's logits
+    are recomputed in the backward pass or, with ``recompute=False``, the gradient of each log-probability with respect
+    to its own hidden state,
+
+    .. math:: \frac{\partial \log p_m}{\partial h_m} = J_{head}(h_m)^\top (e_{target} - p_m) / temperature,
+
+    is formed while the logits exist, and the backward pass only multiplies it by what arrives: one product with the
+    vocabulary less, for a head without parameters to train.
 
     Args:
         hidden: ``(M, H)`` float, of the positions that predict ``targets``.
@@ -58,6 +68,7 @@ def chunked_logprobs(
         temperature: divisor of the logits; above 0.
         chunk_size: positions per chunk.
         entropy: also return the entropy of each position's distribution, without gradient.
+        recompute: False forms the gradient ahead; whatever ``head`` depends on beside ``hidden`` then gets none.
 
     Returns:
         Log-probabilities ``(M,)``, float32 or float64; entropies ``(M,)`` in nats, or None.
@@ -82,22 +93,89 @@ def chunked_logprobs(
         logits = at_least_float32(head(hidden)) / temperature
         normaliser = logits.logsumexp(-1)
         logprobs = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - normaliser
-        if not entropy:
-            return (logprobs,)
-        with torch.no_grad():  # -inf logits have probability 0, and 0 * -inf would be NaN
-            expected = logits.softmax(-1).mul_(logits.clamp(min=torch.finfo(logits.dtype).min)).sum(-1)
-            return logprobs, normaliser - expected
+        return (logprobs, _entropy(logits.detach(), normaliser.detach())) if entropy else (logprobs,)
 
+    def score_ahead(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        return cast(tuple[Tensor, ...], cast(Any, _GradientAhead).apply(hidden, targets, head, temperature, entropy))
+
+    if not (torch.is_grad_enabled() and hidden.requires_grad) and not recompute:
+        scorer = score
+    elif not recompute:
+        scorer = score_ahead
+    else:
+        scorer = partial(checkpoint, score, use_reentrant=False) if torch.is_grad_enabled() else score
     logprobs: list[Tensor] = []
     entropies: list[Tensor] = []
     # An empty `hidden` is one empty chunk, so that the result has a graph all the same.
     for part, wanted in zip(torch.split(hidden, chunk_size), torch.split(targets, chunk_size), strict=True):
-        scored = (
-            checkpoint(score, part, wanted, use_reentrant=False) if torch.is_grad_enabled() else score(part, wanted)
-        )
+        scored = scorer(part, wanted)
         logprobs.append(scored[0])
         entropies.extend(scored[1:])
     return torch.cat(logprobs), torch.cat(entropies) if entropy else None
+
+
+class _GradientAhead(torch.autograd.Function):
+    """Log-probabilities of one chunk, with their gradient formed while its logits exist."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        head: Callable[[Tensor], Tensor],
+        temperature: float,
+        entropy: bool,
+    ) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            inputs = hidden.detach().requires_grad_()
+            logits = head(inputs)
+        scaled = at_least_float32(logits.detach())
+        scaled = scaled if temperature == 1 else scaled / temperature
+        probabilities, normaliser = softmax_and_normaliser(scaled)
+        chosen = targets.unsqueeze(-1)
+        logprobs = scaled.gather(-1, chosen).squeeze(-1) - normaliser
+        extra = (_entropy(scaled, normaliser, probabilities),) if entropy else ()
+        gradient = probabilities.neg_()
+        gradient.scatter_add_(-1, chosen, torch.ones_like(chosen, dtype=gradient.dtype))
+        (ahead,) = torch.autograd.grad(logits, inputs, gradient.to(logits.dtype))
+        ctx.save_for_backward(ahead if temperature == 1 else ahead.div_(temperature))
+        ctx.mark_non_differentiable(*extra)
+        return (logprobs, *extra)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        (ahead,) = ctx.saved_tensors
+        return ahead * gradient.unsqueeze(-1).to(ahead.dtype), None, None, None, None
+
+
+def softmax_and_normaliser(logits: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Probabilities ``(..., V)`` and :math:`\log \sum_v e^{z_v}` ``(...)`` of logits ``z``, in one pass over them.
+
+    The most likely token has :math:`p_{max} = e^{z_{max} - \log \sum e^z} \ge 1 / V`, so that
+    :math:`z_{max} - \log p_{max}` is the normaliser without loss.
+
+    Example:
+        >>> softmax_and_normaliser(torch.zeros(4))[1]
+        tensor(1.3863)
+    """
+    probabilities = logits.softmax(-1)
+    if not logits.numel():
+        return probabilities, logits.new_zeros(logits.shape[:-1])
+    return probabilities, logits.amax(-1) - probabilities.amax(-1).log()
+
+
+def entropy_from_softmax(logits: Tensor, probabilities: Tensor, normaliser: Tensor) -> Tensor:
+    r"""Entropy in nats, :math:`\log \sum_v e^{z_v} - \sum_v p_v z_v`; logits of -inf have no part in it."""
+    entropy: Tensor = normaliser - torch.linalg.vecdot(probabilities, logits)
+    if bool(entropy.isnan().any()):  # 0 * -inf
+        finite = logits.clamp(min=torch.finfo(logits.dtype).min)
+        entropy = normaliser - torch.linalg.vecdot(probabilities, finite)
+    return entropy
+
+
+def _entropy(logits: Tensor, normaliser: Tensor, probabilities: Tensor | None = None) -> Tensor:
+    return entropy_from_softmax(logits, logits.softmax(-1) if probabilities is None else probabilities, normaliser)
 
 
 def _check_temperature(temperature: float) -> None:

@@ -19,17 +19,26 @@ class RolloutConfig:
     """How completions are generated for training.
 
     Attributes:
-        engine: ``"grouped"`` (prompts prefilled once, finished rows dropped) or ``"hf"`` (transformers' ``generate``,
-            for architectures whose cache cannot be repeated and selected from).
+        engine: ``"grouped"`` (prompts stored once, finished rows dropped) or ``"hf"`` (transformers' ``generate``, also
+            what ``"grouped"`` falls back to for architectures it cannot decode).
         group_size: rollouts per prompt, G. At least 2.
         max_new_tokens: longest completion, in tokens.
         sampling: how tokens are drawn.
+        max_live_tokens: tokens for which the grouped engine holds keys and values at once, each row counting with its
+            longest possible completion; further prompts come in as rows end. None decodes all prompts together.
+        merge_adapter: decode with a merged copy of the LoRA-adapted weights; None does so on the CPU.
+        share_prompts: False makes the grouped engine compute and store a prompt for each of its rows.
+        compaction: False makes it keep rows that have ended until all others have.
     """
 
     engine: Literal["grouped", "hf"] = "grouped"
     group_size: int = 8
     max_new_tokens: int = 256
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    max_live_tokens: int | None = None
+    merge_adapter: bool | None = None
+    share_prompts: bool = True
+    compaction: bool = True
 
     def __post_init__(self) -> None:
         if self.group_size < 2:
@@ -38,6 +47,8 @@ class RolloutConfig:
             )
         if self.max_new_tokens < 1:
             raise ValueError(f"`max_new_tokens` must be at least 1, got {self.max_new_tokens}.")
+        if self.max_live_tokens is not None and self.max_live_tokens < 1:
+            raise ValueError(f"`max_live_tokens` must be at least 1, got {self.max_live_tokens}.")
         if self.sampling.greedy:
             raise ValueError(
                 "`rollout.sampling.temperature` is 0: greedy decoding makes all rollouts of a group the same, so there "

@@ -10,8 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_lambdapo.attention import UnsupportedAttentionError, branch_attention
 from lightning_lambdapo.datatypes import PromptBatch, Rollout
-from lightning_lambdapo.functional.masking import at_least_float32
-from lightning_lambdapo.rollout.engine import RolloutEngine
+from lightning_lambdapo.rollout.engine import RolloutConfig, RolloutEngine
 from lightning_lambdapo.rollout.hf import HFEngine
 from lightning_lambdapo.rollout.merging import merged_adapter
 from lightning_lambdapo.rollout.sampling import SamplingConfig, TokenSampler, row_uniforms
@@ -31,11 +30,8 @@ class GroupedEngine(RolloutEngine):
         tokenizer: decodes the completions.
         eos_ids: every token id that ends a completion.
         pad_id: id written after the end.
-        share_prompts: False computes and stores a prompt for each of its rows.
-        compaction: False keeps ended rows until all that are decoded with them have ended.
-        max_live_tokens: tokens for which keys and values are held at once, a row counting with its longest possible
-            completion; None decodes all prompts together. A single prompt's rows are never split.
-        merge_adapter: decode with a merged copy of the adapted weights; see :func:`merged_adapter`.
+        config: ``share_prompts``, ``compaction``, ``max_live_tokens`` (a single prompt's rows are never split) and
+            ``merge_adapter`` (see :func:`merged_adapter`) are the engine's.
     """
 
     def __init__(
@@ -43,17 +39,10 @@ class GroupedEngine(RolloutEngine):
         tokenizer: PreTrainedTokenizerBase,
         eos_ids: Sequence[int],
         pad_id: int,
-        *,
-        share_prompts: bool = True,
-        compaction: bool = True,
-        max_live_tokens: int | None = None,
-        merge_adapter: bool | None = None,
+        config: RolloutConfig | None = None,
     ) -> None:
         super().__init__(tokenizer, eos_ids, pad_id)
-        self.share_prompts = share_prompts
-        self.compaction = compaction
-        self.max_live_tokens = max_live_tokens
-        self.merge_adapter = merge_adapter
+        self.config = config or RolloutConfig()
         self._fallback: HFEngine | None = None
         self._probed = False
 
@@ -65,7 +54,7 @@ class GroupedEngine(RolloutEngine):
             self._probe(model)
         if self._fallback is not None:
             return self._fallback.generate(model, batch, sampling=sampling, uniforms=uniforms)
-        with merged_adapter(model, self.merge_adapter):
+        with merged_adapter(model, self.config.merge_adapter):
             return self._decode(model, batch, sampling, uniforms)
 
     def _decode(
@@ -81,10 +70,10 @@ class GroupedEngine(RolloutEngine):
             batch.input_ids.repeat_interleave(group_size, 0),
             batch.attention_mask.bool().repeat_interleave(group_size, 0),
         )
-        if not self.share_prompts:
+        if not self.config.share_prompts:
             prompts, group_size = [ids for ids in prompts for _ in range(group_size)], 1
         store = GroupStore(device)
-        live: _LiveRows | None = None
+        live = _LiveRows(self.eos_ids, self.pad_id, total, max_new_tokens, device)
         waiting = 0
         with branch_attention(model):
             while waiting < len(prompts) or len(store):
@@ -95,28 +84,25 @@ class GroupedEngine(RolloutEngine):
                     ends = torch.tensor(prefill.prompts, device=device).cumsum(0) - 1
                     logits = _logits(model, torch.cat(new)[None], prefill.position_ids, prefill, ends)[0]
                     logits = logits.repeat_interleave(group_size, 0)
-                    live = live or _LiveRows(self.eos_ids, self.pad_id, total, max_new_tokens, logits)
                     rows = torch.arange(waiting * group_size, (waiting + admitted) * group_size, device=device)
                     which = live.add(rows)
                     waiting += admitted
                 else:
-                    assert live is not None
                     store.begin_step()
                     logits = _logits(model, live.tokens[:, None], store.position_ids, store, 0)[:, 0]
                     store.end_step()
                     which = slice(None)
                 live.write(which, sampler(logits, live.rows[which], live.steps[which]))
                 left = int(live.alive.sum())
-                if left < len(store) and (self.compaction or not left):
+                if left < len(store) and (self.config.compaction or not left):
                     live.select(store.keep(live.alive))
-        assert live is not None
         return self.finish(live.ids, live.logprobs, live.entropy)
 
     def _admissible(self, waiting: list[Tensor], group_size: int, max_new_tokens: int, store: GroupStore) -> int:
         """How many of the waiting prompts come in now."""
-        if self.max_live_tokens is None:
+        if self.config.max_live_tokens is None:
             return len(waiting)
-        room = self.max_live_tokens - int(store.prompt_lengths.sum()) - len(store) * max_new_tokens
+        room = self.config.max_live_tokens - int(store.prompt_lengths.sum()) - len(store) * max_new_tokens
         count = 0
         for ids in waiting:
             room -= len(ids) + group_size * max_new_tokens
@@ -142,20 +128,21 @@ class GroupedEngine(RolloutEngine):
         except (AttributeError, KeyError, TypeError, RuntimeError) as error:
             reason = str(error) if isinstance(error, UnsupportedAttentionError) else f"{type(error).__name__}: {error}"
         else:
-            worst = 0.0
+            worst = rounding = 0.0
             for row, completion in enumerate(found.completion_ids):
                 tokens = torch.cat([ids[row // 2][mask[row // 2]], completion])
                 logits = model(input_ids=tokens[None], use_cache=False).logits[0, -len(completion) - 1 : -1]
+                rounding = torch.finfo(logits.dtype).eps ** 0.5  # of mixed precision too
                 expected = logits.double().log_softmax(-1).gather(-1, completion[:, None]).squeeze(-1)
                 worst = max(worst, (expected - found.sampling_logprobs[row]).abs().max().item())
-            if worst < 2 * torch.finfo(model.dtype).eps ** 0.5:
+            if worst < 2 * rounding:
                 return
             reason = f"its log-probabilities would be off by {worst:.2g}"
         finally:
             self.eos_ids = ends
         warnings.warn(
-            f"{type(model).__name__} cannot be decoded by the grouped engine ({reason}); transformers' generate is used "
-            "instead, which is slower. `rollout.engine: hf` chooses it without this message.",
+            f"{type(model).__name__} cannot be decoded by the grouped engine ({reason}); transformers' generate is "
+            "used instead, which is slower. `rollout.engine: hf` chooses it without this message.",
             stacklevel=2,
         )
         self._fallback = HFEngine(self.tokenizer, self.eos_ids, self.pad_id)
@@ -171,12 +158,11 @@ class _LiveRows:
         alive: ``(n,)`` bool, False once a row has ended.
     """
 
-    def __init__(self, eos_ids: Sequence[int], pad_id: int, total: int, length: int, logits: Tensor) -> None:
-        device = logits.device
+    def __init__(self, eos_ids: Sequence[int], pad_id: int, total: int, length: int, device: torch.device) -> None:
         self.eos = torch.tensor(eos_ids, device=device)
         self.ids = torch.full((total, length), pad_id, device=device)
-        self.logprobs = torch.zeros(total, length, dtype=at_least_float32(logits).dtype, device=device)
-        self.entropy = torch.zeros_like(self.logprobs)
+        # A row's numbers are float32, or float64 for a model of that type: known once the first are there.
+        self.logprobs = self.entropy = torch.zeros(total, length, device=device)
         self.rows = self.steps = self.tokens = torch.zeros(0, dtype=torch.long, device=device)
         self.alive = torch.zeros(0, dtype=torch.bool, device=device)
 
@@ -193,6 +179,8 @@ class _LiveRows:
         """Take in one token of each of these rows, with its log-probability and entropy."""
         steps, alive = self.steps[which], self.alive[which]
         place = self.rows[which][alive], steps[alive]
+        if self.logprobs is self.entropy:
+            self.logprobs, self.entropy = (torch.zeros_like(self.logprobs, dtype=drawn[1].dtype) for _ in range(2))
         self.ids[place], self.logprobs[place], self.entropy[place] = (values[alive] for values in drawn)
         self.tokens[which] = drawn[0]
         last = self.ids.shape[1] - 1

@@ -64,6 +64,6 @@ def _merged_weight(layer: LoraLinear, weight: Tensor) -> Tensor:
         if layer.fan_in_fan_out:
             weight = weight + layer.get_delta_weight(name)
         else:
-            up, down = layer.lora_B[name].weight, layer.lora_A[name].weight
+            up, down = cast(Tensor, layer.lora_B[name].weight), cast(Tensor, layer.lora_A[name].weight)
             weight = torch.addmm(weight, up, down, alpha=layer.scaling[name])
     return weight

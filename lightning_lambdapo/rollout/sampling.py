@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from lightning_lambdapo.functional.logprobs import entropy_from_softmax, softmax_and_normaliser
+from lightning_lambdapo.functional.masking import at_least_float32
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -149,23 +152,23 @@ class TokenSampler:
         self._prompt = (prompt_ids, prompt_mask) if config.repetition_penalty != 1 else None
         self._seen: Tensor | None = None
 
-    def __call__(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, logits: Tensor, rows: Tensor, step: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Draw the token of each row.
 
         Args:
             logits: ``(n, V)`` of the rows still alive.
             rows: ``(n,)`` int64, which of the ``N`` rows they are.
-            step: index of the token within the completion.
+            step: index of the token within the completion; one for all rows, or ``(n,)`` int64.
 
         Returns:
             Tokens int64, log-probabilities and entropies (float32, or float64 for such logits), each ``(n,)``. The
             last two are those of ``softmax(logits / temperature)`` before any filter.
         """
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        logprobs = torch.log_softmax(logits / self.config.logprob_temperature, dim=-1)
-        probabilities = logprobs.exp()
-        # A logit of -inf has log-probability -inf and contributes nothing.
-        entropy = -(probabilities * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
+        logits = at_least_float32(logits)
+        temperature = self.config.logprob_temperature
+        scaled = logits if temperature == 1 else logits / temperature
+        probabilities, normaliser = softmax_and_normaliser(scaled)
+        entropy = entropy_from_softmax(scaled, probabilities, normaliser)
         scores = self._penalise(logits, rows)
         if self.config.greedy:
             tokens = scores.argmax(-1)
@@ -178,7 +181,7 @@ class TokenSampler:
             tokens = inverse_cdf(scores.softmax(-1), self.uniforms[rows, step])
         if self._seen is not None:
             self._seen[rows, tokens] = True
-        return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1), entropy
+        return tokens, scaled.gather(-1, tokens[:, None]).squeeze(-1) - normaliser, entropy
 
     def _penalise(self, logits: Tensor, rows: Tensor) -> Tensor:
         if self._prompt is None:

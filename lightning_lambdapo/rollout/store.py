@@ -62,8 +62,7 @@ class GroupStore(Branches):
         count = len(self.prompt_lengths)
         stored = self._prompts.get(layer)
         if stored is None or len(stored[0]) < count or stored[0].shape[2] < self._prompt_width:
-            shapes = [(count, states.shape[1], self._prompt_width, states.shape[2]) for states in parts[0]]
-            stored = self._prompts[layer] = _grown(stored, shapes, parts[0], first)
+            stored = self._prompts[layer] = _grown(stored, parts[0], count, self._prompt_width, first)
         for slot, states in enumerate(parts, start=first):
             for target, source in zip(stored, states, strict=True):
                 target[slot, :, : len(source)] = source.transpose(0, 1)
@@ -117,7 +116,9 @@ class GroupStore(Branches):
         kv_heads = key.shape[1]
         repeats = heads // kv_heads
         keys, values = self._write(layer, key, value)
-        prompt_keys, prompt_values = (states[: len(self.prompt_lengths)].flatten(0, 1) for states in self._prompts[layer])
+        prompt_keys, prompt_values = (
+            states[: len(self.prompt_lengths)].flatten(0, 1) for states in self._prompts[layer]
+        )
         query = (query * scaling).view(count * kv_heads, repeats, dim)
         own = torch.bmm(query, keys.transpose(1, 2))
         shared = torch.bmm(self._by_prompt(query, kv_heads), prompt_keys.transpose(1, 2))
@@ -135,11 +136,10 @@ class GroupStore(Branches):
 
     def _write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new token; all keys and values ``(n * K, width, d)`` of completions, as views."""
-        count, kv_heads = key.shape[:2]
+        count = len(key)
         stored = self._completions.get(layer)
         if stored is None or len(stored[0]) < count or stored[0].shape[2] < self._capacity:
-            shapes = [(count, kv_heads, self._capacity, states.shape[-1]) for states in (key, value)]
-            stored = self._completions[layer] = _grown(stored, shapes, (key, value), count)
+            stored = self._completions[layer] = _grown(stored, (key, value), count, self._capacity, count)
         for target, source in zip(stored, (key, value), strict=True):
             target[self._rows, :, self.lengths] = source[:, :, 0]
         keys, values = (states[:count, :, : self._width].flatten(0, 1) for states in stored)
@@ -236,15 +236,17 @@ class Prefill(PackedRow):
 
 
 def _grown(
-    old: tuple[Tensor, Tensor] | None, shapes: list[tuple[int, ...]], like: tuple[Tensor, Tensor], count: int
+    old: tuple[Tensor, Tensor] | None, like: tuple[Tensor, Tensor], rows: int, width: int, kept: int
 ) -> tuple[Tensor, Tensor]:
-    """Zeros (a masked key must still be finite) of at least ``shapes``, with ``count`` entries of the old storage."""
+    """Storage ``(rows, K, width, d)`` for states ``(..., K, ..., d)``, with the first ``kept`` entries of the old.
+
+    All else is 0, since a masked key must still be finite.
+    """
     new: list[Tensor] = []
-    for index, (shape, states) in enumerate(zip(shapes, like, strict=True)):
-        previous = None if old is None else old[index][:count]
-        if previous is not None:
-            shape = tuple(map(max, shape, (len(old[index]), *previous.shape[1:])))  # type: ignore[index]
-        new.append(states.new_zeros(shape))
-        if previous is not None:
-            new[-1][: len(previous), :, : previous.shape[2]] = previous
+    for index, states in enumerate(like):
+        before = None if old is None else old[index]
+        size = (rows, width) if before is None else (max(rows, len(before)), max(width, before.shape[2]))
+        new.append(states.new_zeros(size[0], states.shape[1], size[1], states.shape[-1]))
+        if before is not None:
+            new[-1][:kept, :, : before.shape[2]] = before[:kept]
     return new[0], new[1]
