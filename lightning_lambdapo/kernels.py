@@ -1,7 +1,5 @@
-"""Linear layers that do the same sums with less work: base and LoRA adapter as one operation, oneDNN on AMD CPUs."""
+"""Linear layers that do the same sums with less work: base and LoRA adapter as one operation, oneDNN on the CPU."""
 
-from functools import cache
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,15 +14,15 @@ def fast_linears(model: nn.Module, *, fused_lora: bool = True, onednn: bool | No
     ``fused_lora`` computes :math:`x W^\top + b + s (x A^\top) B^\top` of a plain LoRA layer as one operation: the
     adapter's product is accumulated into the base's in both directions, where peft's own forward scales and adds whole
     activations four times. Adapter dropout, DoRA and the other variants, several active adapters, quantised bases and
-    autocast take peft's own way. ``onednn`` computes float32 products on the CPU by oneDNN: torch asks MKL for
-    them, which on AMD processors leaves AVX-512 unused.
+    autocast take peft's own way. ``onednn`` computes float32 products on the CPU by oneDNN, where torch asks MKL:
+    that leaves AVX-512 unused on AMD processors, and is slow for the few rows of a decoding step.
 
     Args:
         model: is changed in place; what is deep-copied or saved later is not aware of it.
         fused_lora: as above.
-        onednn: as above; None does so on AMD processors.
+        onednn: as above; None does so on processors with AVX-512.
     """
-    onednn = _has_onednn() and (_is_amd() if onednn is None else onednn)
+    onednn = _has_onednn() and (_has_avx512() if onednn is None else onednn)
     for module in model.modules():
         if onednn and type(module) is nn.Linear:
             module.__class__ = OneDNNLinear
@@ -140,8 +138,5 @@ def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-@cache
-def _is_amd() -> bool:
-    """True on an AMD processor, as far as Linux tells."""
-    path = Path("/proc/cpuinfo")
-    return path.is_file() and "AuthenticAMD" in path.read_text()
+def _has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")

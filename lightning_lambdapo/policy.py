@@ -49,8 +49,8 @@ class PolicyConfig:
         attn_implementation: transformers' name of the attention implementation; None lets transformers choose. It
             serves where prompts are not shared: the ``hf`` engine, padded rows.
         fused_lora: compute base and LoRA adapter of a linear layer as one operation.
-        onednn: compute float32 linear layers on the CPU by oneDNN; None does so on AMD processors, where torch's
-            usual library leaves AVX-512 unused.
+        onednn: compute float32 linear layers on the CPU by oneDNN instead of torch's usual library (MKL); None does so
+            on processors with AVX-512, which MKL leaves unused on AMD's.
     """
 
     model: str

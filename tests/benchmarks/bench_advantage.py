@@ -1,0 +1,89 @@
+"""What the lambda advantage costs, as a share of a training step, for groups of up to 256.
+
+    python tests/benchmarks/bench_advantage.py [--json FILE]
+
+16 groups. The step is that of the built-in tiny policy (arithmetic, 16 new tokens, one thread per `--threads`), the
+fastest step this package has: any other policy makes the share smaller.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from measuring import Result, answer, best_time, in_turn, options, report
+
+GROUPS, SIZES = 16, [8, 16, 64, 256]
+
+
+def measure(model: str | None, prompts: Path | None, case: Result) -> Result:
+    """Seconds of the advantage and of a step with groups of one size."""
+    import time
+
+    import torch
+    from lightning.pytorch import Callback, Trainer
+    from torch.utils.data import DataLoader
+
+    from lightning_lambdapo import LambdaPOModule, PolicyConfig, RolloutConfig
+    from lightning_lambdapo.data import PromptCollator, PromptTemplate
+    from lightning_lambdapo.functional import lambda_advantages
+
+    size = case["size"]
+    torch.manual_seed(0)
+    rewards, scores = torch.rand(GROUPS, size), torch.randn(GROUPS, size)
+    seconds = best_time(lambda: lambda_advantages(rewards, scores), 20)
+
+    class Clock(Callback):
+        def on_train_batch_start(self, trainer: Trainer, module: object, *_: object) -> None:
+            self.start = time.perf_counter()
+
+        def on_train_batch_end(self, trainer: Trainer, module: object, *_: object) -> None:
+            self.step = time.perf_counter() - self.start
+
+    clock = Clock()
+    module = LambdaPOModule(
+        PolicyConfig(model="builtin:arithmetic"),
+        rollout=RolloutConfig(group_size=size, max_new_tokens=16),
+        rewards=[lambda completions, **_: [float(len(text) % 5) for text in completions]],
+        seed=0,
+    )
+    rows = [{"prompt": f"{index + 1}+{index + 2}+3="} for index in range(GROUPS)]
+    loader: DataLoader[Any] = DataLoader(
+        rows,  # type: ignore[arg-type]
+        batch_size=GROUPS,
+        collate_fn=PromptCollator(module.tokenizer, PromptTemplate(chat=False)),
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[clock],
+    )
+    trainer.fit(module, loader)
+    return {"advantage_ms": seconds * 1e3, "step_ms": clock.step * 1e3}
+
+
+def main() -> None:
+    """Measure, print, write."""
+    arguments = options(__doc__).parse_args()
+    if arguments.measure:
+        answer(measure(arguments.model, arguments.prompts, json.loads(arguments.measure)))
+        return
+    results = in_turn(__file__, [{"size": size} for size in SIZES], arguments)
+    rows = [
+        {
+            "group": size,
+            "advantage ms": found["advantage_ms"],
+            "step ms": found["step_ms"],
+            "share %": 100 * found["advantage_ms"] / found["step_ms"],
+        }
+        for size, found in zip(SIZES, results, strict=True)
+    ]
+    summary = {f"share_percent_at_{row['group']}": row["share %"] for row in rows}
+    report("The lambda advantage of 16 groups, and a whole step of the tiny policy", rows, summary, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The learning pass: useful FLOP/s over the machine's GEMM rate, wasted tokens, and peak memory.
+
+    python tests/benchmarks/bench_learn.py [--json FILE]
+
+One update of LoRA r=16 on 4 prompts x 8 completions, micro-batches of at most 1024 tokens. Useful are the products
+that a gradient through frozen weights needs (forward and with respect to the input: 4 FLOPs per weight and token) for
+each prompt token once, each completion token once, and the output head at completion tokens alone. Adapter, attention,
+norms and recomputation count as nothing. Memory is the process' peak over that before the update.
+"""
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+from measuring import Result, answer, best_time, blank_batch, in_turn, model_directory, options, report
+
+PROMPTS, GROUP, PROMPT = [150, 120, 90, 140], 8, 128
+SHARES: list[tuple[str, dict[str, Any]]] = [
+    ("everything on", {}),
+    ("rows padded, prompts repeated", {"learner": {"share_prompts": False}}),
+    ("logits computed twice", {"learner": {"recompute_logits": True}}),
+    ("adapter by peft", {"policy": {"fused_lora": False}}),
+    ("no oneDNN", {"policy": {"onednn": False}}),
+]
+
+
+def measure(model: str, prompts: Path | None, case: Result) -> Result:
+    """Seconds and FLOP/s of one update."""
+    import torch
+    from lightning.pytorch.strategies import SingleDeviceStrategy
+
+    from lightning_lambdapo import AdapterConfig, AlgorithmConfig, PolicyConfig
+    from lightning_lambdapo.datatypes import Rollout
+    from lightning_lambdapo.learning import Learner, plan_updates
+    from lightning_lambdapo.policy import load_policy
+    from lightning_lambdapo.tally import Tally
+
+    length = case["length"]
+    config = PolicyConfig(model=model, **case.get("off", {}).get("policy", {}))
+    policy: Any = load_policy(config, AdapterConfig(r=16)).train()
+    if "vocabulary" in case:
+        policy.get_base_model().resize_token_embeddings(case["vocabulary"], mean_resizing=False)
+        policy.requires_grad_(False)
+        for name, parameter in policy.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+    torch.manual_seed(0)
+    sizes, rows = case.get("prompts", PROMPTS), len(case.get("prompts", PROMPTS)) * GROUP
+    width = max(sizes)
+    mask = torch.tensor([[column >= width - size for column in range(width)] for size in sizes])
+    count = len(sizes)
+    batch = blank_batch(torch.randint(10, 40000, (count, width)), mask)
+    # Lengths spread evenly from a third of `length` to all of it, as where some rows end early.
+    lengths = torch.linspace(length / 3, length, rows).round().long()[torch.randperm(rows)]
+    kept = torch.arange(length) < lengths[:, None]
+    zeros = torch.zeros(rows, length)
+    rollout = Rollout(torch.randint(10, 40000, (rows, length)), kept, zeros, zeros, ~kept[:, -1], [""] * rows)
+    settings = AlgorithmConfig()
+    learner = Learner(
+        policy,
+        None,
+        algorithm=settings,
+        temperature=1.0,
+        max_new_tokens=length,
+        chunk_size=256,
+        **case.get("off", {}).get("learner", {}),
+    )
+
+    def update() -> int:
+        (planned,) = plan_updates(
+            batch,
+            rollout,
+            torch.linspace(-1, 1, rows) + 0.01,
+            torch.ones(rows, dtype=torch.bool),
+            algorithm=settings,
+            mini_batches=1,
+            max_tokens=case.get("budget", 1024),
+            share_prompts=learner.share_prompts,
+        )
+        learner.accumulate(
+            planned,
+            rollout,
+            torch.linspace(-1, 1, rows) + 0.01,
+            None,
+            strategy=SingleDeviceStrategy("cpu"),
+            backward=lambda loss: loss.backward(),
+            tally=Tally(),
+        )
+        return sum(each.input_ids.numel() for each in planned.micro_batches)
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    processed = update()
+    seconds = best_time(update, 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    linear = sum(p.numel() for name, p in policy.named_parameters() if ".layers." in name and "base_layer" in name)
+    head = policy.get_base_model().get_output_embeddings().weight.numel()
+    needed = sum(sizes) + int((lengths - 1).sum())
+    useful = 4 * linear * needed + 4 * head * int(lengths.sum())
+    square, other = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    gemm = 2 * 2048**3 / best_time(lambda: square @ other)
+    onednn = 2 * 2048**3 / best_time(lambda: torch.ops.mkldnn._linear_pointwise(square, other, None, "none", [], ""))
+    return {
+        "seconds": seconds,
+        "tokens_per_needed": processed / needed,
+        "gflops": useful / seconds / 1e9,
+        "gemm_gflops": gemm / 1e9,
+        "onednn_gflops": onednn / 1e9,
+        "memory_gb": peak - before,
+    }
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = options(__doc__)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        answer(measure(arguments.model, arguments.prompts, json.loads(arguments.measure)))
+        return
+    cases: list[Result] = [{"name": name, "length": 96, "off": off} for name, off in SHARES]
+    one = {"prompts": [PROMPT], "budget": 10**9}
+    cases += [{"name": f"memory: 1 x 8, {length} tokens", "length": length} | one for length in (32, 64, 128)]
+    cases += [
+        {"name": f"memory: 1 x 8, 64 tokens, vocabulary {size}", "length": 64, "vocabulary": size} | one
+        for size in (49152, 98304, 196608)
+    ]
+    arguments.model, cleanup = model_directory(arguments.model)
+    try:
+        results = in_turn(__file__, cases, arguments)
+    finally:
+        cleanup()
+    rows = [
+        {
+            "": case["name"],
+            "seconds": found["seconds"],
+            "tokens / needed": found["tokens_per_needed"],
+            "useful GFLOP/s": found["gflops"],
+            "of torch.mm": found["gflops"] / found["gemm_gflops"],
+            "of oneDNN": found["gflops"] / found["onednn_gflops"],
+            "memory GB": found["memory_gb"],
+        }
+        for case, found in zip(cases, results, strict=True)
+    ]
+    summary = {
+        "share_of_gemm": rows[0]["of torch.mm"],
+        "share_of_onednn_gemm": rows[0]["of oneDNN"],
+        "share_of_gemm_without_onednn": rows[len(SHARES) - 1]["of torch.mm"],
+        "tokens_per_needed": rows[0]["tokens / needed"],
+    }
+    report("Learning pass: 4 prompts x 8 completions of 32 to 96 tokens", rows, summary, arguments)
+
+
+if __name__ == "__main__":
+    main()
