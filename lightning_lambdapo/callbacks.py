@@ -64,7 +64,7 @@ class CompletionsLogger(Callback):
         table = self.table_every_n_rollouts and step % self.table_every_n_rollouts == 0
         if step % self.every_n_rollouts and not table:
             return
-        records = [{"step": step, **record} for record in _training_records(batch, outputs)]
+        records = [{"step": step, **record} for record in _training_records(outputs)]
         everyone = [record for part in gather_objects(records) for record in part]
         if trainer.is_global_zero:
             if step % self.every_n_rollouts == 0:
@@ -93,7 +93,7 @@ class CompletionsLogger(Callback):
             file.writelines(json.dumps(record) + "\n" for record in records)
 
 
-def _training_records(batch: PromptBatch, outputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _training_records(outputs: Mapping[str, Any]) -> list[dict[str, Any]]:
     rollout: Rollout = outputs["rollout"]
     scores: Scores = outputs["scores"]
     columns: dict[str, list[Any]] = {
@@ -107,7 +107,7 @@ def _training_records(batch: PromptBatch, outputs: Mapping[str, Any]) -> list[di
         record
         | {"rewards": {name: None if part[row] != part[row] else part[row] for name, part in parts.items()}}
         | {name: column[row] for name, column in columns.items()}
-        for row, record in enumerate(rollout.records(batch))
+        for row, record in enumerate(rollout.records(outputs["batch"]))
     ]
 
 

@@ -86,6 +86,16 @@ def check_mini_batches(mini_batches: int, prompts: int) -> None:
         )
 
 
+def check_reserve(reserve: int, prompts: int) -> int:
+    """How many prompts of a batch are trained on; refuses to hold all of them back."""
+    if reserve >= prompts:
+        raise ValueError(
+            f"`rollout.reserve_prompts` is {reserve}, and a batch has {prompts} prompts: none would be left to train "
+            "on. Raise `batch_size`, which counts the reserve too, or lower `reserve_prompts`."
+        )
+    return prompts - reserve
+
+
 def check_fields(rewards: Sequence[Reward], rows: Sequence[Mapping[str, Any]]) -> None:
     """Refuse a training set in which no row has what a reward needs.
 

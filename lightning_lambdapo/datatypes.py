@@ -5,14 +5,18 @@ Notation, used by every docstring of the package: ``B`` prompts on a rank, ``G``
 ``T`` the completion length (right-padded).
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_lambdapo.functional.losses import LossOutput
 
 __all__ = ["LossOutput", "PromptBatch", "Rollout", "Scores"]
+
+_ROLLOUT_TENSORS = ("completion_ids", "completion_mask", "sampling_logprobs", "entropy", "truncated")
 
 
 class PromptBatch(NamedTuple):
@@ -35,6 +39,20 @@ class PromptBatch(NamedTuple):
     answers: list[str | None]
     references: list[str | None]
     columns: list[dict[str, Any]]
+
+    def select(self, indices: Sequence[int]) -> "PromptBatch":
+        """These prompts, in this order."""
+        index = list(indices)
+        return PromptBatch._make(
+            field[index] if isinstance(field, Tensor) else [field[place] for place in index] for field in self
+        )
+
+    def join(self, other: "PromptBatch") -> "PromptBatch":
+        """These prompts and then the other's, which must be padded to the same width."""
+        pairs: Iterable[tuple[Any, Any]] = zip(self, other, strict=True)
+        return PromptBatch._make(
+            torch.cat([mine, theirs]) if isinstance(mine, Tensor) else mine + theirs for mine, theirs in pairs
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +80,20 @@ class Rollout:
     def lengths(self) -> Tensor:
         """Completion lengths in tokens, the end-of-sequence token included: ``(N,)`` int64."""
         return self.completion_mask.sum(-1)
+
+    def select(self, rows: Sequence[int]) -> "Rollout":
+        """These rows, in this order."""
+        index = list(rows)
+        tensors = {name: getattr(self, name)[index] for name in _ROLLOUT_TENSORS}
+        return Rollout(**tensors, texts=[self.texts[row] for row in rows])
+
+    def join(self, other: "Rollout") -> "Rollout":
+        """These rows and then the other's, padded to the longer of the two (with token 0; it does not count)."""
+        width = max(self.completion_ids.shape[1], other.completion_ids.shape[1])
+        tensors = {
+            name: torch.cat([_widen(getattr(part, name), width) for part in (self, other)]) for name in _ROLLOUT_TENSORS
+        }
+        return Rollout(**tensors, texts=[*self.texts, *other.texts])
 
     def records(self, batch: PromptBatch) -> list[dict[str, Any]]:
         """One plain mapping per completion, in row order, for JSONL files and tables."""
@@ -95,3 +127,19 @@ class Scores:
     total: Tensor
     parts: dict[str, Tensor]
     valid: Tensor
+
+    def select(self, groups: Sequence[int]) -> "Scores":
+        """These groups, in this order."""
+        index = list(groups)
+        parts = {name: part[index] for name, part in self.parts.items()}
+        return Scores(self.total[index], parts, self.valid[index])
+
+    def join(self, other: "Scores") -> "Scores":
+        """These groups and then the other's."""
+        parts = {name: torch.cat([part, other.parts[name]]) for name, part in self.parts.items()}
+        return Scores(torch.cat([self.total, other.total]), parts, torch.cat([self.valid, other.valid]))
+
+
+def _widen(values: Tensor, width: int) -> Tensor:
+    """Pad ``(N, T)`` with zeros to ``(N, width)``; ``(N,)`` stays."""
+    return values if values.ndim == 1 else torch.nn.functional.pad(values, (0, width - values.shape[1]))

@@ -32,8 +32,18 @@ def tally_rollout(tally: Tally, rollout: Rollout, scores: Scores) -> None:
     tally.mean("entropy", rollout.entropy[rollout.completion_mask])
 
 
-def judge(rewards: Sequence[Reward], batch: PromptBatch, rollout: Rollout, *, mask_truncated: bool = False) -> Scores:
-    """Let every reward judge every completion; with ``mask_truncated`` truncated rows are invalid."""
+def judge(
+    rewards: Sequence[Reward],
+    batch: PromptBatch,
+    rollout: Rollout,
+    *,
+    mask_truncated: bool = False,
+    tally: Tally | None = None,
+) -> Scores:
+    """Let every reward judge every completion, and tally what the rewards say of their call.
+
+    With ``mask_truncated`` truncated rows are invalid.
+    """
     group_size = len(rollout.texts) // len(batch.prompts)
     owner = [index for index in range(len(batch.prompts)) for _ in range(group_size)]
     inputs = RewardInputs(
@@ -46,6 +56,9 @@ def judge(rewards: Sequence[Reward], batch: PromptBatch, rollout: Rollout, *, ma
         columns=[batch.columns[i] for i in owner],
     )
     scores = score(rewards, inputs, group_size=group_size, device=rollout.completion_ids.device)
+    for reward in rewards if tally is not None else ():
+        for key, value in reward.statistics().items():
+            tally.ratio(f"reward/{reward.name}/{key}", value, 1.0)  # type: ignore[union-attr]
     if not mask_truncated:
         return scores
     return dataclasses.replace(scores, valid=scores.valid & ~rollout.truncated.view_as(scores.valid))
@@ -75,7 +88,6 @@ class StepReport(nn.Module):
         scores: Scores,
         policy_scores: Tensor,
         advantages: Tensor,
-        rewards: Sequence[Reward],
     ) -> None:
         """Take in the step's rollout; ``policy_scores`` is ``(B, G)``, ``advantages`` ``(N,)``."""
         shape = scores.total.shape
@@ -83,9 +95,6 @@ class StepReport(nn.Module):
         if "accuracy" in scores.parts:
             accuracy = scores.parts["accuracy"]
             self.tally.mean("accuracy", accuracy[~accuracy.isnan()] > 0.5)
-        for reward in rewards:
-            for key, value in reward.statistics().items():
-                self.tally.ratio(f"reward/{reward.name}/{key}", value, 1.0)
         self.density.update(rollout.texts, [text for text in batch.references for _ in range(shape[1])])
         self.groups.update(
             scores.total, policy_scores, advantages.view(shape), rollout.lengths.view(shape), scores.valid

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,7 @@ from lightning_lambdapo import checks, parallel
 from lightning_lambdapo.checkpoints import TrainableCheckpoint
 from lightning_lambdapo.config import AlgorithmConfig, EvaluationConfig, from_mapping
 from lightning_lambdapo.datatypes import PromptBatch, Rollout, Scores
+from lightning_lambdapo.dynamic import collect_groups
 from lightning_lambdapo.evaluation import Evaluation, EvaluationSteps, StepReport, judge
 from lightning_lambdapo.functional import group_advantages, lambda_advantages, sequence_scores
 from lightning_lambdapo.learning import Learner, Update, plan_updates
@@ -36,7 +38,7 @@ from lightning_lambdapo.policy import (
     load_tokenizer,
 )
 from lightning_lambdapo.rewards import AccuracyReward, Reward, as_rewards
-from lightning_lambdapo.rollout import GroupedEngine, HFEngine, RolloutConfig, RolloutEngine
+from lightning_lambdapo.rollout import GroupedEngine, HFEngine, RolloutConfig, RolloutEngine, SamplingConfig
 from lightning_lambdapo.rollout.sampling import row_uniforms
 from lightning_lambdapo.tally import Tally
 
@@ -236,10 +238,9 @@ class LambdaPOModule(EvaluationSteps, TrainableCheckpoint, LightningModule):
         )
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Refuse a batch that has fewer prompts than mini-batches are to be made of it."""
-        checks.check_mini_batches(
-            self.updates_per_rollout // self.epochs_per_rollout, len(batch.prompts) * parallel.world_size()
-        )
+        """Refuse a batch that has too few prompts to hold some back, or to make the mini-batches of."""
+        prompts = checks.check_reserve(self.rollout_config.reserve_prompts, len(batch.prompts))
+        checks.check_mini_batches(self.updates_per_rollout // self.epochs_per_rollout, prompts * parallel.world_size())
 
     def teardown(self, stage: str) -> None:
         """Stop the rewards' workers."""
@@ -251,8 +252,7 @@ class LambdaPOModule(EvaluationSteps, TrainableCheckpoint, LightningModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """From prompts to optimizer: sample groups, reward, compare, learn, report."""
         tally = Tally()
-        rollout = self.sample(batch, "train")
-        scores = judge(self.rewards, batch, rollout, mask_truncated=self.algorithm.mask_truncated)
+        batch, rollout, scores = self.collect(batch, tally)
         policy_scores = sequence_scores(
             rollout.sampling_logprobs, rollout.completion_mask, score=self.algorithm.score
         ).view_as(scores.total)
@@ -273,18 +273,48 @@ class LambdaPOModule(EvaluationSteps, TrainableCheckpoint, LightningModule):
             self.learn(update, rollout, advantages, old_logprobs, tally)
         tally.maximum("skipped_updates", torch.tensor(self.skipped_updates))
         self.rollout_step += 1
-        self.report.update(batch, rollout, scores, policy_scores, advantages, self.rewards)
+        self.report.update(batch, rollout, scores, policy_scores, advantages)
         for name, value in self.report.finish(tally).items():
             self.log(f"train/{name}", value, prog_bar=name in _PROGRESS_BAR, batch_size=len(batch.prompts))
-        return {"rollout": rollout, "scores": scores, "policy_scores": policy_scores, "advantages": advantages}
+        return {
+            "batch": batch,
+            "rollout": rollout,
+            "scores": scores,
+            "policy_scores": policy_scores,
+            "advantages": advantages,
+        }
 
-    @torch.no_grad()
+    def collect(self, batch: PromptBatch, tally: Tally) -> tuple[PromptBatch, Rollout, Scores]:
+        """Sample and judge the groups of one training step; see :func:`~lightning_lambdapo.dynamic.collect_groups`."""
+        config = self.rollout_config
+        return collect_groups(
+            batch,
+            self.streams(batch, "train"),
+            config.reserve_prompts,
+            complete=partial(self.complete, sampling=config.sampling),
+            judge=partial(judge, self.rewards, mask_truncated=self.algorithm.mask_truncated, tally=tally),
+            tally=tally,
+        )
+
     def sample(self, batch: PromptBatch, stage: str) -> Rollout:
         """Complete each prompt ``rollout.group_size`` times in training, ``validation.num_samples`` times elsewhere."""
+        settings = self.rollout_config if stage == "train" else self.validation_config
+        return cast(Rollout, self.complete(batch, self.streams(batch, stage), settings.sampling))
+
+    @torch.no_grad()
+    def complete(self, batch: PromptBatch, uniforms: Tensor, sampling: SamplingConfig) -> Rollout | None:
+        """Complete each prompt once for each of its rows of ``uniforms``; None without prompts; a collective."""
+        with evaluating(self.policy), parallel.gathered(self.causal_lm):
+            if not batch.prompts:
+                return None
+            return self.engine.generate(self.causal_lm, batch, sampling=sampling, uniforms=uniforms)
+
+    def streams(self, batch: PromptBatch, stage: str) -> Tensor:
+        """Each row's stream of uniforms, ``(N, T)``; a collective."""
         training = stage == "train"
         settings = self.rollout_config if training else self.validation_config
         prompt_ids = batch.prompt_ids.tolist()
-        uniforms = row_uniforms(
+        return row_uniforms(
             seed=self.sampling_seed,
             stage=stage,
             step=self.rollout_step if training else 0,
@@ -293,8 +323,6 @@ class LambdaPOModule(EvaluationSteps, TrainableCheckpoint, LightningModule):
             num_samples=settings.group_size if isinstance(settings, RolloutConfig) else settings.num_samples,
             length=settings.max_new_tokens or self.rollout_config.max_new_tokens,
         )
-        with evaluating(self.policy), parallel.gathered(self.causal_lm):
-            return self.engine.generate(self.causal_lm, batch, sampling=settings.sampling, uniforms=uniforms)
 
     def advantages(self, scores: Scores, policy_scores: Tensor) -> Tensor:
         """Advantage of each row, ``(N,)``, from rewards and policy scores, ``(B, G)`` both."""

@@ -16,7 +16,7 @@ LAYERS = [
     {"datatypes"},
     {"rewards", "rollout", "policy", "packing", "parallel", "metrics"},
     {"config", "scoring", "tally", "data"},
-    {"checks", "checkpoints", "evaluation", "learning", "callbacks"},
+    {"checks", "checkpoints", "evaluation", "learning", "callbacks", "dynamic"},
     {"module"},
     {"cli"},
 ]

@@ -24,6 +24,9 @@ class RolloutConfig:
         group_size: rollouts per prompt, G. At least 2.
         max_new_tokens: longest completion, in tokens.
         sampling: how tokens are drawn.
+        reserve_prompts: of each training batch hold back this many prompts, which then take the places of groups whose
+            rewards are all equal (dynamic sampling). A step trains on the others' number; what is left of the reserve
+            waits for the next epoch. 0 switches it off. With several ranks each has a reserve of its own.
         max_live_tokens: tokens for which the grouped engine holds keys and values at once, each row counting with its
             longest possible completion; further prompts come in as rows end. None decodes all prompts together.
         merge_adapter: decode with a merged copy of the LoRA-adapted weights; None does so on the CPU.
@@ -35,6 +38,7 @@ class RolloutConfig:
     group_size: int = 8
     max_new_tokens: int = 256
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    reserve_prompts: int = 0
     max_live_tokens: int | None = None
     merge_adapter: bool | None = None
     share_prompts: bool = True
@@ -47,6 +51,8 @@ class RolloutConfig:
             )
         if self.max_new_tokens < 1:
             raise ValueError(f"`max_new_tokens` must be at least 1, got {self.max_new_tokens}.")
+        if self.reserve_prompts < 0:
+            raise ValueError(f"`reserve_prompts` must be at least 0, got {self.reserve_prompts}.")
         if self.max_live_tokens is not None and self.max_live_tokens < 1:
             raise ValueError(f"`max_live_tokens` must be at least 1, got {self.max_live_tokens}.")
         if self.sampling.greedy:

@@ -12,6 +12,12 @@ from typing import Any
 
 from measuring import Result, answer, best_time, in_turn, options, report
 
+
+def reward(completions: list[str], **_: Any) -> list[float]:
+    """Costs nothing, and sets the rows of a group apart."""
+    return [float(len(text) % 5) for text in completions]
+
+
 GROUPS, SIZES = 16, [8, 16, 64, 256]
 
 
@@ -43,7 +49,7 @@ def measure(model: str | None, prompts: Path | None, case: Result) -> Result:
     module = LambdaPOModule(
         PolicyConfig(model="builtin:arithmetic"),
         rollout=RolloutConfig(group_size=size, max_new_tokens=16),
-        rewards=[lambda completions, **_: [float(len(text) % 5) for text in completions]],
+        rewards=[reward],
         seed=0,
     )
     rows = [{"prompt": f"{index + 1}+{index + 2}+3="} for index in range(GROUPS)]

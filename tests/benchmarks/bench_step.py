@@ -51,9 +51,9 @@ def measure_ours(model: str, prompts: Path | None, case: Result) -> Result:
     class Timed(LambdaPOModule):
         generation = 0.0
 
-        def sample(self, batch: Any, stage: str) -> Any:
+        def complete(self, *arguments: Any, **settings: Any) -> Any:
             start = time.perf_counter()
-            rollout = super().sample(batch, stage)
+            rollout: Any = super().complete(*arguments, **settings)
             self.generation = time.perf_counter() - start
             self.tokens = int(rollout.completion_mask.sum())
             return rollout

@@ -165,7 +165,7 @@ def blank_batch(input_ids: Any, attention_mask: Any) -> Any:
     from lightning_lambdapo.datatypes import PromptBatch
 
     count = len(input_ids)
-    nothing = [None] * count
+    nothing: list[str | None] = [None] * count
     return PromptBatch(
         input_ids, attention_mask, torch.arange(count), [""] * count, nothing, list(nothing), [{} for _ in nothing]
     )
