@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_lambdapo import learning
+from lightning_lambdapo.attention import PackedRow
 from lightning_lambdapo.config import AlgorithmConfig
 from lightning_lambdapo.datatypes import PromptBatch, Rollout
 from lightning_lambdapo.learning import Learner, plan_updates
@@ -21,9 +22,11 @@ TEMPERATURE, MAX_NEW_TOKENS, GROUP = 0.8, 14, 4
 EVERYTHING = 10**6
 
 
-def make(dtype: torch.dtype = torch.float64) -> tuple[PreTrainedModel, PromptBatch, Rollout, Tensor, Tensor]:
+def make(
+    dtype: torch.dtype = torch.float64, architecture: str = "llama"
+) -> tuple[PreTrainedModel, PromptBatch, Rollout, Tensor, Tensor]:
     """A model, 3 ragged prompts with 4 completions each, advantages (two of them zero), and validity (one False)."""
-    model = tiny.model("llama", dtype=dtype)
+    model = tiny.model(architecture, dtype=dtype)
     batch = tiny.batch(tiny.ragged_prompts(3, seed=5), extra=2)
     uniforms = row_uniforms(
         seed=0,
@@ -42,7 +45,7 @@ def make(dtype: torch.dtype = torch.float64) -> tuple[PreTrainedModel, PromptBat
     advantages[[2, 7, 9]] = 0.0
     valid = torch.ones(12, dtype=torch.bool)
     valid[9] = False
-    assert rollout.lengths.unique().numel() > 3
+    assert rollout.lengths.unique().numel() > 2
     return model, batch, rollout, advantages, valid
 
 
@@ -61,6 +64,8 @@ def learn(
     chunk_size: int = 1000,
     reference: PreTrainedModel | None = None,
     old_logprobs: Tensor | None = None,
+    share_prompts: bool = True,
+    recompute_logits: bool = False,
     **settings: Any,
 ) -> tuple[Tensor, dict[str, float]]:
     algorithm = AlgorithmConfig(**settings)
@@ -71,9 +76,19 @@ def learn(
         temperature=TEMPERATURE,
         max_new_tokens=MAX_NEW_TOKENS,
         chunk_size=chunk_size,
+        share_prompts=share_prompts,
+        recompute_logits=recompute_logits,
     )
+    assert learner.share_prompts == share_prompts
     (update,) = plan_updates(
-        batch, rollout, advantages, valid, algorithm=algorithm, mini_batches=1, max_tokens=max_tokens
+        batch,
+        rollout,
+        advantages,
+        valid,
+        algorithm=algorithm,
+        mini_batches=1,
+        max_tokens=max_tokens,
+        share_prompts=share_prompts,
     )
     tally = Tally()
     model.zero_grad()
@@ -149,6 +164,109 @@ def test_gradient_with_kl_covers_rows_of_zero_advantage(aggregation: str) -> Non
         settings: dict[str, Any] = {"aggregation": aggregation, "kl_coef": 0.3, "max_tokens": max_tokens}
         found, _ = learn(model, batch, rollout, advantages, valid, reference=reference, **settings)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "phi3", "gpt2", "mistral"])
+def test_shared_prompts_and_padded_rows_have_one_gradient(architecture: str) -> None:
+    """Also under sliding windows of 6 tokens and soft-capped logits, with and without a KL term."""
+    case = make(architecture=architecture)
+    reference = tiny.model(architecture, seed=1, dtype=torch.float64)
+    cases: list[dict[str, Any]] = [{}, {"reference": reference, "kl_coef": 0.3}]
+    for settings in cases:
+        expected, wanted = learn(*case, share_prompts=False, recompute_logits=True, **settings)
+        for max_tokens in (EVERYTHING, 40):
+            found, statistics = learn(*case, max_tokens=max_tokens, chunk_size=7, **settings)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+            assert statistics == pytest.approx(wanted, rel=1e-6, abs=1e-6)
+        assert expected.abs().max() > 1e-3
+    if architecture == "llama":
+        torch.testing.assert_close(learn(*case)[0], slow_gradient(*case, "token"), rtol=0, atol=1e-10)
+
+
+def adapted(path: Any, **settings: Any) -> Policy:
+    """A tiny policy whose adapter does something, in train mode."""
+    from lightning_lambdapo.policy import PolicyConfig, load_policy
+
+    if not (path / "config.json").exists():
+        tiny.model("llama").save_pretrained(path)
+    policy = load_policy(PolicyConfig(str(path), **settings), AdapterConfig(r=4)).train()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return policy
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.2])
+@pytest.mark.parametrize("base", [{}, {"quantization": "nf4"}, {"dtype": "float64"}])
+def test_every_switch_keeps_the_gradient_of_an_adapter(tmp_path: Any, base: dict[str, Any], kl_coef: float) -> None:
+    _, batch, rollout, advantages, valid = make(torch.float32)
+    slow: dict[str, Any] = {"share_prompts": False, "recompute_logits": True}
+    plain = adapted(tmp_path, fused_lora=False, onednn=False, **base)
+    expected, _ = learn(plain, batch, rollout, advantages, valid, kl_coef=kl_coef, **slow)
+    switches: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"onednn": True}, {}),
+        ({"onednn": True}, slow),
+        ({"fused_lora": False, "onednn": False}, {"share_prompts": False}),
+        ({"fused_lora": False, "onednn": False}, {"recompute_logits": True, "max_tokens": 40, "chunk_size": 5}),
+    ]
+    for policy_settings, settings in switches:
+        policy = adapted(tmp_path, **policy_settings, **base)
+        found, _ = learn(policy, batch, rollout, advantages, valid, kl_coef=kl_coef, **settings)
+        assert found.shape == expected.shape
+        # float64: the model's norms still round to float32, and gradients with them
+        tolerance = 1e-6 if base.get("dtype") == "float64" else 1e-5
+        assert (found - expected).norm() / expected.norm() < tolerance, (policy_settings, settings)
+    assert expected.norm() > 1e-2
+
+
+def test_recomputed_activations_see_the_same_attention(tmp_path: Any) -> None:
+    _, batch, rollout, advantages, valid = make(torch.float32)
+    expected, _ = learn(adapted(tmp_path), batch, rollout, advantages, valid)
+    found, _ = learn(adapted(tmp_path, gradient_checkpointing=True), batch, rollout, advantages, valid)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_head_that_is_trained_gets_its_gradient() -> None:
+    case = make()
+    assert any(parameter.requires_grad for parameter in case[0].get_output_embeddings().parameters())
+    found, _ = learn(*case, recompute_logits=False)
+    torch.testing.assert_close(found, slow_gradient(*case, "token"), rtol=0, atol=1e-10)
+
+
+def test_an_attention_that_cannot_branch_gets_padded_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make()
+    expected = slow_gradient(*case, "token")
+    attend = PackedRow.attend
+
+    def wrong(self: PackedRow, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return attend(self, query * 2, *args, **kwargs)
+
+    monkeypatch.setattr(PackedRow, "attend", wrong)
+    with pytest.warns(UserWarning, match="cannot share prompts in the learning pass .log-probabilities differ by"):
+        learner = Learner(
+            case[0],
+            None,
+            algorithm=AlgorithmConfig(),
+            temperature=TEMPERATURE,
+            max_new_tokens=MAX_NEW_TOKENS,
+            chunk_size=100,
+        )
+    assert not learner.share_prompts
+    found, _ = learn(*case, share_prompts=False)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+def test_no_token_is_processed_twice_or_in_vain() -> None:
+    _, batch, rollout, advantages, valid = make()
+    (update,) = plan_updates(
+        batch, rollout, advantages, valid, algorithm=AlgorithmConfig(), mini_batches=1, max_tokens=EVERYTHING
+    )
+    moving = valid & (advantages != 0)
+    prompts = int(batch.attention_mask.sum())
+    completions = int((rollout.lengths[moving] - 1).sum())  # a last token predicts nothing
+    assert [each.input_ids.numel() for each in update.micro_batches] == [prompts + completions]
 
 
 def test_float32_gradient_does_not_depend_on_splitting_or_padding() -> None:

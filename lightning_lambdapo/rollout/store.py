@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ class GroupStore(Branches):
         count = len(self.prompt_lengths)
         stored = self._prompts.get(layer)
         if stored is None or len(stored[0]) < count or stored[0].shape[2] < self._prompt_width:
-            stored = self._prompts[layer] = _grown(stored, parts[0], count, self._prompt_width, first)
+            stored = self._prompts[layer] = _grown(stored, parts[0], count, self._prompt_width)
         for slot, states in enumerate(parts, start=first):
             for target, source in zip(stored, states, strict=True):
                 target[slot, :, : len(source)] = source.transpose(0, 1)
@@ -92,9 +93,9 @@ class GroupStore(Branches):
         movers = kept[count:].nonzero().squeeze(-1) + count
         order[holes] = movers
         if len(holes):
-            for stored in self._completions.values():
-                for states in stored:
-                    states[holes, :, : self._width] = states[movers, :, : self._width]
+            for states in chain.from_iterable(self._completions.values()):
+                stored = movers < len(states)  # rows that came in since the last step have nothing yet
+                states[holes[stored], :, : self._width] = states[movers[stored], :, : self._width]
         self.lengths, self.groups = self.lengths[order], self.groups[order]
         self._drop_prompts()
         self._rearranged()
@@ -139,7 +140,7 @@ class GroupStore(Branches):
         count = len(key)
         stored = self._completions.get(layer)
         if stored is None or len(stored[0]) < count or stored[0].shape[2] < self._capacity:
-            stored = self._completions[layer] = _grown(stored, (key, value), count, self._capacity, count)
+            stored = self._completions[layer] = _grown(stored, (key, value), count, self._capacity)
         for target, source in zip(stored, (key, value), strict=True):
             target[self._rows, :, self.lengths] = source[:, :, 0]
         keys, values = (states[:count, :, : self._width].flatten(0, 1) for states in stored)
@@ -236,17 +237,16 @@ class Prefill(PackedRow):
 
 
 def _grown(
-    old: tuple[Tensor, Tensor] | None, like: tuple[Tensor, Tensor], rows: int, width: int, kept: int
+    old: tuple[Tensor, Tensor] | None, like: tuple[Tensor, Tensor], rows: int, width: int
 ) -> tuple[Tensor, Tensor]:
-    """Storage ``(rows, K, width, d)`` for states ``(..., K, ..., d)``, with the first ``kept`` entries of the old.
+    """Storage of at least ``(rows, K, width, d)`` for states ``(..., K, ..., d)``, with what the old one has.
 
     All else is 0, since a masked key must still be finite.
     """
     new: list[Tensor] = []
     for index, states in enumerate(like):
-        before = None if old is None else old[index]
-        size = (rows, width) if before is None else (max(rows, len(before)), max(width, before.shape[2]))
+        before = states.new_empty(0, states.shape[1], 0, states.shape[-1]) if old is None else old[index]
+        size = max(rows, before.shape[0]), max(width, before.shape[2])
         new.append(states.new_zeros(size[0], states.shape[1], size[1], states.shape[-1]))
-        if before is not None:
-            new[-1][:kept, :, : before.shape[2]] = before[:kept]
+        new[-1][: before.shape[0], :, : before.shape[2]] = before
     return new[0], new[1]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lambdapo.functional import chunked_logprobs, logprobs_from_logits
+from lightning_lambdapo.functional.logprobs import softmax_and_normaliser
 
 M, H, V = 11, 6, 17
 
@@ -21,6 +22,53 @@ def problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, nn.Line
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     hidden = torch.randn(M, H, generator=generator).to(dtype).requires_grad_()
     return hidden, torch.randint(V, (M,), generator=generator), head
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("chunk_size", [1, 4, 11, 1024])
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_gradient_formed_ahead_is_that_of_dense_logits(chunk_size: int, temperature: float, cap: float | None) -> None:
+    hidden, targets, linear = problem()
+    linear.requires_grad_(False)
+
+    def head(part: Tensor) -> Tensor:
+        logits: Tensor = linear(part) * 0.7
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    upstream = torch.linspace(-1, 2, M, dtype=torch.float64)
+    dense = logprobs_from_logits(head(hidden), targets, temperature=temperature)
+    (expected,) = torch.autograd.grad((dense * upstream).sum(), hidden)
+    found, entropy = chunked_logprobs(
+        hidden, targets, head, temperature=temperature, chunk_size=chunk_size, recompute=False, entropy=True
+    )
+    (gradient,) = torch.autograd.grad((found * upstream).sum(), hidden)
+    torch.testing.assert_close(found, dense, atol=1e-12, rtol=0.0)
+    torch.testing.assert_close(gradient, expected, atol=1e-12, rtol=0.0)
+    assert entropy is not None
+    assert not entropy.requires_grad
+    rows = [reference.entropy(row, temperature) for row in head(hidden).tolist()]
+    torch.testing.assert_close(entropy, torch.tensor(rows, dtype=torch.float64), atol=1e-12, rtol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradient_formed_ahead_in_half_types(dtype: torch.dtype) -> None:
+    hidden, targets, head = problem(dtype)
+    head.requires_grad_(False)
+    found, _ = chunked_logprobs(hidden, targets, head, recompute=False)
+    (gradient,) = torch.autograd.grad(found.sum(), hidden)
+    exact = hidden.detach().double().requires_grad_()
+    logits = head.double()(exact)
+    (expected,) = torch.autograd.grad(logprobs_from_logits(logits, targets).sum(), exact)
+    assert found.dtype == torch.float32
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient.double(), expected, atol=0.1, rtol=0.05)
+
+
+def test_normaliser_is_exact_where_probabilities_vanish() -> None:
+    logits = torch.tensor([[400.0, 0.0, -400.0], [-1e4, -1e4, -1e4 + 1]])
+    probabilities, normaliser = softmax_and_normaliser(logits)
+    torch.testing.assert_close(normaliser, logits.double().logsumexp(-1).float())
+    torch.testing.assert_close(probabilities, logits.softmax(-1))
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
@@ -102,15 +150,27 @@ def test_no_more_than_one_chunk_of_logits_is_kept(entropy: bool) -> None:
     assert sorted(widths) == [3, 3, 4, 4, 4, 4]  # recomputed
 
     widths.clear()
+    kept.clear()
+    head.requires_grad_(False)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logprobs, _ = chunked_logprobs(hidden, targets, counting_head, chunk_size=4, entropy=entropy, recompute=False)
+        logprobs.sum().backward()
+    assert widths == [4, 4, 3]  # and not recomputed
+    assert not [tensor.shape for tensor in kept if tensor.shape[-1:] == (V,) and tensor.shape != (H, V)]
+
+    widths.clear()
     with torch.no_grad():
         chunked_logprobs(hidden, targets, counting_head, chunk_size=4)
     assert widths == [4, 4, 3]
 
 
 @pytest.mark.parametrize("entropy", [False, True])
-def test_no_position_keeps_the_graph(entropy: bool) -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_no_position_keeps_the_graph(entropy: bool, recompute: bool) -> None:
     hidden, _, head = problem()
-    logprobs, entropies = chunked_logprobs(hidden[:0], torch.zeros(0, dtype=torch.long), head, entropy=entropy)
+    logprobs, entropies = chunked_logprobs(
+        hidden[:0], torch.zeros(0, dtype=torch.long), head, entropy=entropy, recompute=recompute
+    )
     assert logprobs.shape == (0,)
     assert (entropies is not None) == entropy
     assert entropies is None or entropies.shape == (0,)

@@ -1,15 +1,20 @@
+from functools import partial
 from typing import Any, cast
 
 import pytest
 import tiny
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from lightning_lambdapo.datatypes import PromptBatch, Rollout
 from lightning_lambdapo.packing import plan_micro_batches
 from lightning_lambdapo.rollout import GroupedEngine, HFEngine, RolloutConfig, RolloutEngine, SamplingConfig
+from lightning_lambdapo.rollout.merging import merged_adapter
 from lightning_lambdapo.rollout.sampling import row_uniforms
+from lightning_lambdapo.rollout.store import GroupStore
 from lightning_lambdapo.scoring import CompletionScorer
 
 ARCHITECTURES = ["llama", "qwen3", "gemma3", "phi3", "gpt2", "mistral"]
@@ -196,9 +201,205 @@ def test_the_models_generation_config_has_no_say() -> None:
     [
         ({"group_size": 1}, "`group_size` must be at least 2, got 1; a pairwise advantage needs a peer"),
         ({"max_new_tokens": 0}, "`max_new_tokens` must be at least 1, got 0"),
+        ({"max_live_tokens": 0}, "`max_live_tokens` must be at least 1, got 0"),
+        ({"reserve_prompts": -1}, "`reserve_prompts` must be at least 0, got -1"),
         ({"sampling": GREEDY}, "temperature` is 0"),
     ],
 )
 def test_bad_rollout_settings(settings: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RolloutConfig(**settings)  # type: ignore[arg-type]
+
+
+SWITCHES: dict[str, dict[str, Any]] = {
+    "all on": {},
+    "prompts not shared": {"share_prompts": False},
+    "ended rows stay": {"compaction": False},
+    "one group at a time": {"max_live_tokens": 1},
+    "admission as rows end": {"max_live_tokens": 260},
+    "admission, ended rows stay": {"max_live_tokens": 260, "compaction": False},
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("switch", list(SWITCHES)[1:])
+def test_no_switch_changes_a_token(architecture: str, switch: str) -> None:
+    """In float64: sampled tokens, log-probabilities and entropies of every row, whatever it was decoded with."""
+    model = tiny.model(architecture, dtype=torch.float64)
+    batch = tiny.batch(tiny.ragged_prompts(5, seed=2), extra=1)
+    expected = run(GroupedEngine, model, batch, eos_ids=(1, 7, 20))
+    engine = partial(GroupedEngine, config=RolloutConfig(**SWITCHES[switch]))
+    found = run(cast(Any, engine), model, batch, eos_ids=(1, 7, 20))
+    assert torch.equal(found.completion_ids, expected.completion_ids)
+    assert torch.equal(found.completion_mask, expected.completion_mask)
+    torch.testing.assert_close(found.sampling_logprobs, expected.sampling_logprobs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.entropy, expected.entropy, rtol=0, atol=1e-6)
+    lengths = expected.lengths
+    assert lengths.unique().numel() > 4
+    assert (lengths < 24).any()
+
+
+class Watched:
+    """A tiny model whose forwards are counted in tokens, and whose store's rows are noted step by step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **config: Any) -> None:
+        self.model = tiny.model("llama")
+        self.batch = tiny.batch(tiny.ragged_prompts(6, seed=4))
+        self.prefilled: list[int] = []
+        self.decoded: list[int] = []
+        self.live: list[tuple[int, int, int]] = []  # rows, distinct lengths, tokens they may come to
+        forward, begin = self.model.forward, GroupStore.begin_step
+        engine = GroupedEngine(tiny.tokenizer(), (1, 7, 20), 0, RolloutConfig(**config))
+        arguments: dict[str, Any] = {"sampling": SamplingConfig(), "uniforms": streams(self.batch, 4, 24)}
+        with torch.no_grad():
+            engine.generate(self.model, self.batch, **arguments)  # also probes
+
+            def counted(*args: Any, **kwargs: Any) -> Any:
+                rows, length = kwargs["input_ids"].shape
+                decoding = isinstance(kwargs["logits_to_keep"], int)
+                (self.decoded if decoding else self.prefilled).append(rows * length)
+                return forward(*args, **kwargs)
+
+            def noted(store: GroupStore) -> None:
+                tokens = int(store.prompt_lengths.sum()) + 24 * len(store)
+                self.live.append((len(store), store.lengths.unique().numel(), tokens))
+                begin(store)
+
+            monkeypatch.setattr(self.model, "forward", counted)
+            monkeypatch.setattr(GroupStore, "begin_step", noted)
+            self.rollout = engine.generate(self.model, self.batch, **arguments)
+
+
+def test_nothing_is_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each prompt token once, each completion token but the last once, in as many steps as the longest row has."""
+    watched = Watched(monkeypatch)
+    prompts = int(watched.batch.attention_mask.sum())
+    assert watched.prefilled == [prompts]
+    assert sum(watched.decoded) == int((watched.rollout.lengths - 1).sum())
+    assert len(watched.decoded) == int(watched.rollout.lengths.max()) - 1
+    monkeypatch.undo()
+    apart = Watched(monkeypatch, share_prompts=False, compaction=False)
+    assert apart.prefilled == [4 * prompts]
+    assert sum(apart.decoded) == 24 * (int(apart.rollout.lengths.max()) - 1)
+
+
+def test_prompts_come_in_as_rows_end_and_keep_to_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Watched(monkeypatch)
+    monkeypatch.undo()
+    budget = 240
+    watched = Watched(monkeypatch, max_live_tokens=budget)
+    assert sum(watched.prefilled) == int(watched.batch.attention_mask.sum())
+    assert len(watched.prefilled) > 2
+    assert max(tokens for _, _, tokens in watched.live) <= budget
+    assert max(distinct for _, distinct, _ in watched.live) > 1  # new rows beside older ones
+    assert sum(watched.decoded) == sum(whole.decoded)
+    one_by_one = sum(int(lengths.max()) - 1 for lengths in watched.rollout.lengths.view(6, 4))
+    assert len(whole.decoded) < len(watched.decoded) < one_by_one
+
+
+def test_an_architecture_it_cannot_decode_goes_to_generate_with_one_warning() -> None:
+    model = tiny.model("qwen3", dtype=torch.float64)
+    batch = tiny.batch(tiny.ragged_prompts(3))
+    expected = run(HFEngine, model, batch)
+    model.config.layer_types = ["full_attention", "chunked_attention"]
+    engine = GroupedEngine(tiny.tokenizer(), (1,), 0)
+    arguments: dict[str, Any] = {"sampling": SamplingConfig(), "uniforms": streams(batch, 4, 24)}
+
+    def generate() -> Rollout:
+        with torch.no_grad():
+            return engine.generate(model, batch, **arguments)
+
+    engine._fallback = None
+    with pytest.warns(UserWarning, match="cannot be decoded by the grouped engine .layers of type chunked_attention"):
+        engine._probe(model)
+    model.config.layer_types = ["full_attention", "full_attention"]
+    assert completions(generate()) == completions(expected)  # and without another warning
+
+
+def test_the_probe_sees_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("llama")
+    attend = GroupStore.attend
+
+    def wrong(self: GroupStore, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return attend(self, query * 1.5, *args, **kwargs)
+
+    monkeypatch.setattr(GroupStore, "attend", wrong)
+    batch = tiny.batch(tiny.ragged_prompts(3))
+    with pytest.warns(UserWarning, match="log-probabilities would be off by"):
+        found = run(GroupedEngine, model, batch)
+    assert completions(found) == completions(run(HFEngine, model, batch))
+
+
+def test_the_probe_leaves_no_trace() -> None:
+    model = tiny.model("llama")
+    engine = GroupedEngine(tiny.tokenizer(), (1,), 0)
+    state = torch.get_rng_state()
+    engine._probe(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert engine.eos_ids == (1,)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def adapted(dtype: torch.dtype, **options: Any) -> PeftModel:
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    policy = cast(PeftModel, get_peft_model(tiny.model("llama", dtype=dtype), LoraConfig(**(settings | options))))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return policy.eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"target_modules": ["q_proj", "down_proj"]}])
+def test_merging_changes_no_token_and_no_weight(options: dict[str, Any]) -> None:
+    policy = adapted(torch.float64, **options)
+    model = cast(PreTrainedModel, policy.get_base_model())
+    batch = tiny.batch(tiny.ragged_prompts(4))
+    before = {name: (parameter, parameter.clone()) for name, parameter in model.named_parameters()}
+    merged, apart = (
+        run(cast(Any, partial(GroupedEngine, config=RolloutConfig(merge_adapter=merge))), model, batch)
+        for merge in (True, False)
+    )
+    assert torch.equal(merged.completion_ids, apart.completion_ids)
+    with policy.disable_adapter():
+        assert not torch.equal(run(GroupedEngine, model, batch).completion_ids, apart.completion_ids)
+    with merged_adapter(model, True):
+        layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+        assert all(layer.merged for layer in layers)
+    for name, parameter in model.named_parameters():
+        assert parameter is before[name][0]
+        assert torch.equal(parameter, before[name][1])
+    assert not any(layer.merged for layer in layers)
+
+
+def test_what_is_not_merged() -> None:
+    def count(policy: PeftModel, wanted: bool | None) -> int:
+        with merged_adapter(policy, wanted):
+            return sum(layer.merged for layer in policy.modules() if isinstance(layer, LoraLinear))
+
+    assert count(adapted(torch.float32), None) == 14  # on the CPU
+    assert count(adapted(torch.float32), True) == 14
+    assert count(adapted(torch.float32), False) == 0
+    assert count(adapted(torch.bfloat16), True) == 0
+    assert count(adapted(torch.float32, use_dora=True), True) == 0
+    policy = adapted(torch.float32)
+    with policy.disable_adapter():
+        assert count(policy, True) == 0
+    with pytest.raises(RuntimeError, match="midway"), merged_adapter(policy, True):
+        raise RuntimeError("midway")
+    assert not any(layer.merged for layer in policy.modules() if isinstance(layer, LoraLinear))
+
+
+def test_gpt2_adapters_are_merged_the_right_way_round() -> None:
+    settings = LoraConfig(r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    policy = cast(PeftModel, get_peft_model(tiny.model("gpt2", dtype=torch.float64), settings)).eval()
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.3)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    expected = policy(ids).logits
+    with merged_adapter(policy, True):
+        assert any(layer.merged for layer in policy.modules() if isinstance(layer, LoraLinear))
+        torch.testing.assert_close(policy(ids).logits, expected, rtol=0, atol=1e-10)

@@ -1,0 +1,202 @@
+import copy
+from typing import Any, cast
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from lightning_lambdapo.kernels import FusedLoraLinear, OneDNNLinear, fast_linears
+
+IDS = torch.tensor([[3, 9, 14, 22, 31], [4, 8, 15, 16, 23]])
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"),
+    reason="this build of torch has no oneDNN",
+)
+
+
+def adapted(dtype: torch.dtype = torch.float64, **options: Any) -> PeftModel:
+    """A tiny model whose adapters do something (LoRA's B starts at 0)."""
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    model = cast(PeftModel, get_peft_model(tiny.model("llama", dtype=dtype), LoraConfig(**(settings | options))))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    logits = cast(Any, model)(input_ids=IDS, use_cache=False).logits
+    weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)
+    (logits * weights).sum().backward()
+    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def fused_calls(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the calls that take the one operation."""
+    from lightning_lambdapo import kernels
+
+    calls: list[int] = []
+    apply = cast(Any, kernels)._AdaptedLinear.apply
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(1)
+        return apply(*arguments)
+
+    monkeypatch.setattr(kernels._AdaptedLinear, "apply", counted)
+    return calls
+
+
+def test_fused_adapter_is_pefts_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = adapted().train()
+    fused = copy.deepcopy(plain)
+    fast_linears(fused, onednn=False)
+    calls = fused_calls(fused, monkeypatch)
+    expected, wanted = gradients(plain)
+    found, got = gradients(fused)
+    assert len(calls) == 14  # seven linear layers in each of two
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert got.keys() == wanted.keys()
+    assert all("lora_" in name for name in got)
+    for name, gradient in got.items():
+        assert gradient.abs().max() > 1e-6, name
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.5}, {"use_dora": True}])
+def test_other_adapters_take_pefts_way(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = adapted(torch.float32, **options).train()
+    fused = copy.deepcopy(plain)
+    fast_linears(fused, onednn=False)
+    calls = fused_calls(fused, monkeypatch)
+    torch.manual_seed(5)
+    expected, wanted = gradients(plain)
+    torch.manual_seed(5)
+    found, got = gradients(fused)
+    assert not calls
+    torch.testing.assert_close(found, expected)
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-3)
+
+
+def test_switched_off_merged_and_doubled_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+    calls = fused_calls(model, monkeypatch)
+    fast_linears(model, onednn=False)
+    with_adapter = model(IDS).logits
+    base = tiny.model("llama", dtype=torch.float64)(IDS).logits
+    calls.clear()
+    with model.disable_adapter():
+        torch.testing.assert_close(model(IDS).logits, base, rtol=0, atol=1e-12)
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    for layer in model.modules():
+        if isinstance(layer, FusedLoraLinear):
+            layer.set_adapter(["default", "second"])
+    torch.testing.assert_close(model(IDS).logits, with_adapter, rtol=0, atol=1e-12)  # the second one's B is 0
+    assert not calls
+    model.set_adapter("default")
+    model.merge_adapter()
+    torch.testing.assert_close(model(IDS).logits, with_adapter, rtol=0, atol=1e-8)
+    assert not calls
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.unmerge_adapter()
+        model(IDS)
+    assert not calls
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_onednn_linear_is_linear(bias: bool, frozen: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 40, bias=bias)
+    layer.weight.requires_grad_(not frozen)
+    fast = copy.deepcopy(layer)
+    fast_linears(nn.Sequential(fast), onednn=True)
+    assert type(fast) is OneDNNLinear
+    x = torch.randn(3, 7, 24, requires_grad=True)
+    upstream = torch.randn(3, 7, 40)
+    exact = nn.functional.linear(x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double())
+    wanted = [each for each in (x, layer.weight, layer.bias) if each is not None and each.requires_grad]
+    expected = torch.autograd.grad((exact * upstream).sum(), wanted)
+    out = fast(x)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+    leaves = [each for each in (x, fast.weight, fast.bias) if each is not None and each.requires_grad]
+    found = torch.autograd.grad((out * upstream).sum(), leaves)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(fast(x), out)
+    assert fast(x[:0]).shape == (0, 7, 40)
+
+
+@needs_onednn
+def test_onednn_leaves_other_types_alone() -> None:
+    layer = nn.Linear(8, 8).double()
+    fast = copy.deepcopy(layer)
+    fast_linears(nn.Sequential(fast), onednn=True)
+    x = torch.randn(2, 8, dtype=torch.float64)
+    assert torch.equal(fast(x), layer(x))
+    single = nn.Linear(8, 8)
+    fast_linears(nn.Sequential(single), onednn=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert single(x.float()).dtype == torch.bfloat16
+
+
+@needs_onednn
+def test_float32_gradient_with_everything_on() -> None:
+    exact, wanted = gradients(adapted(torch.float64).train())
+    fast = adapted(torch.float32).train()
+    fast_linears(fast, onednn=True)
+    found, got = gradients(fast)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-3)
+    flat = torch.cat([gradient.flatten() for gradient in got.values()]).double()
+    expected = torch.cat([wanted[name].flatten() for name in got])
+    assert (flat - expected).norm() / expected.norm() < 1e-5
+
+
+def test_names_values_and_copies_stay() -> None:
+    model = adapted(torch.float32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fast_linears(model, onednn=torch.backends.mkldnn.is_available())
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert other(IDS).logits.abs().max() > 0  # the copy computes with its own weights
+
+
+def test_switches() -> None:
+    model = adapted(torch.float32)
+    fast_linears(model, fused_lora=False, onednn=False)
+    assert not [m for m in model.modules() if isinstance(m, FusedLoraLinear | OneDNNLinear)]
+    fast_linears(model, onednn=False)
+    assert len([m for m in model.modules() if isinstance(m, FusedLoraLinear)]) == 14
+    assert not [m for m in model.modules() if isinstance(m, OneDNNLinear)]
+
+
+@pytest.mark.parametrize("targets", ["all-linear", r".*layers\.1\..*_proj"])
+def test_nothing_below_the_first_adapter_gets_a_gradient(targets: str) -> None:
+    model = adapted(target_modules=targets).train()
+    fast_linears(model)
+    seen: dict[str, bool] = {}
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+            seen[name] = (output[0] if isinstance(output, tuple) else output).requires_grad
+
+        return hook
+
+    inner = cast(Any, model).get_base_model().model
+    inner.embed_tokens.register_forward_hook(note("embedding"))
+    for index, layer in enumerate(inner.layers):
+        layer.register_forward_hook(note(f"layer {index}"))
+    gradients(model)
+    assert seen == {"embedding": False, "layer 0": targets == "all-linear", "layer 1": True}
