@@ -113,8 +113,9 @@ class _AdaptedLinear(torch.autograd.Function):
         x, weight, down, up, inner = ctx.saved_tensors
         flat = gradient.flatten(0, -2)
         inner_gradient = ctx.product(flat, up.t(), None).mul_(ctx.scaling)
-        down_gradient = inner_gradient.t() @ x if ctx.needs_input_grad[3] else None
-        up_gradient = (flat.t() @ inner).mul_(ctx.scaling) if ctx.needs_input_grad[4] else None
+        # (r, M) times (M, features): the order of a product with few rows that is fast.
+        down_gradient = ctx.product(inner_gradient.t(), x.t(), None) if ctx.needs_input_grad[3] else None
+        up_gradient = ctx.product(inner.t(), flat.t(), None).mul_(ctx.scaling).t() if ctx.needs_input_grad[4] else None
         x_gradient = None
         if ctx.needs_input_grad[0]:
             x_gradient = ctx.product(flat, weight.t(), None).addmm_(inner_gradient, down).view(ctx.shape)

@@ -15,7 +15,7 @@ from typing import Any
 from measuring import Result, answer, best_time, blank_batch, in_turn, model_directory, options, rendered, report
 
 #: prompts, rollouts per prompt, prompt length, new tokens
-CASES = [(1, 1, 128, 64), (1, 8, 128, 64), (1, 32, 128, 64), (4, 8, 128, 64), (4, 8, 512, 64), (4, 8, 64, 256)]
+CASES = [(1, 1, 128, 64), (1, 8, 128, 64), (1, 32, 128, 64), (4, 8, 128, 64), (4, 8, 512, 64), (4, 8, 32, 128)]
 
 
 def measure(model: str, prompts: Path | None, case: Result) -> Result:

@@ -121,7 +121,7 @@ def main() -> None:
     cases += [{"name": f"memory: 1 x 8, {length} tokens", "length": length} | one for length in (32, 64, 128)]
     cases += [
         {"name": f"memory: 1 x 8, 64 tokens, vocabulary {size}", "length": 64, "vocabulary": size} | one
-        for size in (49152, 98304, 196608)
+        for size in (98304, 196608)
     ]
     arguments.model, cleanup = model_directory(arguments.model)
     try:

@@ -43,6 +43,9 @@ def test_every_step_is_attention_over_the_rows_own_history(
                 keys, values = (list(each[0, :, part].unbind(1)) for each in (key, value))
                 histories += [(list(keys), list(values)) for _ in range(group_size)]
                 offset += length
+            kept = torch.tensor([source.random() > 0.2 for _ in histories])  # rows that end with their first token
+            kept[-1] = True
+            histories = [histories[place] for place in store.keep(kept).tolist()]
         assert store.position_ids.flatten().tolist() == [len(keys) for keys, _ in histories]
         together = max(together, len({len(keys) for keys, _ in histories}))
         store.begin_step()
