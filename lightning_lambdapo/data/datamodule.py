@@ -58,7 +58,8 @@ class LambdaPODataModule(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size or 1}.items():
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        for name, value in {"batch_size": batch_size, "eval_batch_size": self.eval_batch_size}.items():
             if value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         self.sources = {
@@ -68,7 +69,6 @@ class LambdaPODataModule(LightningDataModule):
             "predict": predict or test or val,
         }
         self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size or batch_size
         self.max_prompt_length = max_prompt_length
         self.template = template
         self.tokenizer = tokenizer
@@ -77,6 +77,7 @@ class LambdaPODataModule(LightningDataModule):
         self.num_workers = num_workers
         self.dropped: dict[str, int] = {}
         self._rows: dict[str, list[Row]] = {}
+        self._fingerprint = ""
 
     @property
     def train_rows(self) -> list[Row]:
@@ -94,6 +95,8 @@ class LambdaPODataModule(LightningDataModule):
             if source is not None and split not in self._rows:
                 self._rows[split] = self._load(split, source)
         required = _STAGES[stage][0]
+        if stage == "fit" and self.train_rows and not self._fingerprint:
+            self._fingerprint = _fingerprint(self.train_rows)
         if required not in self._rows:
             raise ValueError(f"There is no data to {stage} on; set `data.{required}`.")
 
@@ -120,13 +123,13 @@ class LambdaPODataModule(LightningDataModule):
         """What the position in the training data, which the loader remembers, is a position in."""
         if self.trainer is None or not self.train_rows:
             return {}
-        return {"data": _fingerprint(self.train_rows), "global_batch": self.batch_size * self.trainer.world_size}
+        return {"data": self._fingerprint, "global_batch": self.batch_size * self.trainer.world_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Warn of data or a batch size that have changed since the checkpoint."""
         if not state_dict:
             return
-        if self.train_rows and state_dict["data"] != _fingerprint(self.train_rows):
+        if self.train_rows and state_dict["data"] != self._fingerprint:
             warnings.warn(
                 "The training data is not that of the checkpoint; the run goes on at the same position of other data.",
                 stacklevel=2,

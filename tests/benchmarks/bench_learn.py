@@ -45,16 +45,17 @@ def measure(model: str, prompts: Path | None, case: Result) -> Result:
         for name, parameter in policy.named_parameters():
             parameter.requires_grad_("lora_" in name)
     torch.manual_seed(0)
+    vocabulary = policy.get_base_model().config.vocab_size
     sizes, rows = case.get("prompts", PROMPTS), len(case.get("prompts", PROMPTS)) * GROUP
     width = max(sizes)
     mask = torch.tensor([[column >= width - size for column in range(width)] for size in sizes])
     count = len(sizes)
-    batch = blank_batch(torch.randint(10, 40000, (count, width)), mask)
+    batch = blank_batch(torch.randint(vocabulary, (count, width)), mask)
     # Lengths spread evenly from a third of `length` to all of it, as where some rows end early.
     lengths = torch.linspace(length / 3, length, rows).round().long()[torch.randperm(rows)]
     kept = torch.arange(length) < lengths[:, None]
     zeros = torch.zeros(rows, length)
-    rollout = Rollout(torch.randint(10, 40000, (rows, length)), kept, zeros, zeros, ~kept[:, -1], [""] * rows)
+    rollout = Rollout(torch.randint(vocabulary, (rows, length)), kept, zeros, zeros, ~kept[:, -1], [""] * rows)
     settings = AlgorithmConfig()
     learner = Learner(
         policy,

@@ -173,6 +173,8 @@ def blank_batch(input_ids: Any, attention_mask: Any) -> Any:
 
 def rendered(tokenizer: Any, path: Path | None, count: int) -> list[str]:
     """Problems as the model is asked them."""
+    if tokenizer.chat_template is None:
+        return problems(path, count)
     return [
         tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
         for text in problems(path, count)
