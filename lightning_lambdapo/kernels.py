@@ -13,9 +13,10 @@ def fast_linears(model: nn.Module, *, fused_lora: bool = True, onednn: bool | No
 
     ``fused_lora`` computes :math:`x W^\top + b + s (x A^\top) B^\top` of a plain LoRA layer as one operation: the
     adapter's product is accumulated into the base's in both directions, where peft's own forward scales and adds whole
-    activations four times. Adapter dropout, DoRA and the other variants, several active adapters, quantised bases and
-    autocast take peft's own way. ``onednn`` computes float32 products on the CPU by oneDNN, where torch asks MKL:
-    that leaves AVX-512 unused on AMD processors, and is slow for the few rows of a decoding step.
+    activations four times. Adapter dropout, DoRA and the other variants, several active adapters, quantised or trained
+    bases, layers with hooks on their parts and autocast take peft's own way. ``onednn`` computes float32 products on
+    the CPU by oneDNN, where torch asks MKL: that leaves AVX-512 unused on AMD processors, and is slow for the few rows
+    of a decoding step.
 
     Args:
         model: is changed in place; what is deep-copied or saved later is not aware of it.
@@ -60,7 +61,10 @@ class FusedLoraLinear(LoraLinear):
             or self.lora_bias[name]
             or not isinstance(base, nn.Linear)
             or type(base).forward not in (nn.Linear.forward, OneDNNLinear.forward)
-            or base.weight.requires_grad
+            or any(parameter.requires_grad for parameter in base.parameters())
+            or any(
+                part._forward_hooks or part._forward_pre_hooks for part in (base, self.lora_A[name], self.lora_B[name])
+            )
             or (self.training and not isinstance(self.lora_dropout[name], nn.Identity))
         ):
             return super().forward(x)

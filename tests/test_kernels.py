@@ -108,6 +108,33 @@ def test_switched_off_merged_and_doubled_adapters(monkeypatch: pytest.MonkeyPatc
     assert not calls
 
 
+def test_trained_biases_and_hooks_take_pefts_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def layer(**options: Any) -> nn.Module:
+        torch.manual_seed(0)
+        return cast(
+            nn.Module, get_peft_model(nn.Sequential(nn.Linear(8, 6)), LoraConfig(target_modules=["0"], **options))
+        )
+
+    x = torch.randn(3, 8)
+    for options in ({"bias": "all"}, {}):
+        model = layer(**options)
+        fast_linears(model, onednn=False)
+        calls = fused_calls(model, monkeypatch)
+        cast(Tensor, model(x)).sum().backward()
+        biases = [p for name, p in model.named_parameters() if "bias" in name]
+        assert bool(calls) == (not options)
+        assert all((p.grad is not None) == bool(options) for p in biases)
+        monkeypatch.undo()
+    seen: list[int] = []
+    model = layer()
+    fast_linears(model, onednn=False)
+    for name, module in model.named_modules():
+        if name.endswith("base_layer"):
+            module.register_forward_hook(lambda *_: seen.append(1))
+    model(x)
+    assert seen == [1]
+
+
 @needs_onednn
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("frozen", [True, False])
