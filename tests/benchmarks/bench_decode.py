@@ -2,7 +2,8 @@
 
     python tests/benchmarks/bench_decode.py [--json FILE]
 
-Prompts x group x tokens with no early end, merged LoRA adapter. The roofline of a decoding step is the larger of
+Prompts x group x tokens with no early end. `generate` is transformers as it comes, sampling by multinomial from a
+model with peft's own adapter layers; the grouped decoder draws by inverse CDF and merges the adapter. The roofline of a decoding step is the larger of
 (weights + mean cache) / copy bandwidth and FLOPs / GEMM rate, both measured in the same process just before: the rate
 is that of `torch.mm` on 2048 x 2048 float32; `oneDNN` is that of its kernels, where the decoder uses them.
 """
@@ -10,7 +11,7 @@ is that of `torch.mm` on 2048 x 2048 float32; `oneDNN` is that of its kernels, w
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from measuring import Result, answer, best_time, blank_batch, in_turn, model_directory, options, report
 
@@ -21,16 +22,17 @@ CASES = [(1, 1, 128, 64), (1, 8, 128, 64), (1, 32, 128, 64), (4, 8, 128, 64), (4
 def measure(model: str, prompts: Path | None, case: Result) -> Result:
     """Seconds of one rollout of each case, and of the steps that a roofline allows."""
     import torch
+    from transformers import GenerationConfig
 
     from lightning_lambdapo import AdapterConfig, PolicyConfig
     from lightning_lambdapo.policy import causal_lm, load_policy, load_tokenizer
-    from lightning_lambdapo.rollout import GroupedEngine, HFEngine, SamplingConfig
+    from lightning_lambdapo.rollout import GroupedEngine, SamplingConfig
     from lightning_lambdapo.rollout.sampling import row_uniforms
 
-    config = PolicyConfig(model=model)
+    stock = case["side"] == "generate"
+    config = PolicyConfig(model=model, **({"fused_lora": False, "onednn": False} if stock else {}))
     policy = causal_lm(load_policy(config, AdapterConfig(r=16)))
-    engine_type: Any = {"grouped": GroupedEngine, "generate": HFEngine}[case["side"]]
-    engine = engine_type(load_tokenizer(config), (10**9,), 0)  # no token ends a row
+    engine = GroupedEngine(load_tokenizer(config), (10**9,), 0)  # no token ends a row
 
     @torch.no_grad()
     def run(count: int, group: int, width: int, length: int) -> float:
@@ -45,8 +47,13 @@ def measure(model: str, prompts: Path | None, case: Result) -> Result:
             length=length,
         )
         batch = blank_batch(ids, torch.ones_like(ids, dtype=torch.bool))
+        settings = {"do_sample": True, "num_return_sequences": group, "max_new_tokens": length, "eos_token_id": 10**9}
+        generation = GenerationConfig(pad_token_id=0, top_k=0, **settings)
         start = time.perf_counter()
-        engine.generate(policy, batch, sampling=SamplingConfig(), uniforms=uniforms)
+        if stock:
+            cast(Any, policy).generate(ids, attention_mask=torch.ones_like(ids), generation_config=generation)
+        else:
+            engine.generate(policy, batch, sampling=SamplingConfig(), uniforms=uniforms)
         return time.perf_counter() - start
 
     run(1, 2, 16, 4)
