@@ -3,9 +3,9 @@
     python tests/benchmarks/bench_decode.py [--json FILE]
 
 Prompts x group x tokens with no early end. `generate` is transformers as it comes, sampling by multinomial from a
-model with peft's own adapter layers; the grouped decoder draws by inverse CDF and merges the adapter. The roofline of a decoding step is the larger of
-(weights + mean cache) / copy bandwidth and FLOPs / GEMM rate, both measured in the same process just before: the rate
-is that of `torch.mm` on 2048 x 2048 float32; `oneDNN` is that of its kernels, where the decoder uses them.
+model with peft's own adapter layers; the grouped decoder draws by inverse CDF and merges the adapter. The roofline of a
+decoding step is the larger of (weights + mean cache) / copy bandwidth and FLOPs / GEMM rate, both measured in the same
+process just before: the rate is that of `torch.mm` on 2048 x 2048 float32; `oneDNN` is that of its kernels.
 """
 
 import json
@@ -30,7 +30,7 @@ def measure(model: str, prompts: Path | None, case: Result) -> Result:
     from lightning_lambdapo.rollout.sampling import row_uniforms
 
     stock = case["side"] == "generate"
-    config = PolicyConfig(model=model, **({"fused_lora": False, "onednn": False} if stock else {}))
+    config = PolicyConfig(model=model, fused_lora=not stock, onednn=False if stock else None)
     policy = causal_lm(load_policy(config, AdapterConfig(r=16)))
     engine = GroupedEngine(load_tokenizer(config), (10**9,), 0)  # no token ends a row
 
@@ -47,7 +47,12 @@ def measure(model: str, prompts: Path | None, case: Result) -> Result:
             length=length,
         )
         batch = blank_batch(ids, torch.ones_like(ids, dtype=torch.bool))
-        settings = {"do_sample": True, "num_return_sequences": group, "max_new_tokens": length, "eos_token_id": 10**9}
+        settings: Any = {
+            "do_sample": True,
+            "num_return_sequences": group,
+            "max_new_tokens": length,
+            "eos_token_id": 10**9,
+        }
         generation = GenerationConfig(pad_token_id=0, top_k=0, **settings)
         start = time.perf_counter()
         if stock:
