@@ -15,6 +15,7 @@ import pytest
 import torch
 
 BUILTIN = "builtin:arithmetic"
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")  # a benchmark has no validation data
 
 
 @pytest.mark.parametrize("off", [{}, *bench_step.OPTIMISATIONS.values()])
