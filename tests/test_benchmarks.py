@@ -41,6 +41,12 @@ def test_decoding_is_measured(side: str) -> None:
     assert 0 < found["roofline_onednn_ms 0"] <= found["roofline_ms 0"]
 
 
+def test_the_decoders_switches_are_measured() -> None:
+    found = bench_decode.measure_switches(BUILTIN, None)
+    assert all(found[f"seconds {index}"] > 0 for index in range(len(bench_decode.SWITCHES)))
+    assert found["rows 0"] == 0
+
+
 def test_the_advantage_is_measured() -> None:
     found = bench_advantage.measure(None, None, {"size": 4})
     assert 0 < found["advantage_ms"] < found["step_ms"]

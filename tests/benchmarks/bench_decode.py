@@ -1,22 +1,38 @@
 """The grouped decoder against transformers' generate, and against what the machine could do at best.
 
-    python tests/benchmarks/bench_decode.py [--json FILE]
+    python tests/benchmarks/bench_decode.py [--json FILE] [--switches]
 
 Prompts x group x tokens with no early end. `generate` is transformers as it comes, sampling by multinomial from a
 model with peft's own adapter layers; the grouped decoder draws by inverse CDF and merges the adapter. The roofline of a
 decoding step is the larger of (weights + mean cache) / copy bandwidth and FLOPs / GEMM rate, both measured in the same
 process just before: the rate is that of `torch.mm` on 2048 x 2048 float32; `oneDNN` is that of its kernels.
+
+`--switches` measures something else: one rollout of 4 GSM8K prompts x 8 of at most 96 tokens with the decoder's
+switches off one at a time, and how many of its rows then have other tokens (float32 rounds differently in products of
+other shapes).
 """
 
+import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from measuring import Result, answer, best_time, blank_batch, in_turn, model_directory, options, report
+from measuring import Result, answer, best_time, blank_batch, in_turn, model_directory, options, rendered, report
 
 #: prompts, rollouts per prompt, prompt length, new tokens
 CASES = [(1, 1, 128, 64), (1, 8, 128, 64), (1, 32, 128, 64), (4, 8, 128, 64), (4, 8, 512, 64), (4, 8, 32, 128)]
+
+#: What `--switches` measures.
+SWITCHES: dict[str, dict[str, Any]] = {
+    "all on": {},
+    "prompts computed and stored per row": {"share_prompts": False},
+    "ended rows stay": {"compaction": False},
+    "adapter not merged": {"merge_adapter": False},
+    "one prompt at a time": {"max_live_tokens": 1},
+    "transformers' generate, our sampler": {"engine": "hf"},
+}
 
 
 def measure(model: str, prompts: Path | None, case: Result) -> Result:
@@ -72,6 +88,43 @@ def measure(model: str, prompts: Path | None, case: Result) -> Result:
     return found
 
 
+def measure_switches(model: str, prompts: Path | None) -> Result:
+    """Seconds of one rollout under each switch, and rows and tokens until the first that is not that of all on."""
+    import torch
+
+    from lightning_lambdapo import AdapterConfig, PolicyConfig, RolloutConfig
+    from lightning_lambdapo.data import PromptCollator, PromptTemplate
+    from lightning_lambdapo.policy import causal_lm, eos_token_ids, load_policy, load_tokenizer
+    from lightning_lambdapo.rollout import GroupedEngine, HFEngine, SamplingConfig
+    from lightning_lambdapo.rollout.sampling import row_uniforms
+
+    config = PolicyConfig(model=model)
+    policy, tokenizer = causal_lm(load_policy(config, AdapterConfig(r=16))), load_tokenizer(config)
+    rows = [{"prompt": text} for text in rendered(tokenizer, prompts, 4)]
+    batch = PromptCollator(tokenizer, PromptTemplate(chat=False))(rows)
+    ids = batch.prompt_ids.tolist()
+    found: Result = {}
+    expected: list[list[int]] = []
+    for index, settings in enumerate(SWITCHES.values()):
+        arguments = tokenizer, eos_token_ids(policy, tokenizer), 0
+        rollout_config = RolloutConfig(**settings)
+        grouped = rollout_config.engine == "grouped"
+        engine = GroupedEngine(*arguments, rollout_config) if grouped else HFEngine(*arguments)
+        for length in (2, 96):  # the first one probes
+            uniforms = row_uniforms(
+                seed=0, stage="train", step=0, prompt_ids=ids, occurrences=[0] * 4, num_samples=8, length=length
+            )
+            start = time.perf_counter()
+            with torch.no_grad():
+                rollout = engine.generate(policy, batch, sampling=SamplingConfig(), uniforms=uniforms)
+            found[f"seconds {index}"] = time.perf_counter() - start
+        tokens = [row[mask].tolist() for row, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)]
+        expected = expected or tokens
+        found[f"rows {index}"] = sum(ours != theirs for ours, theirs in zip(tokens, expected, strict=True))
+        found["tokens"] = sum(map(len, expected))
+    return found
+
+
 def rates() -> Result:
     """FLOP/s of large float32 products and bytes/s of a copy, on this machine and these threads."""
     import torch
@@ -105,15 +158,35 @@ def roofline(model: Any, case: list[int], speed: Result) -> Result:
     }
 
 
+def report_switches(found: Result, arguments: argparse.Namespace) -> None:
+    """Print and write what the switches are worth."""
+    rows = [
+        {"": name, "seconds": found[f"seconds {index}"], "rows of 32 with other tokens": found[f"rows {index}"]}
+        for index, name in enumerate(SWITCHES)
+    ]
+    title = (
+        f"One rollout of 4 prompts x 8, at most 96 new tokens ({found['tokens']} in all), switches off one at a time"
+    )
+    report(title, rows, {}, arguments)
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = options(__doc__)
+    parser.add_argument("--switches", action="store_true", help="measure the decoder's switches instead")
     arguments = parser.parse_args()
     if arguments.measure:
-        answer(measure(arguments.model, arguments.prompts, json.loads(arguments.measure)))
+        case = json.loads(arguments.measure)
+        switches = case["side"] == "switches"
+        result = measure_switches if switches else partial(measure, case=case)
+        answer(result(arguments.model, arguments.prompts))
         return
     arguments.model, cleanup = model_directory(arguments.model)
     try:
+        if arguments.switches:
+            (found,) = in_turn(__file__, [{"side": "switches"}], arguments)
+            report_switches(found, arguments)
+            return
         sides = [{"side": side, "cases": CASES} for side in ("grouped", "generate")]
         ours, theirs = in_turn(__file__, sides, arguments)
     finally:
