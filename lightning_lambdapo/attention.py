@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,31 +21,34 @@ class UnsupportedAttentionError(RuntimeError):
     """The model's attention has something that branches cannot honour."""
 
 
+class Layer(NamedTuple):
+    """What sets one layer's attention apart.
+
+    Attributes:
+        number: the layer's place in the model.
+        scaling: factor of the scores.
+        window: a position sees keys less than this far back; None sees all.
+        softcap: scores become ``softcap * tanh(score / softcap)``; None leaves them.
+    """
+
+    number: int
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+
+
 class Branches(ABC):
     """Who attends to whom in one forward pass of the model; handed to it as the keyword ``branches``."""
 
     @abstractmethod
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        layer: int,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> Tensor:
         """Attention of one layer.
 
         Args:
             query: ``(b, H, l, d)``, rotated.
             key: ``(b, K, l, d)`` of the same tokens; ``H`` is a multiple of ``K``.
             value: ``(b, K, l, e)``.
-            layer: the layer's index.
-            scaling: factor of the scores.
-            window: a position sees keys less than this far back; None sees all.
-            softcap: scores become ``softcap * tanh(score / softcap)``; None leaves them.
+            layer: which it is, and its settings.
 
         Returns:
             ``(b, l, H, e)``.
@@ -99,25 +102,13 @@ class PackedRow(Branches):
             parts += [torch.arange(prompt), *(torch.arange(prompt, prompt + length) for length in lengths)]
         return torch.cat(parts)[None].to(self.device)
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        layer: int,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> Tensor:
         """Attention of one layer; see :meth:`Branches.attend`."""
         parts = [states[0].transpose(0, 1).split(self._segments) for states in (query, key, value)]
         out: list[Tensor] = []
         for index, (prompt, padding) in enumerate(zip(self.prompts, self._padding, strict=True)):
             q, k, v = (part[2 * index] for part in parts)
-            out.append(
-                _attend(q[None], k[None], v[None], self._mask(0, prompt, window, q.dtype), scaling, softcap).squeeze(0)
-            )
+            out.append(_attend(q[None], k[None], v[None], self._mask(0, prompt, layer, q.dtype), layer)[0])
             if padding is None:
                 continue
             q, own_k, own_v = (padding.pad(part[2 * index + 1]) for part in parts)
@@ -125,17 +116,15 @@ class PackedRow(Branches):
                 torch.cat([shared.expand(len(own), *shared.shape), own], dim=1)
                 for shared, own in ((k, own_k), (v, own_v))
             )
-            mask = self._mask(prompt, q.shape[1], window, q.dtype)
-            out.append(padding.unpad(_attend(q, k, v, mask, scaling, softcap)))
+            out.append(padding.unpad(_attend(q, k, v, self._mask(prompt, q.shape[1], layer, q.dtype), layer)))
         return torch.cat(out)[None]
 
-    def _mask(self, past: int, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    def _mask(self, past: int, length: int, layer: Layer, dtype: torch.dtype) -> Tensor:
         """Additive ``(length, past + length)``: position ``past + j`` sees keys up to itself, within its window.
 
         Keys of padding come after every real position of their row, so none of those sees them.
         """
-        if window is not None and window >= past + length:
-            window = None
+        window = None if layer.window is not None and layer.window >= past + length else layer.window
         name = (past, length, window, dtype)
         if name not in self._masks:
             distance = torch.arange(past, past + length, device=self.device)[:, None] - torch.arange(
@@ -174,18 +163,18 @@ class _Padding:
         return flat if self.index is None else flat.index_select(0, self.kept)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float | None) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, layer: Layer) -> Tensor:
     """Plain attention of ``(b, l, H, d)`` over ``(b, m, K, d)`` under an additive ``(l, m)`` mask."""
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))
-    if softcap is None:
+    if layer.softcap is None:
         gqa = query.shape[1] != key.shape[1]
         out = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=scaling, enable_gqa=gqa
+            query, key, value, attn_mask=mask, scale=layer.scaling, enable_gqa=gqa
         )
     else:
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-        scores = cap_scores(query @ key.transpose(-1, -2) * scaling, softcap) + mask
+        scores = cap_scores(query @ key.transpose(-1, -2) * layer.scaling, layer.softcap) + mask
         out = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype) @ value
     return out.transpose(1, 2)
 
@@ -214,16 +203,13 @@ def _attention_function(
         raise UnsupportedAttentionError(f"attention with {unknown[0] if unknown else 'sinks'}")
     if not getattr(module, "is_causal", True):
         raise UnsupportedAttentionError("attention that is not causal")
-    out = branches.attend(
-        query,
-        key,
-        value,
-        layer=getattr(module, "layer_idx"),  # noqa: B009
+    layer = Layer(
+        number=getattr(module, "layer_idx"),  # noqa: B009
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window if sliding_window is not None else getattr(module, "sliding_window", None),
         softcap=softcap,
     )
-    return out, None
+    return branches.attend(query, key, value, layer), None
 
 
 AttentionInterface.register(_NAME, _attention_function)

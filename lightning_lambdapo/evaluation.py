@@ -56,9 +56,10 @@ def judge(
         columns=[batch.columns[i] for i in owner],
     )
     scores = score(rewards, inputs, group_size=group_size, device=rollout.completion_ids.device)
-    for reward in rewards if tally is not None else ():
-        for key, value in reward.statistics().items():
-            tally.ratio(f"reward/{reward.name}/{key}", value, 1.0)  # type: ignore[union-attr]
+    if tally is not None:
+        for reward in rewards:
+            for key, value in reward.statistics().items():
+                tally.ratio(f"reward/{reward.name}/{key}", value, 1.0)
     if not mask_truncated:
         return scores
     return dataclasses.replace(scores, valid=scores.valid & ~rollout.truncated.view_as(scores.valid))
@@ -79,7 +80,6 @@ class StepReport(nn.Module):
             weighting=algorithm.weighting if algorithm.estimator == "lambda" else None,
             temperature=algorithm.temperature,
         )
-        self.tally = Tally()
 
     def update(
         self,
@@ -88,13 +88,17 @@ class StepReport(nn.Module):
         scores: Scores,
         policy_scores: Tensor,
         advantages: Tensor,
+        tally: Tally,
     ) -> None:
-        """Take in the step's rollout; ``policy_scores`` is ``(B, G)``, ``advantages`` ``(N,)``."""
+        """Take in the step's rollout; ``policy_scores`` is ``(B, G)``, ``advantages`` ``(N,)``.
+
+        Sums and counts go to ``tally``, which is to be finished with.
+        """
         shape = scores.total.shape
-        tally_rollout(self.tally, rollout, scores)
+        tally_rollout(tally, rollout, scores)
         if "accuracy" in scores.parts:
             accuracy = scores.parts["accuracy"]
-            self.tally.mean("accuracy", accuracy[~accuracy.isnan()] > 0.5)
+            tally.mean("accuracy", accuracy[~accuracy.isnan()] > 0.5)
         self.density.update(rollout.texts, [text for text in batch.references for _ in range(shape[1])])
         self.groups.update(
             scores.total, policy_scores, advantages.view(shape), rollout.lengths.view(shape), scores.valid
@@ -102,10 +106,9 @@ class StepReport(nn.Module):
 
     def finish(self, tally: Tally) -> dict[str, float]:
         """All of the step's statistics with those of ``tally``, over all ranks; starts anew. A collective."""
-        values = tally.reduce() | self.tally.reduce()
+        values = tally.reduce()
         values |= {name: float(value) for name, value in self.groups.compute().items()}
         values |= {f"density_{name}": float(value) for name, value in self.density.compute().items()}
-        self.tally = Tally()
         self.groups.reset()
         self.density.reset()
         return values

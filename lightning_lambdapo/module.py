@@ -273,7 +273,7 @@ class LambdaPOModule(EvaluationSteps, TrainableCheckpoint, LightningModule):
             self.learn(update, rollout, advantages, old_logprobs, tally)
         tally.maximum("skipped_updates", torch.tensor(self.skipped_updates))
         self.rollout_step += 1
-        self.report.update(batch, rollout, scores, policy_scores, advantages)
+        self.report.update(batch, rollout, scores, policy_scores, advantages, tally)
         for name, value in self.report.finish(tally).items():
             self.log(f"train/{name}", value, prog_bar=name in _PROGRESS_BAR, batch_size=len(batch.prompts))
         return {

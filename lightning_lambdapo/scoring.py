@@ -53,7 +53,6 @@ class CompletionScorer:
             parameter.requires_grad for parameter in model.get_output_embeddings().parameters()
         )
         self._chunked = as_forward(model, "lambdapo_logprobs", _chunked_forward)
-        self._splits = self.share_prompts = False
         self._splits = self._probe_head()
         self.share_prompts = share_prompts and self._probe_packing()
 

@@ -6,7 +6,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from lightning_lambdapo.attention import PackedRow, UnsupportedAttentionError, branch_attention
+from lightning_lambdapo.attention import Layer, PackedRow, UnsupportedAttentionError, branch_attention
 
 HEADS, KV_HEADS, SIZE = 4, 2, 6
 
@@ -57,7 +57,7 @@ def test_packed_row_is_attention_under_its_mask(
         for heads in (HEADS, KV_HEADS, KV_HEADS)
     ]
     row = PackedRow(prompts, completions, torch.device("cpu"))
-    found = row.attend(states[0], states[1], states[2], layer=0, scaling=0.4, window=window, softcap=softcap)
+    found = row.attend(states[0], states[1], states[2], Layer(0, 0.4, window, softcap))
     visible = visibility(prompts, completions, window)
     expected = dense(states[0], states[1], states[2], visible, scaling=0.4, softcap=softcap)
     torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-12)

@@ -4,7 +4,7 @@ from typing import Any, cast
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from lightning_lambdapo.kernels import FusedLoraLinear, OneDNNLinear, fast_linears
@@ -14,18 +14,6 @@ needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"),
     reason="this build of torch has no oneDNN",
 )
-
-
-def adapted(dtype: torch.dtype = torch.float64, **options: Any) -> PeftModel:
-    """A tiny model whose adapters do something (LoRA's B starts at 0)."""
-    settings: dict[str, Any] = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    model = cast(PeftModel, get_peft_model(tiny.model("llama", dtype=dtype), LoraConfig(**(settings | options))))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model
 
 
 def gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
@@ -52,7 +40,7 @@ def fused_calls(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_fused_adapter_is_pefts_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = adapted().train()
+    plain = tiny.adapted(dtype=torch.float64).train()
     fused = copy.deepcopy(plain)
     fast_linears(fused, onednn=False)
     calls = fused_calls(fused, monkeypatch)
@@ -69,7 +57,7 @@ def test_fused_adapter_is_pefts_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("options", [{"lora_dropout": 0.5}, {"use_dora": True}])
 def test_other_adapters_take_pefts_way(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = adapted(torch.float32, **options).train()
+    plain = tiny.adapted(dtype=torch.float32, **options).train()
     fused = copy.deepcopy(plain)
     fast_linears(fused, onednn=False)
     calls = fused_calls(fused, monkeypatch)
@@ -84,7 +72,7 @@ def test_other_adapters_take_pefts_way(options: dict[str, Any], monkeypatch: pyt
 
 
 def test_switched_off_merged_and_doubled_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted()
+    model = tiny.adapted(dtype=torch.float64)
     calls = fused_calls(model, monkeypatch)
     fast_linears(model, onednn=False)
     with_adapter = model(IDS).logits
@@ -176,8 +164,8 @@ def test_onednn_leaves_other_types_alone() -> None:
 
 @needs_onednn
 def test_float32_gradient_with_everything_on() -> None:
-    exact, wanted = gradients(adapted(torch.float64).train())
-    fast = adapted(torch.float32).train()
+    exact, wanted = gradients(tiny.adapted(dtype=torch.float64).train())
+    fast = tiny.adapted(dtype=torch.float32).train()
     fast_linears(fast, onednn=True)
     found, got = gradients(fast)
     torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-3)
@@ -187,7 +175,7 @@ def test_float32_gradient_with_everything_on() -> None:
 
 
 def test_names_values_and_copies_stay() -> None:
-    model = adapted(torch.float32)
+    model = tiny.adapted(dtype=torch.float32)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     fast_linears(model, onednn=torch.backends.mkldnn.is_available())
     after = model.state_dict()
@@ -201,7 +189,7 @@ def test_names_values_and_copies_stay() -> None:
 
 
 def test_switches() -> None:
-    model = adapted(torch.float32)
+    model = tiny.adapted(dtype=torch.float32)
     fast_linears(model, fused_lora=False, onednn=False)
     assert not [m for m in model.modules() if isinstance(m, FusedLoraLinear | OneDNNLinear)]
     fast_linears(model, onednn=False)
@@ -211,7 +199,7 @@ def test_switches() -> None:
 
 @pytest.mark.parametrize("targets", ["all-linear", r".*layers\.1\..*_proj"])
 def test_nothing_below_the_first_adapter_gets_a_gradient(targets: str) -> None:
-    model = adapted(target_modules=targets).train()
+    model = tiny.adapted(dtype=torch.float64, target_modules=targets).train()
     fast_linears(model)
     seen: dict[str, bool] = {}
 

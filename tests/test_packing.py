@@ -76,11 +76,7 @@ def adapted(path: Any, **settings: Any) -> Policy:
     if not (path / "config.json").exists():
         tiny.model("llama").save_pretrained(path)
     policy = load_policy(PolicyConfig(str(path), **settings), AdapterConfig(r=4)).train()
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    tiny.shake(policy, 0.1)
     return policy
 
 

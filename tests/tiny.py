@@ -2,9 +2,10 @@
 
 import random
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -93,6 +94,25 @@ def _exact_rms_norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
     normed = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps)
     scaled: torch.Tensor = normed * (1 + self.weight if gemma else self.weight)
     return scaled
+
+
+def adapted(
+    architecture: str = "llama", *, dtype: torch.dtype = torch.float32, scale: float = 0.3, **options: Any
+) -> PeftModel:
+    """A model with LoRA whose adapter does something (its B starts at 0), in eval mode."""
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    built = cast(PeftModel, get_peft_model(model(architecture, dtype=dtype), LoraConfig(**(settings | options))))
+    shake(built, scale)
+    return built.eval()
+
+
+def shake(policy: Any, scale: float) -> None:
+    """Give the adapter's B random values."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
 def batch(

@@ -93,17 +93,19 @@ def chunked_logprobs(
         logits = at_least_float32(head(hidden)) / temperature
         normaliser = logits.logsumexp(-1)
         logprobs = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - normaliser
-        return (logprobs, _entropy(logits.detach(), normaliser.detach())) if entropy else (logprobs,)
+        if not entropy:
+            return (logprobs,)
+        detached = logits.detach()
+        return logprobs, entropy_from_softmax(detached, detached.softmax(-1), normaliser.detach())
 
     def score_ahead(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         return cast(tuple[Tensor, ...], cast(Any, _GradientAhead).apply(hidden, targets, head, temperature, entropy))
 
-    if not (torch.is_grad_enabled() and hidden.requires_grad) and not recompute:
-        scorer = score
-    elif not recompute:
+    scorer = score
+    if torch.is_grad_enabled() and recompute:
+        scorer = partial(checkpoint, score, use_reentrant=False)
+    elif torch.is_grad_enabled() and hidden.requires_grad:
         scorer = score_ahead
-    else:
-        scorer = partial(checkpoint, score, use_reentrant=False) if torch.is_grad_enabled() else score
     logprobs: list[Tensor] = []
     entropies: list[Tensor] = []
     # An empty `hidden` is one empty chunk, so that the result has a graph all the same.
@@ -134,7 +136,7 @@ class _GradientAhead(torch.autograd.Function):
         probabilities, normaliser = softmax_and_normaliser(scaled)
         chosen = targets.unsqueeze(-1)
         logprobs = scaled.gather(-1, chosen).squeeze(-1) - normaliser
-        extra = (_entropy(scaled, normaliser, probabilities),) if entropy else ()
+        extra = (entropy_from_softmax(scaled, probabilities, normaliser),) if entropy else ()
         gradient = probabilities.neg_()
         gradient.scatter_add_(-1, chosen, torch.ones_like(chosen, dtype=gradient.dtype))
         (ahead,) = torch.autograd.grad(logits, inputs, gradient.to(logits.dtype))
@@ -172,10 +174,6 @@ def entropy_from_softmax(logits: Tensor, probabilities: Tensor, normaliser: Tens
         finite = logits.clamp(min=torch.finfo(logits.dtype).min)
         entropy = normaliser - torch.linalg.vecdot(probabilities, finite)
     return entropy
-
-
-def _entropy(logits: Tensor, normaliser: Tensor, probabilities: Tensor | None = None) -> Tensor:
-    return entropy_from_softmax(logits, logits.softmax(-1) if probabilities is None else probabilities, normaliser)
 
 
 def _check_temperature(temperature: float) -> None:

@@ -73,7 +73,7 @@ class GroupedEngine(RolloutEngine):
         if not self.config.share_prompts:
             prompts, group_size = [ids for ids in prompts for _ in range(group_size)], 1
         store = GroupStore(device)
-        live = _LiveRows(self.eos_ids, self.pad_id, total, max_new_tokens, device)
+        live = _LiveRows(self.eos_ids, self.pad_id, total, max_new_tokens, model)
         waiting = 0
         with branch_attention(model):
             while waiting < len(prompts) or len(store):
@@ -158,11 +158,12 @@ class _LiveRows:
         alive: ``(n,)`` bool, False once a row has ended.
     """
 
-    def __init__(self, eos_ids: Sequence[int], pad_id: int, total: int, length: int, device: torch.device) -> None:
+    def __init__(self, eos_ids: Sequence[int], pad_id: int, total: int, length: int, model: PreTrainedModel) -> None:
+        device = model.device
         self.eos = torch.tensor(eos_ids, device=device)
         self.ids = torch.full((total, length), pad_id, device=device)
-        # A row's numbers are float32, or float64 for a model of that type: known once the first are there.
-        self.logprobs = self.entropy = torch.zeros(total, length, device=device)
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        self.logprobs, self.entropy = (torch.zeros(total, length, dtype=dtype, device=device) for _ in range(2))
         self.rows = self.steps = self.tokens = torch.zeros(0, dtype=torch.long, device=device)
         self.alive = torch.zeros(0, dtype=torch.bool, device=device)
 
@@ -179,8 +180,6 @@ class _LiveRows:
         """Take in one token of each of these rows, with its log-probability and entropy."""
         steps, alive = self.steps[which], self.alive[which]
         place = self.rows[which][alive], steps[alive]
-        if self.logprobs is self.entropy:
-            self.logprobs, self.entropy = (torch.zeros_like(self.logprobs, dtype=drawn[1].dtype) for _ in range(2))
         self.ids[place], self.logprobs[place], self.entropy[place] = (values[alive] for values in drawn)
         self.tokens[which] = drawn[0]
         last = self.ids.shape[1] - 1

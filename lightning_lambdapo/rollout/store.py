@@ -7,7 +7,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from lightning_lambdapo.attention import Branches, PackedRow, cap_scores
+from lightning_lambdapo.attention import Branches, Layer, PackedRow, cap_scores
 
 _BLOCK = 128
 
@@ -101,31 +101,21 @@ class GroupStore(Branches):
         self._rearranged()
         return order
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        layer: int,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> Tensor:
         """One decoding step: ``l`` is 1, ``b`` the number of live rows; see :meth:`Branches.attend`."""
         count, heads, _, dim = query.shape
         kv_heads = key.shape[1]
         repeats = heads // kv_heads
-        keys, values = self._write(layer, key, value)
+        keys, values = self._write(layer.number, key, value)
         prompt_keys, prompt_values = (
-            states[: len(self.prompt_lengths)].flatten(0, 1) for states in self._prompts[layer]
+            states[: len(self.prompt_lengths)].flatten(0, 1) for states in self._prompts[layer.number]
         )
-        query = (query * scaling).view(count * kv_heads, repeats, dim)
+        query = (query * layer.scaling).view(count * kv_heads, repeats, dim)
         own = torch.bmm(query, keys.transpose(1, 2))
         shared = torch.bmm(self._by_prompt(query, kv_heads), prompt_keys.transpose(1, 2))
         scores = torch.cat([self._by_row(shared, kv_heads, repeats), own], dim=-1)
-        scores = cap_scores(scores, softcap)
-        bias = self._bias_of(window, prompt_keys.shape[1], scores.dtype)
+        scores = cap_scores(scores, layer.softcap)
+        bias = self._bias_of(layer.window, prompt_keys.shape[1], scores.dtype)
         if bias is not None:
             scores.view(count, -1, scores.shape[-1]).add_(bias)
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
@@ -219,21 +209,11 @@ class Prefill(PackedRow):
         self.store = store
         self.first = first
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        layer: int,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> Tensor:
         """Attention of one layer; see :meth:`Branches.attend`."""
         keys, values = (states[0].transpose(0, 1).split(self.prompts) for states in (key, value))
-        self.store.write_prompts(layer, list(zip(keys, values, strict=True)), self.first)
-        return super().attend(query, key, value, layer=layer, scaling=scaling, window=window, softcap=softcap)
+        self.store.write_prompts(layer.number, list(zip(keys, values, strict=True)), self.first)
+        return super().attend(query, key, value, layer)
 
 
 def _grown(

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from measuring import Result, answer, best_time, in_turn, options, report
+from measuring import Result, answer, best_time, in_turn, options, report, time_last_step
 
 
 def reward(completions: list[str], **_: Any) -> list[float]:
@@ -23,14 +23,9 @@ GROUPS, SIZES = 16, [8, 16, 64, 256]
 
 def measure(model: str | None, prompts: Path | None, case: Result) -> Result:
     """Seconds of the advantage and of a step with groups of one size."""
-    import time
-
     import torch
-    from lightning.pytorch import Callback, Trainer
-    from torch.utils.data import DataLoader
 
     from lightning_lambdapo import LambdaPOModule, PolicyConfig, RolloutConfig
-    from lightning_lambdapo.data import PromptCollator, PromptTemplate
     from lightning_lambdapo.functional import lambda_advantages
 
     size = case["size"]
@@ -38,14 +33,6 @@ def measure(model: str | None, prompts: Path | None, case: Result) -> Result:
     rewards, scores = torch.rand(GROUPS, size), torch.randn(GROUPS, size)
     seconds = best_time(lambda: lambda_advantages(rewards, scores), 20)
 
-    class Clock(Callback):
-        def on_train_batch_start(self, trainer: Trainer, module: object, *_: object) -> None:
-            self.start = time.perf_counter()
-
-        def on_train_batch_end(self, trainer: Trainer, module: object, *_: object) -> None:
-            self.step = time.perf_counter() - self.start
-
-    clock = Clock()
     module = LambdaPOModule(
         PolicyConfig(model="builtin:arithmetic"),
         rollout=RolloutConfig(group_size=size, max_new_tokens=16),
@@ -53,22 +40,7 @@ def measure(model: str | None, prompts: Path | None, case: Result) -> Result:
         seed=0,
     )
     rows = [{"prompt": f"{index + 1}+{index + 2}+3="} for index in range(GROUPS)]
-    loader: DataLoader[Any] = DataLoader(
-        rows,  # type: ignore[arg-type]
-        batch_size=GROUPS,
-        collate_fn=PromptCollator(module.tokenizer, PromptTemplate(chat=False)),
-    )
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=3,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[clock],
-    )
-    trainer.fit(module, loader)
-    return {"advantage_ms": seconds * 1e3, "step_ms": clock.step * 1e3}
+    return {"advantage_ms": seconds * 1e3, "step_ms": time_last_step(module, rows, 3) * 1e3}
 
 
 def main() -> None:

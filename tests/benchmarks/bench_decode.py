@@ -19,7 +19,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from measuring import Result, answer, best_time, blank_batch, in_turn, model_directory, options, rendered, report
+from measuring import (
+    Result,
+    answer,
+    best_time,
+    blank_batch,
+    gemm_rates,
+    in_turn,
+    options,
+    prepared_model,
+    rendered,
+    report,
+)
 
 #: prompts, rollouts per prompt, prompt length, new tokens
 CASES = [(1, 1, 128, 64), (1, 8, 128, 64), (1, 32, 128, 64), (4, 8, 128, 64), (4, 8, 512, 64), (4, 8, 32, 128)]
@@ -78,7 +89,7 @@ def measure(model: str, prompts: Path | None, case: Result) -> Result:
         return time.perf_counter() - start
 
     run(1, 2, 16, 4)
-    speed = rates()
+    speed = gemm_rates() | {"copy_gb_s": copy_rate()}
     found: Result = dict(speed)
     for index, (count, group, width, length) in enumerate(case["cases"]):
         first, seconds = run(count, group, width, 2), run(count, group, width, length)
@@ -89,7 +100,7 @@ def measure(model: str, prompts: Path | None, case: Result) -> Result:
 
 
 def measure_switches(model: str, prompts: Path | None) -> Result:
-    """Seconds of one rollout under each switch, and rows and tokens until the first that is not that of all on."""
+    """Seconds of one rollout under each switch, and how many of its rows have other tokens than with all on."""
     import torch
 
     from lightning_lambdapo import AdapterConfig, PolicyConfig, RolloutConfig
@@ -125,18 +136,13 @@ def measure_switches(model: str, prompts: Path | None) -> Result:
     return found
 
 
-def rates() -> Result:
-    """FLOP/s of large float32 products and bytes/s of a copy, on this machine and these threads."""
+def copy_rate() -> float:
+    """GB/s of a copy, reading and writing, on this machine and these threads."""
     import torch
 
-    square, other, block = torch.randn(2048, 2048), torch.randn(2048, 2048), torch.randn(50_000_000)
+    block = torch.randn(50_000_000)
     target = torch.empty_like(block)
-    onednn = torch.ops.mkldnn._linear_pointwise
-    return {
-        "gemm_gflops": 2 * 2.048**3 / best_time(lambda: square @ other),
-        "onednn_gflops": 2 * 2.048**3 / best_time(lambda: onednn(square, other, None, "none", [], "")),
-        "copy_gb_s": 2 * block.nbytes / 1e9 / best_time(lambda: target.copy_(block)),
-    }
+    return 2 * block.nbytes / 1e9 / best_time(lambda: target.copy_(block))
 
 
 def roofline(model: Any, case: list[int], speed: Result) -> Result:
@@ -181,16 +187,13 @@ def main() -> None:
         result = measure_switches if switches else partial(measure, case=case)
         answer(result(arguments.model, arguments.prompts))
         return
-    arguments.model, cleanup = model_directory(arguments.model)
-    try:
+    with prepared_model(arguments):
         if arguments.switches:
             (found,) = in_turn(__file__, [{"side": "switches"}], arguments)
             report_switches(found, arguments)
             return
         sides = [{"side": side, "cases": CASES} for side in ("grouped", "generate")]
         ours, theirs = in_turn(__file__, sides, arguments)
-    finally:
-        cleanup()
     rows = [
         {
             "prompts x group": f"{count} x {group}",

@@ -13,7 +13,7 @@ import resource
 from pathlib import Path
 from typing import Any
 
-from measuring import Result, answer, best_time, blank_batch, in_turn, model_directory, options, report
+from measuring import Result, answer, best_time, blank_batch, gemm_rates, in_turn, options, prepared_model, report
 
 PROMPTS, GROUP, PROMPT = [150, 120, 90, 140], 8, 128
 SHARES: list[tuple[str, dict[str, Any]]] = [
@@ -56,6 +56,7 @@ def measure(model: str, prompts: Path | None, case: Result) -> Result:
     kept = torch.arange(length) < lengths[:, None]
     zeros = torch.zeros(rows, length)
     rollout = Rollout(torch.randint(vocabulary, (rows, length)), kept, zeros, zeros, ~kept[:, -1], [""] * rows)
+    advantages = torch.linspace(-1, 1, rows) + 0.01
     settings = AlgorithmConfig()
     learner = Learner(
         policy,
@@ -71,7 +72,7 @@ def measure(model: str, prompts: Path | None, case: Result) -> Result:
         (planned,) = plan_updates(
             batch,
             rollout,
-            torch.linspace(-1, 1, rows) + 0.01,
+            advantages,
             torch.ones(rows, dtype=torch.bool),
             algorithm=settings,
             mini_batches=1,
@@ -81,7 +82,7 @@ def measure(model: str, prompts: Path | None, case: Result) -> Result:
         learner.accumulate(
             planned,
             rollout,
-            torch.linspace(-1, 1, rows) + 0.01,
+            advantages,
             None,
             strategy=SingleDeviceStrategy("cpu"),
             backward=lambda loss: loss.backward(),
@@ -97,17 +98,12 @@ def measure(model: str, prompts: Path | None, case: Result) -> Result:
     head = policy.get_base_model().get_output_embeddings().weight.numel()
     needed = sum(sizes) + int((lengths - 1).sum())
     useful = 4 * linear * needed + 4 * head * int(lengths.sum())
-    square, other = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    gemm = 2 * 2048**3 / best_time(lambda: square @ other)
-    onednn = 2 * 2048**3 / best_time(lambda: torch.ops.mkldnn._linear_pointwise(square, other, None, "none", [], ""))
     return {
         "seconds": seconds,
         "tokens_per_needed": processed / needed,
         "gflops": useful / seconds / 1e9,
-        "gemm_gflops": gemm / 1e9,
-        "onednn_gflops": onednn / 1e9,
         "memory_gb": peak - before,
-    }
+    } | gemm_rates()
 
 
 def main() -> None:
@@ -124,11 +120,8 @@ def main() -> None:
         {"name": f"memory: 1 x 8, 64 tokens, vocabulary {size}", "length": 64, "vocabulary": size} | one
         for size in (98304, 196608)
     ]
-    arguments.model, cleanup = model_directory(arguments.model)
-    try:
+    with prepared_model(arguments):
         results = in_turn(__file__, cases, arguments)
-    finally:
-        cleanup()
     rows = [
         {
             "": case["name"],

@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from bench_step import measure_ours
-from measuring import Result, answer, in_turn, model_directory, options, report
+from measuring import Result, answer, in_turn, options, prepared_model, report
 
 BASE = {"prompts": 2, "group": 4, "max_new_tokens": 32}
 FACTORS = [1, 2, 4]
@@ -33,11 +33,8 @@ def main() -> None:
         return
     cases: list[dict[str, Any]] = [BASE]
     cases += [BASE | {name: BASE[name] * factor} for name in BASE for factor in FACTORS[1:]]
-    arguments.model, cleanup = model_directory(arguments.model)
-    try:
+    with prepared_model(arguments):
         results = in_turn(__file__, cases, arguments)
-    finally:
-        cleanup()
     rows = [
         case | {"tokens": found["tokens"], "step s": found["step_s"], "peak RSS GB": found["peak_rss_gb"]}
         for case, found in zip(cases, results, strict=True)

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measuring import Result, answer, in_turn, model_directory, options, rendered, report
+from measuring import Result, answer, in_turn, options, prepared_model, rendered, report, time_last_step
 
 PROMPTS, GROUP, WARM_UP = 4, 8, 8
 #: What `--ablate` switches off, as keyword arguments of policy, rollout and module.
@@ -39,11 +39,8 @@ def measure_ours(model: str, prompts: Path | None, case: Result) -> Result:
     import dataclasses
 
     import torch
-    from lightning.pytorch import Callback, Trainer
-    from torch.utils.data import DataLoader
 
     from lightning_lambdapo import AdapterConfig, LambdaPOModule, PolicyConfig, RolloutConfig
-    from lightning_lambdapo.data import PromptCollator, PromptTemplate
 
     off = case.get("off", {})
     length = case["max_new_tokens"]
@@ -58,14 +55,6 @@ def measure_ours(model: str, prompts: Path | None, case: Result) -> Result:
             self.tokens = int(rollout.completion_mask.sum())
             return rollout
 
-    class Clock(Callback):
-        def on_train_batch_start(self, trainer: Trainer, module: Any, *_: Any) -> None:
-            self.start = time.perf_counter()
-
-        def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
-            self.step = time.perf_counter() - self.start
-            module.rollout_config = dataclasses.replace(module.rollout_config, max_new_tokens=length)
-
     module = Timed(
         PolicyConfig(model=model, **off.get("policy", {})),
         lora=AdapterConfig(r=16, alpha=32),
@@ -76,22 +65,14 @@ def measure_ours(model: str, prompts: Path | None, case: Result) -> Result:
         logprob_chunk_size=256,
         **off.get("module", {}),
     )
-    count = case.get("prompts", PROMPTS)
-    rows = [{"prompt": text} for text in rendered(module.tokenizer, prompts, count)]
-    collator = PromptCollator(module.tokenizer, PromptTemplate(chat=False))
-    clock = Clock()
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[clock],
-    )
+    rows = [{"prompt": text} for text in rendered(module.tokenizer, prompts, case.get("prompts", PROMPTS))]
+
+    def lengthen() -> None:
+        module.rollout_config = dataclasses.replace(module.rollout_config, max_new_tokens=length)
+
     assert torch.get_num_threads() == case["threads"]
-    trainer.fit(module, DataLoader(rows, batch_size=count, collate_fn=collator))  # type: ignore[arg-type]
-    return {"step_s": clock.step, "generation_s": module.generation, "tokens": module.tokens}
+    seconds = time_last_step(module, rows, 2, after=lengthen)
+    return {"step_s": seconds, "generation_s": module.generation, "tokens": module.tokens}
 
 
 def measure_trl(model: str, prompts: Path | None, case: Result) -> Result:
@@ -182,11 +163,8 @@ def main() -> None:
     if arguments.ablate:
         cases += [{"side": "ours", "off": off} | common for off in OPTIMISATIONS.values()]
         names += [f"without {name}" for name in OPTIMISATIONS]
-    arguments.model, cleanup = model_directory(arguments.model)
-    try:
+    with prepared_model(arguments):
         results = in_turn(__file__, cases, arguments)
-    finally:
-        cleanup()
     rows = [
         {
             "": name,

