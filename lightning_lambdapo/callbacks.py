@@ -10,17 +10,25 @@ from typing import Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_lambdapo.datatypes import PromptBatch, Rollout, Scores
-from lightning_lambdapo.parallel import gather_objects, is_sharded
+from lightning_lambdapo.parallel import can_gather, full_state_dict, gather_objects, is_sharded
 from lightning_lambdapo.policy import Policy, save_policy
 
 
 def run_directory(trainer: Trainer) -> Path:
-    """Where a run's files go: the logger's version directory, or ``default_root_dir`` without a logger."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    """Where a run's files go: the logger's version directory, or ``default_root_dir`` without a logger.
+
+    For rank 0: only that one knows the version. (``Trainer.log_dir`` says the same, and is a collective.)
+    """
+    for logger in trainer.loggers:
+        directory = getattr(logger, "log_dir", None) or logger.save_dir
+        if directory:
+            return Path(directory)
+    return Path(trainer.default_root_dir)
 
 
 def _new_file(directory: Path, name: str) -> Path:
@@ -233,25 +241,29 @@ class PolicyExport(Callback):
         self.directory = directory
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse sharded weights before training rather than after it."""
-        if is_sharded(trainer.strategy):
+        """Refuse what cannot be exported before training rather than after it."""
+        if not can_gather(trainer.strategy):
             raise ValueError(
-                f"PolicyExport cannot gather the shards of {type(trainer.strategy).__name__}; leave it out, and export "
-                "from a checkpoint: LambdaPOModule.load_from_checkpoint(path), then save_policy(...)."
+                f"PolicyExport cannot gather the shards of {type(trainer.strategy).__name__}; leave it out, or use "
+                "ModelParallelStrategy."
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the export, on rank 0."""
+        """Gather the weights where they are in shards, and write the export on rank 0."""
+        policy, tokenizer = cast(Policy, pl_module.policy), cast(PreTrainedTokenizerBase, pl_module.tokenizer)
+        weights = full_state_dict(policy) if is_sharded(trainer.strategy) else None
         if trainer.is_global_zero:
-            policy, tokenizer = cast(Policy, pl_module.policy), cast(PreTrainedTokenizerBase, pl_module.tokenizer)
-            save_policy(policy, tokenizer, _new_file(run_directory(trainer), self.directory))
+            save_policy(policy, tokenizer, _new_file(run_directory(trainer), self.directory), weights=weights)
 
 
 class RolloutCheckpoint(ModelCheckpoint):
     """``ModelCheckpoint`` that counts rollouts.
 
     Under manual optimisation Lightning's own counts optimizer updates, warns at each save and never honours
-    ``train_time_interval``. Everything else, ``monitor``, ``save_top_k``, ``save_last``, is its parent's.
+    ``train_time_interval``. ``ckpt_path="last"`` also finds the last checkpoint of the logger's earlier versions, so
+    that the same command line takes up an interrupted run. With several ranks ``save_on_exception`` saves on SIGTERM,
+    which all of them stop at together; another exception may be one rank's alone, and saving takes all of them.
+    Everything else, ``monitor``, ``save_top_k``, ``save_last``, is its parent's.
 
     Args:
         every_n_rollouts: save after every this many training steps.
@@ -287,6 +299,19 @@ class RolloutCheckpoint(ModelCheckpoint):
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
             self._saved_at = time.monotonic()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save where all ranks can."""
+        if trainer.world_size == 1 or isinstance(exception, SIGTERMException):
+            super().on_exception(trainer, pl_module, exception)
+
+    def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
+        """Candidates for ``ckpt_path="last"``: of this run's directory, else of the newest earlier version with any."""
+        found = super()._find_last_checkpoints(trainer)
+        if found or self.dirpath is not None or not trainer.loggers:
+            return found
+        versions = run_directory(trainer).parent
+        return set(map(str, versions.glob(f"version_*/checkpoints/{self.CHECKPOINT_NAME_LAST}*.ckpt")))
 
 
 __all__ = ["CompletionsLogger", "PolicyExport", "RewardPlot", "RolloutCheckpoint", "Throughput", "run_directory"]

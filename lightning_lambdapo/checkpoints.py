@@ -3,12 +3,14 @@
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
+from lightning_lambdapo.checkpoint_files import CheckpointError, Shapes, naming, read_header
 from lightning_lambdapo.parallel import saves_shards
 
 CHECKPOINT_KEY = "lambdapo"
@@ -20,10 +22,16 @@ class TrainableCheckpoint(LightningModule):
 
     A checkpoint has the tensors with ``requires_grad``: an adapter, or all weights under full fine-tuning. Sharded
     checkpoints hold everything, since no rank may leave a tensor out of its shard.
+
+    Between two training steps a checkpoint is exact. One that is asked for inside a step (by an exception, a callback)
+    is exact before the step's first update, since the step is then done again from its start; after that it is marked
+    as inexact, and going on from it warns.
     """
 
     rollout_step: int
     skipped_updates: int
+    skipped_in_a_row: int
+    updates_in_step: int
 
     @property
     @abstractmethod
@@ -40,8 +48,12 @@ class TrainableCheckpoint(LightningModule):
             "version": CHECKPOINT_VERSION,
             "rollout_step": self.rollout_step,
             "skipped_updates": self.skipped_updates,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "updates_in_unfinished_step": self.updates_in_step,
             "seed": self.sampling_seed,
         }
+        if not self.updates_in_step:
+            _give_back_unfinished_batch(checkpoint)
         if self._trainer is None or not saves_shards(self.trainer.strategy):
             trainable = self.trainable_tensors()
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
@@ -50,18 +62,78 @@ class TrainableCheckpoint(LightningModule):
         """Check that the checkpoint is this policy's, and take up its counters.
 
         Raises:
-            ValueError: it was written by something else, by an incompatible version, or for another policy.
+            CheckpointError: it was written by something else, by an incompatible version, or for another policy.
         """
         self.configure_model()
-        own = _check(checkpoint, self.trainable_tensors())
+        if "state_dict" in checkpoint:  # strategies that shard have loaded and removed it, after the same check
+            self.check_checkpoint(checkpoint, {name: value.shape for name, value in checkpoint["state_dict"].items()})
+        own = checkpoint[CHECKPOINT_KEY]
         self.rollout_step = own["rollout_step"]
         self.skipped_updates = own["skipped_updates"]
-        if self._trainer is not None and own["seed"] != self.sampling_seed:
+        self.skipped_in_a_row = own.get("skipped_in_a_row", 0)
+        if self._trainer is None:
+            return
+        if own["seed"] != self.sampling_seed:
             warnings.warn(
                 f"The checkpoint's run sampled with seed {own['seed']}, this one with {self.sampling_seed}: training "
                 "continues, and not as the uninterrupted run would have.",
                 stacklevel=2,
             )
+        updates = own.get("updates_in_unfinished_step", 0)
+        if updates:
+            warnings.warn(
+                f"The checkpoint was saved inside a training step, after {updates} of its updates: training continues "
+                "with the next batch, and not as the uninterrupted run would have.",
+                stacklevel=2,
+            )
+
+    def check_checkpoint(self, checkpoint: Mapping[str, Any], shapes: Shapes) -> None:
+        """Refuse a checkpoint that this module cannot continue from.
+
+        Args:
+            checkpoint: its entries.
+            shapes: of its weights, by name.
+
+        Raises:
+            CheckpointError: saying what does not fit.
+        """
+        own = checkpoint.get(CHECKPOINT_KEY)
+        if not isinstance(own, dict):
+            raise CheckpointError("this is not a checkpoint of LambdaPOModule; it has no entry 'lambdapo'.")
+        if own.get("version") != CHECKPOINT_VERSION:
+            raise CheckpointError(
+                f"it has format version {own.get('version')}, this release reads {CHECKPOINT_VERSION}; use the release "
+                "that wrote it."
+            )
+        trainable = self.trainable_tensors()
+        missing = [name for name in trainable if name not in shapes]
+        other = [name for name, value in trainable.items() if name in shapes and shapes[name] != value.shape]
+        if missing or other:
+            raise CheckpointError(
+                f"it is for another policy: {len(missing)} trainable tensors are missing ({', '.join(missing[:2])}) "
+                f"and {len(other)} have another shape ({', '.join(other[:2])}). Build the module with the `policy` and "
+                "`lora` settings of the run that wrote it."
+            )
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Build a module from a checkpoint file; see Lightning's method of this name.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, in shards, or not such a module's.
+        """
+        if not isinstance(checkpoint_path, str | Path) or "://" in str(checkpoint_path):
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        path = Path(checkpoint_path)
+        with naming(path):
+            if path.is_dir():
+                raise CheckpointError(
+                    "it is in shards; make it one file: python -m "
+                    f"lightning.pytorch.utilities.consolidate_checkpoint {path}"
+                )
+            if kwargs.get("weights_only") is not False:
+                read_header(path)
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what is trained; frozen weights come from ``policy`` and may be absent."""
@@ -77,23 +149,12 @@ class TrainableCheckpoint(LightningModule):
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
 
-def _check(checkpoint: Mapping[str, Any], trainable: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Refuse a checkpoint that this module cannot continue from; returns the package's own entry."""
-    own = checkpoint.get(CHECKPOINT_KEY)
-    if not isinstance(own, dict) or "state_dict" not in checkpoint:
-        raise ValueError("This is not a checkpoint of LambdaPOModule: it has no entry 'lambdapo'.")
-    if own.get("version") != CHECKPOINT_VERSION:
-        raise ValueError(
-            f"The checkpoint has format version {own.get('version')}, this release reads {CHECKPOINT_VERSION}; use the "
-            "release that wrote it."
-        )
-    held = checkpoint["state_dict"]
-    missing = [name for name in trainable if name not in held]
-    other = [name for name, value in trainable.items() if name in held and held[name].shape != value.shape]
-    if missing or other:
-        raise ValueError(
-            f"The checkpoint is for another policy: {len(missing)} trainable tensors are missing "
-            f"({', '.join(missing[:2])}) and {len(other)} have another shape ({', '.join(other[:2])}). Build the "
-            "module with the `policy` and `lora` settings of the run that wrote it."
-        )
-    return own
+def _give_back_unfinished_batch(checkpoint: dict[str, Any]) -> None:
+    """Let the training data go on with the batch of a step that has begun and changed nothing yet."""
+    fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    progress = fit_loop.get("epoch_loop.batch_progress", {}).get("current")
+    if progress is None:
+        return
+    for position in fit_loop.get("state_dict", {}).get("combined_loader") or []:
+        if "batches" in position:
+            position["batches"] -= progress["ready"] - progress["processed"]

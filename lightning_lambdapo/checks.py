@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers import PreTrainedModel
 
 from lightning_lambdapo.config import AlgorithmConfig
 from lightning_lambdapo.rewards import Reward
@@ -83,6 +84,23 @@ def check_mini_batches(mini_batches: int, prompts: int) -> None:
         raise ValueError(
             f"`updates_per_rollout` / `epochs_per_rollout` asks for {mini_batches} mini-batches of a global batch of "
             f"{prompts} prompts; raise `batch_size`, lower the one, or raise the other."
+        )
+
+
+def check_context(model: PreTrainedModel, prompt_length: int, max_new_tokens: int) -> None:
+    """Refuse prompts that with their completions would run past the positions that the model has.
+
+    Args:
+        model: its configuration names the number of positions; one that names none has no such limit.
+        prompt_length: tokens of the longest prompt.
+        max_new_tokens: tokens that may follow it.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and prompt_length + max_new_tokens > positions:
+        raise ValueError(
+            f"A prompt of {prompt_length} tokens and max_new_tokens = {max_new_tokens} more do not fit the "
+            f"{positions} positions of {type(model).__name__}; lower `max_prompt_length` (longer prompts are dropped) "
+            "or `max_new_tokens`."
         )
 
 

@@ -81,6 +81,11 @@ class Rollout:
         """Completion lengths in tokens, the end-of-sequence token included: ``(N,)`` int64."""
         return self.completion_mask.sum(-1)
 
+    @property
+    def finite(self) -> Tensor:
+        """True where a row's log-probabilities are all finite: it was drawn from a distribution. ``(N,)`` bool."""
+        return self.sampling_logprobs.isfinite().all(-1)
+
     def select(self, rows: Sequence[int]) -> "Rollout":
         """These rows, in this order."""
         index = list(rows)

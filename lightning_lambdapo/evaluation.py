@@ -15,6 +15,7 @@ from lightning_lambdapo.config import AlgorithmConfig, EvaluationConfig
 from lightning_lambdapo.datatypes import PromptBatch, Rollout, Scores
 from lightning_lambdapo.metrics import GroupDiagnostics, MajorityAtK, PassAtK, SemanticDensity
 from lightning_lambdapo.rewards import Reward, RewardInputs, SemanticDensityReward, score
+from lightning_lambdapo.seeding import step_randomness
 from lightning_lambdapo.tally import Tally
 
 M = TypeVar("M", bound=Metric)
@@ -42,7 +43,7 @@ def judge(
 ) -> Scores:
     """Let every reward judge every completion, and tally what the rewards say of their call.
 
-    With ``mask_truncated`` truncated rows are invalid.
+    Rows sampled from logits that were not finite are invalid, with ``mask_truncated`` truncated ones too.
     """
     group_size = len(rollout.texts) // len(batch.prompts)
     owner = [index for index in range(len(batch.prompts)) for _ in range(group_size)]
@@ -60,9 +61,8 @@ def judge(
         for reward in rewards:
             for key, value in reward.statistics().items():
                 tally.ratio(f"reward/{reward.name}/{key}", value, 1.0)
-    if not mask_truncated:
-        return scores
-    return dataclasses.replace(scores, valid=scores.valid & ~rollout.truncated.view_as(scores.valid))
+    usable = rollout.finite & ~rollout.truncated if mask_truncated else rollout.finite
+    return dataclasses.replace(scores, valid=scores.valid & usable.view_as(scores.valid))
 
 
 class StepReport(nn.Module):
@@ -175,17 +175,22 @@ class EvaluationSteps(LightningModule):
     evaluations: nn.ModuleDict
     rewards: list[Reward]
 
+    @property
+    @abstractmethod
+    def sampling_seed(self) -> int:
+        """Seed of the sampling streams."""
+
     @abstractmethod
     def sample(self, batch: PromptBatch, stage: str) -> Rollout:
         """Complete each prompt."""
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Sample with ``validation``'s own settings and measure."""
-        self._evaluate(batch, "val")
+        self._evaluate(batch, "val", batch_idx)
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """The same for the test set."""
-        self._evaluate(batch, "test")
+        self._evaluate(batch, "test", batch_idx)
 
     def on_validation_epoch_start(self) -> None:
         """Start the metrics anew: states made in an earlier inference mode could not be written to now."""
@@ -203,10 +208,11 @@ class EvaluationSteps(LightningModule):
         """Log ``test/...``."""
         self._finish_evaluation("test")
 
-    def _evaluate(self, batch: PromptBatch, stage: str) -> None:
-        rollout = self.sample(batch, stage)
-        scores = judge(self.rewards, batch, rollout)
-        self._evaluation(stage).update(batch, rollout, scores)
+    def _evaluate(self, batch: PromptBatch, stage: str, batch_idx: int) -> None:
+        with step_randomness(self.sampling_seed, batch_idx):  # a function of the batch: evaluations repeat
+            rollout = self.sample(batch, stage)
+            scores = judge(self.rewards, batch, rollout)
+            self._evaluation(stage).update(batch, rollout, scores)
 
     def _finish_evaluation(self, stage: str) -> None:
         for name, value in self._evaluation(stage).compute().items():

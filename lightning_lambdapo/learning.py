@@ -1,5 +1,6 @@
 """The learning pass: from advantages to gradients that do not depend on how rows are split."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +16,11 @@ from lightning_lambdapo.functional import policy_loss
 from lightning_lambdapo.packing import MicroBatch, plan_micro_batches
 from lightning_lambdapo.parallel import (
     gather_objects,
-    gradient_sync,
+    idle_passes,
     is_sharded,
-    micro_batch_count,
+    local_gradients,
     rank,
+    replicates,
     world_size,
 )
 from lightning_lambdapo.policy import Policy, causal_lm, evaluating, reference_mode
@@ -31,18 +33,30 @@ class Update:
     """One optimizer update: a mini-batch of a rollout, with the counts of the whole global mini-batch.
 
     Attributes:
-        micro_batches: the rows that can move a parameter, or that are wanted in the log.
-        local_tokens: tokens of this rank's valid rows, also of those without a micro-batch.
+        batch: the ``B`` prompts of the rollout.
+        rollout: its ``N`` completions.
+        rows: ``(n,)`` int64 ascending, the rows that can move a parameter, or that are wanted in the log.
+        local_tokens: tokens of this rank's valid rows, also of those not in ``rows``.
         token_count: tokens of all ranks' valid rows.
         row_count: number of all ranks' valid rows.
         learns: False where no rank has a row to learn from.
+        finite: False where some rank sampled a row from logits that were not finite.
     """
 
-    micro_batches: list[MicroBatch]
+    batch: PromptBatch
+    rollout: Rollout
+    rows: Tensor
     local_tokens: int
     token_count: int
     row_count: int
     learns: bool
+    finite: bool
+
+    def micro_batches(self, *, max_tokens: int, share_prompts: bool) -> list[MicroBatch]:
+        """The rows, divided; see :func:`plan_micro_batches`."""
+        return plan_micro_batches(
+            self.batch, self.rollout, self.rows, max_tokens=max_tokens, share_prompts=share_prompts
+        )
 
 
 def plan_updates(
@@ -53,10 +67,8 @@ def plan_updates(
     *,
     algorithm: AlgorithmConfig,
     mini_batches: int,
-    max_tokens: int,
-    share_prompts: bool = True,
 ) -> list[Update]:
-    """Split a rollout into mini-batches by prompt, and each into micro-batches; a collective.
+    """Split a rollout into mini-batches by prompt; a collective.
 
     A prompt belongs to a mini-batch by its place in the global batch (position ``i`` of rank ``r`` is ``i * world +
     r``), so the same prompts share an update on any number of ranks. Rows of zero advantage have no gradient without
@@ -69,8 +81,6 @@ def plan_updates(
         valid: ``(N,)`` bool; invalid rows are in neither numerator nor denominator.
         algorithm: whether there is a KL term.
         mini_batches: updates per pass over the rollout.
-        max_tokens: budget of a micro-batch.
-        share_prompts: pack the rows of a prompt with one copy of it, instead of padding them.
     """
     count, world = len(batch.input_ids), world_size()
     group_size = len(advantages) // count
@@ -78,28 +88,27 @@ def plan_updates(
     owner = (place * mini_batches // (count * world)).repeat_interleave(group_size)
     moving = valid if algorithm.kl_coef > 0 else valid & (advantages != 0)
     wanted = valid if algorithm.needs_reference else moving
+    broken = ~rollout.finite
     local = []
     for index in range(mini_batches):
         mine = owner == index
-        local.append((int(rollout.lengths[mine & valid].sum()), int((mine & valid).sum()), int((mine & moving).sum())))
+        counts = (mine & valid, mine & moving, mine & broken)
+        local.append((int(rollout.lengths[mine & valid].sum()), *(int(chosen.sum()) for chosen in counts)))
     totals = [
         [sum(column) for column in zip(*ranks, strict=True)] for ranks in zip(*gather_objects(local), strict=True)
     ]
     return [
         Update(
-            micro_batches=plan_micro_batches(
-                batch,
-                rollout,
-                (wanted & (owner == index)).nonzero().squeeze(-1),
-                max_tokens=max_tokens,
-                share_prompts=share_prompts,
-            ),
+            batch=batch,
+            rollout=rollout,
+            rows=(wanted & (owner == index)).nonzero().squeeze(-1),
             local_tokens=local[index][0],
             token_count=tokens,
             row_count=rows,
             learns=learners > 0,
+            finite=broken_rows == 0,
         )
-        for index, (tokens, rows, learners) in enumerate(totals)
+        for index, (tokens, rows, learners, broken_rows) in enumerate(totals)
     ]
 
 
@@ -112,9 +121,13 @@ class Learner:
         algorithm: the loss's settings.
         temperature: divisor of the logits in every log-probability, that of sampling.
         max_new_tokens: factor of the denominator under ``aggregation="constant"``.
+        max_tokens: budget of a micro-batch; halved, for the rest of the run, when one runs out of memory.
         chunk_size: positions whose logits exist at once.
         share_prompts: score the rows of a prompt with one copy of it, where the model can.
         recompute_logits: see :class:`CompletionScorer`.
+
+    Attributes:
+        memory_retries: how often that has happened.
     """
 
     def __init__(
@@ -125,6 +138,7 @@ class Learner:
         algorithm: AlgorithmConfig,
         temperature: float,
         max_new_tokens: int,
+        max_tokens: int,
         chunk_size: int,
         share_prompts: bool = True,
         recompute_logits: bool = False,
@@ -132,6 +146,8 @@ class Learner:
         self.policy = policy
         self.algorithm = algorithm
         self.max_new_tokens = max_new_tokens
+        self.max_tokens = max_tokens
+        self.memory_retries = 0
         make_scorer = partial(
             CompletionScorer,
             temperature=temperature,
@@ -142,20 +158,27 @@ class Learner:
         self.scorer = make_scorer(causal_lm(policy))
         self.reference_scorer = self.scorer if reference is None else make_scorer(reference)
 
-    @property
-    def share_prompts(self) -> bool:
-        """Whether micro-batches may be packed."""
-        return self.scorer.share_prompts
+    def micro_batches(self, update: Update) -> list[MicroBatch]:
+        """The update's rows under the present token budget, packed where the model can be scored so."""
+        return update.micro_batches(max_tokens=self.max_tokens, share_prompts=self.scorer.share_prompts)
 
     @torch.no_grad()
-    def old_logprobs(self, updates: list[Update], rollout: Rollout, tally: Tally) -> Tensor:
+    def old_logprobs(self, updates: list[Update], strategy: Strategy, tally: Tally) -> Tensor:
         """Log-probabilities ``(N, T)`` before the first update of every row that will be learned from; 0 elsewhere."""
+        rollout = updates[0].rollout
         logprobs = torch.zeros_like(rollout.sampling_logprobs)
-        with evaluating(self.policy), self.scorer.attention():
-            for micro_batch in (each for update in updates for each in update.micro_batches):
+
+        def score(update: Update, micro_batches: list[MicroBatch], idle: int, tally: Tally) -> None:
+            for _ in range(idle):
+                self.scorer(self._idle_micro_batch())
+            for micro_batch in micro_batches:
                 scored = self.scorer(micro_batch)
                 logprobs[micro_batch.rows, : scored.shape[1]] = scored.to(logprobs)
                 _tally_drift(tally, micro_batch, rollout, scored)
+
+        with evaluating(self.policy), self.scorer.attention():
+            for update in updates:
+                self._within_memory(update, score, strategy, tally)
         return logprobs
 
     @torch.no_grad()
@@ -170,7 +193,6 @@ class Learner:
     def accumulate(
         self,
         update: Update,
-        rollout: Rollout,
         advantages: Tensor,
         old_logprobs: Tensor | None,
         *,
@@ -180,33 +202,97 @@ class Learner:
     ) -> None:
         """Back-propagate the update's loss, micro-batch by micro-batch; a collective.
 
+        Where ranks hold the whole model, each first adds up the gradients of its own rows, however many micro-batches
+        that takes; one last backward pass without any row then sums them over the ranks.
+
         Args:
             update: the mini-batch.
-            rollout: all ``N`` rows.
             advantages: ``(N,)``.
             old_logprobs: ``(N, T)``, or None on-policy: the ratio is then exactly 1.
             strategy: decides when gradients are reduced over ranks.
             backward: Lightning's ``manual_backward``.
             tally: takes the statistics.
+
+        Raises:
+            torch.OutOfMemoryError: a single row does not fit, or ranks that hold shards cannot start over alone.
         """
         tally.ratio("clip_fraction", 0.0, update.local_tokens)
         tally.ratio("loss", 0.0, 1 / world_size())
-        passes = micro_batch_count(len(update.micro_batches), strategy)
-        for index in range(passes):
+
+        def back_propagate(update: Update, micro_batches: list[MicroBatch], idle: int, tally: Tally) -> None:
             # Activation checkpointing runs the model again in the backward pass, which needs the same attention.
-            with gradient_sync(strategy, last=index == passes - 1), self.scorer.attention():
-                if index < len(update.micro_batches):
-                    loss = self._loss(update, update.micro_batches[index], rollout, advantages, old_logprobs, tally)
-                else:
-                    loss = self._idle_loss(strategy)
-                # Strategies average gradients over ranks, and the loss is divided by global counts already.
-                backward(loss * world_size())
+            with local_gradients(strategy), self.scorer.attention():
+                for micro_batch in micro_batches:
+                    loss = self._loss(update, micro_batch, advantages, old_logprobs, tally)
+                    # Strategies average gradients over ranks, and the loss is divided by global counts already.
+                    backward(loss * world_size())
+                for _ in range(idle):
+                    backward(self._idle_loss())
+
+        self._within_memory(update, back_propagate, strategy, tally)
+        if replicates(strategy):
+            backward(torch.stack([p.sum() for p in self.policy.parameters() if p.requires_grad]).sum() * 0)
+
+    def _within_memory(
+        self,
+        update: Update,
+        work: Callable[[Update, list[MicroBatch], int, Tally], None],
+        strategy: Strategy,
+        tally: Tally,
+    ) -> None:
+        """Do ``work``, and when memory runs out do all of it again at half the token budget.
+
+        Ranks that hold the whole model make no collective in ``work``, so that one of them may start over by itself.
+        Where weights are in shards every pass is a collective, and ``work`` is told how many idle ones to make.
+        """
+        while True:
+            attempt = Tally()
+            micro_batches = self.micro_batches(update)
+            try:
+                work(update, micro_batches, idle_passes(len(micro_batches), strategy), attempt)
+            except torch.OutOfMemoryError as error:
+                if is_sharded(strategy):
+                    raise torch.OutOfMemoryError(
+                        f"Rank {rank()} ran out of memory in the learning pass; ranks that hold shards cannot start "
+                        f"over by themselves. Lower `max_tokens_per_micro_batch` ({self.max_tokens}). {error}"
+                    ) from error
+                largest = max((len(micro_batch.rows) for micro_batch in micro_batches), default=0)
+                if largest < 2:
+                    raise torch.OutOfMemoryError(
+                        "A single row of the learning pass does not fit in memory; lower `rollout.max_new_tokens` or "
+                        f"`logprob_chunk_size`, or set `policy.gradient_checkpointing`. {error}"
+                    ) from error
+            else:
+                tally.merge(attempt)
+                return
+            # Only here, out of reach of the exception's frames, is what the attempt held free.
+            del attempt, micro_batches
+            self.policy.zero_grad()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.max_tokens //= 2
+            self.memory_retries += 1
+            warnings.warn(
+                f"A micro-batch ran out of memory; from now on, beginning with the same rows again, none has more than "
+                f"{self.max_tokens} tokens. Set `max_tokens_per_micro_batch` to that.",
+                stacklevel=2,
+            )
+
+    def _idle_micro_batch(self) -> MicroBatch:
+        """One token, for a pass that only takes part in what other ranks do."""
+        token = torch.zeros(1, 2, dtype=torch.long, device=self.policy.device)
+        return MicroBatch.of_tokens(token, packed=self.scorer.share_prompts)
+
+    def _idle_loss(self) -> Tensor:
+        """A loss of 0 that went through the same models as :meth:`_loss`."""
+        if self.algorithm.needs_reference:
+            self.ref_logprobs(self._idle_micro_batch())
+        return self.scorer(self._idle_micro_batch()).sum() * 0
 
     def _loss(
         self,
         update: Update,
         micro_batch: MicroBatch,
-        rollout: Rollout,
         advantages: Tensor,
         old_logprobs: Tensor | None,
         tally: Tally,
@@ -215,7 +301,7 @@ class Learner:
         ref_logprobs = self.ref_logprobs(micro_batch) if algorithm.needs_reference else None
         logprobs = self.scorer(micro_batch)
         if old_logprobs is None:
-            _tally_drift(tally, micro_batch, rollout, logprobs.detach())
+            _tally_drift(tally, micro_batch, update.rollout, logprobs.detach())
         output = policy_loss(
             logprobs,
             logprobs.detach() if old_logprobs is None else old_logprobs[rows, : mask.shape[1]],
@@ -239,13 +325,6 @@ class Learner:
         if output.mean_kl is not None:
             tally.ratio("kl", output.mean_kl.item() * tokens, tokens)
         return output.loss
-
-    def _idle_loss(self, strategy: Strategy) -> Tensor:
-        """A loss of 0 with a gradient of 0 everywhere, for a rank whose peers have more rows."""
-        if is_sharded(strategy):  # forwards are collectives: go through the model with one token
-            token = torch.zeros(1, 2, dtype=torch.long, device=self.policy.device)
-            return self.scorer(MicroBatch.of_tokens(token, packed=self.share_prompts)).sum() * 0
-        return torch.stack([p.sum() for p in self.policy.parameters() if p.requires_grad]).sum() * 0
 
 
 def _tally_drift(tally: Tally, micro_batch: MicroBatch, rollout: Rollout, logprobs: Tensor) -> None:

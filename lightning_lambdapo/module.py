@@ -1,7 +1,6 @@
 """The LightningModule: one ``training_step`` from a batch of prompts all the way to the optimizer."""
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -11,7 +10,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -19,13 +17,15 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_lambdapo import checks, parallel
+from lightning_lambdapo.checkpoint_files import guard_checkpoints
 from lightning_lambdapo.checkpoints import TrainableCheckpoint
 from lightning_lambdapo.config import AlgorithmConfig, EvaluationConfig, from_mapping
 from lightning_lambdapo.datatypes import PromptBatch, Rollout, Scores
 from lightning_lambdapo.dynamic import collect_groups
 from lightning_lambdapo.evaluation import Evaluation, EvaluationSteps, StepReport, judge
 from lightning_lambdapo.functional import group_advantages, lambda_advantages, sequence_scores
-from lightning_lambdapo.learning import Learner, Update, plan_updates
+from lightning_lambdapo.interrupts import Interrupts
+from lightning_lambdapo.learning import Learner, plan_updates
 from lightning_lambdapo.policy import (
     AdapterConfig,
     Policy,
@@ -40,7 +40,9 @@ from lightning_lambdapo.policy import (
 from lightning_lambdapo.rewards import AccuracyReward, Reward, as_rewards
 from lightning_lambdapo.rollout import GroupedEngine, HFEngine, RolloutConfig, RolloutEngine, SamplingConfig
 from lightning_lambdapo.rollout.sampling import row_uniforms
+from lightning_lambdapo.seeding import log_seeds, with_step_randomness
 from lightning_lambdapo.tally import Tally
+from lightning_lambdapo.updating import PolicyUpdates
 
 RewardLike = Reward | Callable[..., Any]
 _PLAIN = (
@@ -61,7 +63,7 @@ def _adamw(parameters: Iterable[Tensor]) -> Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-5)
 
 
-class LambdaPOModule(EvaluationSteps, TrainableCheckpoint, LightningModule):
+class LambdaPOModule(PolicyUpdates, EvaluationSteps, TrainableCheckpoint, LightningModule):
     r"""Reinforcement learning from verifiable rewards with pairwise, confidence-weighted advantages.
 
     One training step samples a group of ``G`` completions per prompt, rewards them, and turns rewards into advantages
@@ -150,9 +152,7 @@ class LambdaPOModule(EvaluationSteps, TrainableCheckpoint, LightningModule):
         self.seed = seed
         self.automatic_optimization = False
         self.rollout_step = 0
-        self.skipped_updates = 0
-        self._skipped_in_a_row = 0
-        self._grad_norm = 0.0
+        self.interrupts = Interrupts()
         self.reference: PreTrainedModel | None = None
         self.tokenizer = self.build_tokenizer()
         self.report = StepReport(self.algorithm, self.rewards)
@@ -196,6 +196,7 @@ class LambdaPOModule(EvaluationSteps, TrainableCheckpoint, LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """Refuse ``Trainer`` settings that cannot work, before Lightning's own check and before weights are loaded."""
         checks.check_trainer(self.trainer, adapted=self.lora is not None or self.policy_config.adapter is not None)
+        guard_checkpoints(self.trainer.strategy, self.check_checkpoint)
         return []
 
     def configure_model(self) -> None:
@@ -223,15 +224,20 @@ class LambdaPOModule(EvaluationSteps, TrainableCheckpoint, LightningModule):
 
     def on_fit_start(self) -> None:
         """Check the data against the rewards, and set up learning on the device where it runs."""
-        rows = getattr(getattr(self.trainer, "datamodule", None), "train_rows", None)
-        if rows:
+        data = getattr(self.trainer, "datamodule", None)
+        if rows := getattr(data, "train_rows", None):
             checks.check_fields(self.rewards, rows)
+        for split, length in getattr(data, "longest", {}).items():
+            checks.check_context(
+                self.causal_lm, length, self.longest_completion("train" if split == "train" else "val")
+            )
         self.learner = Learner(
             self.policy,
             self.reference,
             algorithm=self.algorithm,
             temperature=self.rollout_config.sampling.logprob_temperature,
             max_new_tokens=self.rollout_config.max_new_tokens,
+            max_tokens=self.max_tokens_per_micro_batch,
             chunk_size=self.logprob_chunk_size,
             share_prompts=self.share_prompts,
             recompute_logits=self.recompute_logits,
@@ -242,6 +248,15 @@ class LambdaPOModule(EvaluationSteps, TrainableCheckpoint, LightningModule):
         prompts = checks.check_reserve(self.rollout_config.reserve_prompts, len(batch.prompts))
         checks.check_mini_batches(self.updates_per_rollout // self.epochs_per_rollout, prompts * parallel.world_size())
 
+    def on_train_start(self) -> None:
+        """Let all ranks stop together when one is told to, and say what randomness comes from."""
+        self.interrupts.install(self.trainer)
+        log_seeds(self.trainer, sampling=self.sampling_seed)
+
+    def on_train_batch_end(self, outputs: Any, batch: PromptBatch, batch_idx: int) -> None:
+        """Stop here, after callbacks have saved what they save, where a rank was told to."""
+        self.interrupts.stop_together()
+
     def teardown(self, stage: str) -> None:
         """Stop the rewards' workers."""
         for reward in self.rewards:
@@ -249,6 +264,7 @@ class LambdaPOModule(EvaluationSteps, TrainableCheckpoint, LightningModule):
 
     # -- one training step ----------------------------------------------------------------------------------------
 
+    @with_step_randomness
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """From prompts to optimizer: sample groups, reward, compare, learn, report."""
         tally = Tally()
@@ -264,15 +280,12 @@ class LambdaPOModule(EvaluationSteps, TrainableCheckpoint, LightningModule):
             scores.valid.flatten(),
             algorithm=self.algorithm,
             mini_batches=self.updates_per_rollout // self.epochs_per_rollout,
-            max_tokens=self.max_tokens_per_micro_batch,
-            share_prompts=self.learner.share_prompts,
         )
         on_policy = self.updates_per_rollout == 1
-        old_logprobs = None if on_policy else self.learner.old_logprobs(updates, rollout, tally)
+        old_logprobs = None if on_policy else self.learner.old_logprobs(updates, self.trainer.strategy, tally)
         for update in updates * self.epochs_per_rollout:
-            self.learn(update, rollout, advantages, old_logprobs, tally)
-        tally.maximum("skipped_updates", torch.tensor(self.skipped_updates))
-        self.rollout_step += 1
+            self.learn(update, advantages, old_logprobs, tally)
+        self.rollout_step, self.updates_in_step = self.rollout_step + 1, 0
         self.report.update(batch, rollout, scores, policy_scores, advantages, tally)
         for name, value in self.report.finish(tally).items():
             self.log(f"train/{name}", value, prog_bar=name in _PROGRESS_BAR, batch_size=len(batch.prompts))
@@ -304,7 +317,10 @@ class LambdaPOModule(EvaluationSteps, TrainableCheckpoint, LightningModule):
     @torch.no_grad()
     def complete(self, batch: PromptBatch, uniforms: Tensor, sampling: SamplingConfig) -> Rollout | None:
         """Complete each prompt once for each of its rows of ``uniforms``; None without prompts; a collective."""
-        with evaluating(self.policy), parallel.gathered(self.causal_lm):
+        if batch.prompts:
+            checks.check_context(self.causal_lm, int(batch.attention_mask.sum(-1).max()), uniforms.shape[1])
+        strategy = None if self._trainer is None else self.trainer.strategy
+        with evaluating(self.policy), parallel.gathered(self.causal_lm, strategy):
             if not batch.prompts:
                 return None
             return self.engine.generate(self.causal_lm, batch, sampling=sampling, uniforms=uniforms)
@@ -321,8 +337,13 @@ class LambdaPOModule(EvaluationSteps, TrainableCheckpoint, LightningModule):
             prompt_ids=prompt_ids,
             occurrences=parallel.global_occurrences(prompt_ids),
             num_samples=settings.group_size if isinstance(settings, RolloutConfig) else settings.num_samples,
-            length=settings.max_new_tokens or self.rollout_config.max_new_tokens,
+            length=self.longest_completion(stage),
         )
+
+    def longest_completion(self, stage: str) -> int:
+        """Most new tokens of a completion, in training and elsewhere."""
+        own = None if stage == "train" else self.validation_config.max_new_tokens
+        return own or self.rollout_config.max_new_tokens
 
     def advantages(self, scores: Scores, policy_scores: Tensor) -> Tensor:
         """Advantage of each row, ``(N,)``, from rewards and policy scores, ``(B, G)`` both."""
@@ -340,56 +361,6 @@ class LambdaPOModule(EvaluationSteps, TrainableCheckpoint, LightningModule):
             valid=scores.valid,
             reward_std=parallel.global_std(scores.total[scores.valid]) if settings.scale == "batch" else None,
         ).flatten()
-
-    def learn(
-        self, update: Update, rollout: Rollout, advantages: Tensor, old_logprobs: Tensor | None, tally: Tally
-    ) -> None:
-        """Make one optimizer update of one mini-batch; without a row to learn from no parameter moves."""
-        optimizer, strategy = cast(LightningOptimizer, self.optimizers()), self.trainer.strategy
-        optimizer.zero_grad()
-        tally.ratio("lr", optimizer.param_groups[0]["lr"], 1.0)
-        tally.ratio("empty_updates", float(not update.learns), 1.0)
-        if update.learns:
-            self.learner.accumulate(
-                update,
-                rollout,
-                advantages,
-                old_logprobs,
-                strategy=strategy,
-                backward=self.manual_backward,
-                tally=tally,
-            )
-            optimizer.step()
-            if math.isfinite(self._grad_norm):
-                tally.ratio("grad_norm", self._grad_norm, 1.0)
-        else:
-            with parallel.without_grad_scaler(strategy):
-                optimizer.step()
-        scheduler = self.lr_schedulers()
-        if scheduler is not None:
-            scheduler.step()  # type: ignore[union-attr]
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clip the gradient (unscaled by now), or drop it where it is not finite."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not parameters:
-            return
-        norm = parallel.global_norm(parameters)
-        self._grad_norm = norm.item()
-        if math.isfinite(self._grad_norm):
-            self._skipped_in_a_row = 0
-            if self.max_grad_norm is not None:
-                nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
-            return
-        optimizer.zero_grad()
-        if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # a scaler looks for its scale this way
-            self.skipped_updates += 1
-            self._skipped_in_a_row += 1
-        if self._skipped_in_a_row > self.max_skipped_updates:
-            raise RuntimeError(
-                f"{self._skipped_in_a_row} updates in a row had a gradient norm of {self._grad_norm}; the policy has "
-                "diverged or its precision does not hold. Lower the learning rate, or use bf16-mixed or 32-true."
-            )
 
     # -- elsewhere -----------------------------------------------------------------------------------------------------
 

@@ -1,14 +1,16 @@
 """The one place that knows how many processes train together, and that names DDP or FSDP."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, distributed, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 
@@ -55,22 +57,23 @@ def global_std(values: Tensor) -> Tensor:
     return std.to(values)
 
 
-def micro_batch_count(local: int, strategy: Strategy) -> int:
-    """How many forward and backward passes this rank must make for an update in which ``local`` hold rows.
+def idle_passes(local: int, strategy: Strategy) -> int:
+    """How many passes through the model this rank makes beyond its own ``local`` ones; a collective under sharding.
 
-    Under sharding every pass is a collective, so all ranks make as many as the busiest one; elsewhere a rank without
-    rows still makes one, to take part in the gradient's reduction.
+    There every pass is a collective, so that all ranks make as many as the busiest one.
     """
-    if is_sharded(strategy):
-        return int(max([1, *gather_objects(local)]))
-    return max(1, local)
+    return int(max([1, *gather_objects(local)])) - local if is_sharded(strategy) else 0
+
+
+def replicates(strategy: Strategy) -> bool:
+    """True where each rank holds the whole model, and a backward pass sums gradients over ranks."""
+    return isinstance(strategy, DDPStrategy) and isinstance(strategy.model, nn.parallel.DistributedDataParallel)
 
 
 @contextmanager
-def gradient_sync(strategy: Strategy, *, last: bool) -> Iterator[None]:
-    """Let only the last backward pass of an update reduce gradients over the ranks."""
-    wait = not last and isinstance(strategy, DDPStrategy) and isinstance(strategy.model, nn.Module)
-    with strategy.model.no_sync() if wait else nullcontext():  # type: ignore[union-attr, operator]
+def local_gradients(strategy: Strategy) -> Iterator[None]:
+    """Let backward passes add to this rank's own gradients alone, where ranks hold the whole model."""
+    with strategy.model.no_sync() if replicates(strategy) else nullcontext():  # type: ignore[union-attr, operator]
         yield
 
 
@@ -96,10 +99,40 @@ def saves_shards(strategy: Strategy) -> bool:
     return isinstance(strategy, FSDPStrategy) and strategy._state_dict_type == "sharded"
 
 
-def global_norm(parameters: list[nn.Parameter]) -> Tensor:
-    """Euclidean norm of all gradients together, over shards too; a scalar."""
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None, strategy: Strategy) -> float:
+    """Scale all gradients together to a Euclidean norm of at most ``max_norm``, unless theirs is not finite.
+
+    Args:
+        parameters: those that have a gradient.
+        max_norm: None leaves the gradients as they are.
+        strategy: under ``FSDPStrategy`` the wrapped model knows which gradients are shards.
+
+    Returns:
+        The norm before clipping, over the shards of all ranks too; a collective where there are shards.
+    """
+    if isinstance(strategy, FSDPStrategy):
+        wrapped = cast(FullyShardedDataParallel, strategy.model)
+        return float(wrapped.clip_grad_norm_(math.inf if max_norm is None else max_norm))
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if max_norm is not None and math.isfinite(norm):
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return float(norm)
+
+
+def can_gather(strategy: Strategy) -> bool:
+    """False under ``FSDPStrategy``, whose full state dicts end the process on some devices (CPU, torch 2.13)."""
+    return not isinstance(strategy, FSDPStrategy)
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """All weights of ``model`` whole, on the CPU of rank 0 and an empty mapping elsewhere; a collective under FSDP2."""
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        weights: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    else:
+        weights = model.state_dict() if rank() == 0 else {}
+    return dict(weights)
 
 
 def shard(model: nn.Module, strategy: Strategy, device_mesh: Any) -> None:
@@ -120,8 +153,12 @@ def shard(model: nn.Module, strategy: Strategy, device_mesh: Any) -> None:
 
 
 @contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
+def gathered(model: nn.Module, strategy: Strategy | None) -> Iterator[None]:
     """Hold the full weights for the duration: one gathering for a whole rollout, and ranks free to differ in length."""
+    if isinstance(strategy, FSDPStrategy) and isinstance(strategy.model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(strategy.model, writeback=False):
+            yield
+        return
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in shards:
         module.set_reshard_after_forward(False, recurse=False)

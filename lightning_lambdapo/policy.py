@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -221,13 +221,26 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return tuple(sorted(ids))
 
 
-def save_policy(policy: Policy, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:
-    """Write the policy for ``from_pretrained``: the adapter alone where there is one, else the whole model."""
+def save_policy(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str | Path,
+    *,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write the policy for ``from_pretrained``: the adapter alone where there is one, else the whole model.
+
+    Args:
+        policy: what to write.
+        tokenizer: goes with it.
+        directory: where to.
+        weights: the policy's state dict, where its own tensors are shards; None takes its own.
+    """
     if isinstance(policy, PeftModel):
-        policy.save_pretrained(str(directory), selected_adapters=["default"])
+        policy.save_pretrained(str(directory), selected_adapters=["default"], state_dict=weights)
     else:
         _forget_gguf(policy)
-        policy.save_pretrained(directory)
+        policy.save_pretrained(directory, state_dict=weights)
     tokenizer.save_pretrained(directory)
 
 

@@ -19,7 +19,7 @@ class Tally:
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._counts: defaultdict[str, float] = defaultdict(float)
         self._squares: defaultdict[str, float] = defaultdict(float)
-        self._maxima: defaultdict[str, float] = defaultdict(lambda: -math.inf)
+        self._maxima: dict[str, float] = {}
 
     def mean(self, name: str, values: Tensor) -> None:
         """Tally all elements of ``values`` for their mean."""
@@ -38,23 +38,25 @@ class Tally:
     def maximum(self, name: str, values: Tensor) -> None:
         """Tally the largest element of ``values``."""
         if values.numel():
-            self._maxima[name] = max(self._maxima[name], values.max().item())
+            self._maxima[name] = max(self._maxima.get(name, -math.inf), values.max().item())
+
+    def merge(self, other: "Tally") -> None:
+        """Add all that ``other`` has tallied."""
+        for name, value in other._sums.items():
+            self.ratio(name, value, other._counts[name])
+        for name, value in other._squares.items():
+            self._squares[name] += value
+        for name, value in other._maxima.items():
+            self._maxima[name] = max(self._maxima.get(name, -math.inf), value)
 
     def reduce(self) -> dict[str, float]:
         """Statistics over all ranks, the same on each of them; a collective."""
         total = Tally()
-        for sums, counts, squares, maxima in gather_objects(
-            (dict(self._sums), dict(self._counts), dict(self._squares), dict(self._maxima))
-        ):
-            for name, value in sums.items():
-                total.ratio(name, value, counts[name])
-            for name, value in squares.items():
-                total._squares[name] += value
-            for name, value in maxima.items():
-                total._maxima[name] = max(total._maxima[name], value)
+        for part in gather_objects(self):
+            total.merge(part)
         values = {name: value / count for name, value in total._sums.items() if (count := total._counts[name])}
         for name, square in total._squares.items():
             if (count := total._counts[name]) > 1:
                 variance = (square - total._sums[name] ** 2 / count) / (count - 1)
                 values[f"{name}_std"] = math.sqrt(max(variance, 0.0))
-        return values | dict(total._maxima)
+        return values | total._maxima

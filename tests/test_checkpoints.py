@@ -61,7 +61,14 @@ def test_checkpoints_hold_what_is_trained_and_load_weights_only(base: str, tmp_p
     assert all("lora_" in name for name in trained)
     assert checkpoint["hyper_parameters"]["policy"]["model"] == base
     assert "rewards" not in checkpoint["hyper_parameters"]
-    assert checkpoint["lambdapo"] == {"version": 1, "rollout_step": 4, "skipped_updates": 0, "seed": 3}
+    assert checkpoint["lambdapo"] == {
+        "version": 1,
+        "rollout_step": 4,
+        "skipped_updates": 0,
+        "skipped_in_a_row": 0,
+        "updates_in_unfinished_step": 0,
+        "seed": 3,
+    }
     assert (tmp_path / "last.ckpt").exists()
 
 
@@ -138,18 +145,21 @@ def test_a_resumed_command_line_keeps_its_own_settings(base: str, tmp_path: Path
 def test_checkpoints_of_something_else_are_refused(base: str, tmp_path: Path) -> None:
     run(tmp_path, base, every=4, max_epochs=1, lora=AdapterConfig(r=4))
     path = tmp_path / "rollout-step=4.ckpt"
-    with pytest.raises(ValueError, match=r"for another policy: 21 trainable tensors are missing"):
+    with pytest.raises(
+        ValueError,
+        match=r"rollout-step=4.ckpt cannot be used: it is for another policy: 21 trainable tensors are missing",
+    ):
         LambdaPOModule.load_from_checkpoint(path, lora=None)
     with pytest.raises(ValueError, match=r"28 have another shape .*lora_A"):
         LambdaPOModule.load_from_checkpoint(path, lora=AdapterConfig(r=2))
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["lambdapo"]["version"] = 99
     torch.save(checkpoint, tmp_path / "newer.ckpt")
-    with pytest.raises(ValueError, match="format version 99, this release reads 1"):
+    with pytest.raises(ValueError, match=r"newer\.ckpt cannot be used: it has format version 99, this release reads 1"):
         LambdaPOModule.load_from_checkpoint(tmp_path / "newer.ckpt")
     del checkpoint["lambdapo"]
     torch.save(checkpoint, tmp_path / "foreign.ckpt")
-    with pytest.raises(ValueError, match="not a checkpoint of LambdaPOModule"):
+    with pytest.raises(ValueError, match=r"foreign\.ckpt cannot be used: this is not a checkpoint of LambdaPOModule"):
         LambdaPOModule.load_from_checkpoint(tmp_path / "foreign.ckpt")
 
 

@@ -15,8 +15,9 @@ LAYERS = [
     {"functional", "attention", "kernels"},
     {"datatypes"},
     {"rewards", "rollout", "policy", "packing", "parallel", "metrics"},
-    {"config", "scoring", "tally", "data"},
+    {"config", "scoring", "tally", "data", "checkpoint_files", "interrupts", "seeding"},
     {"checks", "checkpoints", "evaluation", "learning", "callbacks", "dynamic"},
+    {"updating"},
     {"module"},
     {"cli"},
 ]

@@ -74,11 +74,12 @@ def learn(
         algorithm=algorithm,
         temperature=TEMPERATURE,
         max_new_tokens=MAX_NEW_TOKENS,
+        max_tokens=max_tokens,
         chunk_size=chunk_size,
         share_prompts=share_prompts,
         recompute_logits=recompute_logits,
     )
-    assert learner.share_prompts == share_prompts
+    assert learner.scorer.share_prompts == share_prompts
     (update,) = plan_updates(
         batch,
         rollout,
@@ -86,14 +87,11 @@ def learn(
         valid,
         algorithm=algorithm,
         mini_batches=1,
-        max_tokens=max_tokens,
-        share_prompts=share_prompts,
     )
     tally = Tally()
     model.zero_grad()
     learner.accumulate(
         update,
-        rollout,
         advantages,
         old_logprobs,
         strategy=SingleDeviceStrategy("cpu"),
@@ -200,32 +198,21 @@ def test_junk_in_masked_positions_changes_nothing() -> None:
 def test_rows_of_zero_advantage_are_not_scored_but_counted() -> None:
     _, batch, rollout, advantages, valid = make()
     settings = AlgorithmConfig()
-    (update,) = plan_updates(
-        batch, rollout, advantages, valid, algorithm=settings, mini_batches=1, max_tokens=EVERYTHING
-    )
-    scored = sorted(row for each in update.micro_batches for row in each.rows.tolist())
-    assert scored == [0, 1, 3, 4, 5, 6, 8, 10, 11]
+    (update,) = plan_updates(batch, rollout, advantages, valid, algorithm=settings, mini_batches=1)
+    assert update.rows.tolist() == [0, 1, 3, 4, 5, 6, 8, 10, 11]
     assert update.token_count == int(rollout.lengths[valid].sum())
     assert update.row_count == 11
     assert update.learns
     logged = AlgorithmConfig(log_kl=True)
-    (update,) = plan_updates(
-        batch, rollout, advantages * 0, valid, algorithm=logged, mini_batches=1, max_tokens=EVERYTHING
-    )
-    assert sorted(row for each in update.micro_batches for row in each.rows.tolist()) == [
-        *range(9),
-        10,
-        11,
-    ]
+    (update,) = plan_updates(batch, rollout, advantages * 0, valid, algorithm=logged, mini_batches=1)
+    assert update.rows.tolist() == [*range(9), 10, 11]
     assert not update.learns
 
 
 def test_mini_batches_split_by_prompt() -> None:
     _, batch, rollout, advantages, valid = make()
-    updates = plan_updates(
-        batch, rollout, advantages, valid, algorithm=AlgorithmConfig(), mini_batches=3, max_tokens=EVERYTHING
-    )
-    rows = [sorted(row for each in update.micro_batches for row in each.rows.tolist()) for update in updates]
+    updates = plan_updates(batch, rollout, advantages, valid, algorithm=AlgorithmConfig(), mini_batches=3)
+    rows = [update.rows.tolist() for update in updates]
     assert rows == [[0, 1, 3], [4, 5, 6], [8, 10, 11]]
     assert [update.row_count for update in updates] == [4, 4, 3]
     lengths = rollout.lengths * valid
@@ -242,16 +229,15 @@ def test_mini_batches_go_by_place_in_the_global_batch(
     _, batch, rollout, advantages, valid = make()
     monkeypatch.setattr(learning, "world_size", lambda: 2)
     monkeypatch.setattr(learning, "rank", lambda: rank)
-    monkeypatch.setattr(learning, "gather_objects", lambda local: [local, [(100, 10, 1), (200, 20, 0)]])
-    updates = plan_updates(
-        batch, rollout, advantages, valid, algorithm=AlgorithmConfig(), mini_batches=2, max_tokens=EVERYTHING
-    )
-    rows = [sorted(row for each in update.micro_batches for row in each.rows.tolist()) for update in updates]
+    monkeypatch.setattr(learning, "gather_objects", lambda local: [local, [(100, 10, 1, 0), (200, 20, 0, 3)]])
+    updates = plan_updates(batch, rollout, advantages, valid, algorithm=AlgorithmConfig(), mini_batches=2)
+    rows = [update.rows.tolist() for update in updates]
     assert rows == expected
     counts = (rollout.lengths * valid).view(3, 4).sum(-1).tolist()
     first = sum(counts[:2]) if rank == 0 else counts[0]
     assert [update.token_count for update in updates] == [first + 100, sum(counts) - first + 200]
     assert [update.row_count for update in updates] == ([18, 23] if rank == 0 else [14, 27])
+    assert [update.finite for update in updates] == [True, False]
 
 
 @pytest.mark.parametrize("max_tokens", [1, 25, 60, EVERYTHING])
@@ -325,6 +311,7 @@ def test_frozen_copy_scores_the_same_before_and_after_an_update() -> None:
         algorithm=AlgorithmConfig(kl_coef=0.1),
         temperature=TEMPERATURE,
         max_new_tokens=MAX_NEW_TOKENS,
+        max_tokens=EVERYTHING,
         chunk_size=100,
     )
     (micro_batch,) = plan_micro_batches(batch, rollout, torch.arange(12), max_tokens=EVERYTHING)

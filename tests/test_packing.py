@@ -133,19 +133,20 @@ def test_an_attention_that_cannot_branch_gets_padded_rows(monkeypatch: pytest.Mo
             algorithm=AlgorithmConfig(),
             temperature=TEMPERATURE,
             max_new_tokens=MAX_NEW_TOKENS,
+            max_tokens=EVERYTHING,
             chunk_size=100,
         )
-    assert not learner.share_prompts
+    assert not learner.scorer.share_prompts
     found, _ = learn(*case, share_prompts=False)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
 def test_no_token_is_processed_twice_or_in_vain() -> None:
     _, batch, rollout, advantages, valid = make()
-    (update,) = plan_updates(
-        batch, rollout, advantages, valid, algorithm=AlgorithmConfig(), mini_batches=1, max_tokens=EVERYTHING
-    )
+    (update,) = plan_updates(batch, rollout, advantages, valid, algorithm=AlgorithmConfig(), mini_batches=1)
     moving = valid & (advantages != 0)
     prompts = int(batch.attention_mask.sum())
     completions = int((rollout.lengths[moving] - 1).sum())  # a last token predicts nothing
-    assert [each.input_ids.numel() for each in update.micro_batches] == [prompts + completions]
+    assert [each.input_ids.numel() for each in update.micro_batches(max_tokens=EVERYTHING, share_prompts=True)] == [
+        prompts + completions
+    ]

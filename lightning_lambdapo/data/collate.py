@@ -1,12 +1,14 @@
 """From rows to a left-padded batch of prompts."""
 
 import hashlib
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lightning_lambdapo.data.presets import LONE_SURROGATE
 from lightning_lambdapo.data.templates import PromptTemplate
 from lightning_lambdapo.datatypes import PromptBatch
 
@@ -42,11 +44,16 @@ class PromptCollator:
         """Text and token ids of a row's prompt.
 
         Raises:
-            ValueError: the row has no prompt, or the prompt has no tokens.
+            ValueError: the row has no prompt, or one that cannot be worded or tokenized, or has no tokens.
         """
         if "prompt" not in row:
             raise ValueError(f"A row has no 'prompt'; it has {', '.join(map(repr, row))}.")
         text = self.template.render(self.tokenizer, row["prompt"])
+        if LONE_SURROGATE.search(text):
+            raise ValueError(
+                f"The prompt {text!r} (id {row.get('prompt_id')}) has half of a surrogate pair (\\ud800 to \\udfff), "
+                "which no tokenizer takes."
+            )
         ids = self.template.encode(self.tokenizer, text)
         if not ids:
             raise ValueError(f"The prompt {text!r} (id {row.get('prompt_id')}) has no tokens.")
@@ -56,8 +63,11 @@ class PromptCollator:
         """Collate rows.
 
         Raises:
-            ValueError: as :meth:`encode`, or a prompt is longer than ``max_prompt_length``.
+            ValueError: as :meth:`encode`, there is no row, a prompt is longer than ``max_prompt_length``, or a
+                ``prompt_id`` is not a whole number of 64 bits.
         """
+        if not rows:
+            raise ValueError("There are no rows to collate.")
         texts, encoded = zip(*(self.encode(row) for row in rows), strict=True)
         for row, ids in zip(rows, encoded, strict=True):
             if len(ids) > self.max_prompt_length:
@@ -67,10 +77,7 @@ class PromptCollator:
                 )
         width = max(map(len, encoded))
         pad_id = self.tokenizer.pad_token_id or 0
-        prompt_ids = [
-            row["prompt_id"] if row.get("prompt_id") is not None else _hash(text)
-            for row, text in zip(rows, texts, strict=True)
-        ]
+        prompt_ids = [_prompt_id(row, text) for row, text in zip(rows, texts, strict=True)]
         return PromptBatch(
             input_ids=torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in encoded]),
             # From lengths, not from the padding id, which may be a token of the prompt.
@@ -81,6 +88,21 @@ class PromptCollator:
             references=[row.get("reference") for row in rows],
             columns=[{name: value for name, value in row.items() if name not in _OWN} for row in rows],
         )
+
+
+def _prompt_id(row: Mapping[str, Any], text: str) -> int:
+    given = row.get("prompt_id")
+    if given is None:
+        return _hash(text)
+    try:
+        number = operator.index(given)
+    except TypeError:
+        number = 2**63
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(
+            f"A `prompt_id` must be a whole number of 64 bits, and that of {text!r:.80} is not; leave it out."
+        )
+    return number
 
 
 def _hash(text: str) -> int:

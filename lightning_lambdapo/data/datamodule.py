@@ -40,6 +40,7 @@ class LambdaPODataModule(LightningDataModule):
 
     Attributes:
         dropped: number of over-long prompts left out, by split.
+        longest: tokens of the longest prompt that was kept, by split.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class LambdaPODataModule(LightningDataModule):
         self.shuffle = shuffle
         self.num_workers = num_workers
         self.dropped: dict[str, int] = {}
+        self.longest: dict[str, int] = {}
         self._rows: dict[str, list[Row]] = {}
         self._fingerprint = ""
 
@@ -83,6 +85,14 @@ class LambdaPODataModule(LightningDataModule):
     def train_rows(self) -> list[Row]:
         """The training problems, once ``setup`` has run."""
         return self._rows.get("train", [])
+
+    @property
+    def seeds(self) -> dict[str, int]:
+        """Of the order of training prompts, and of each source that is generated."""
+        generated = {
+            f"data_{name}": source.seed for name, source in self.sources.items() if source and source.generated
+        }
+        return {"data_order": self.seed} | generated
 
     def setup(self, stage: str) -> None:
         """Load the stage's sources, and drop what is too long.
@@ -145,7 +155,9 @@ class LambdaPODataModule(LightningDataModule):
     def _load(self, split: str, source: DataSource) -> list[Row]:
         collator = self._collator()
         rows = load_rows(source)
-        kept = [row for row in rows if len(collator.encode(row)[1]) <= self.max_prompt_length]
+        lengths = [len(collator.encode(row)[1]) for row in rows]
+        kept = [row for row, length in zip(rows, lengths, strict=True) if length <= self.max_prompt_length]
+        self.longest[split] = max((length for length in lengths if length <= self.max_prompt_length), default=0)
         self.dropped[split] = len(rows) - len(kept)
         if not kept:
             raise ValueError(

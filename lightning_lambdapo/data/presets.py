@@ -1,7 +1,9 @@
 """Named column mappings of public datasets, as plain data and small pure functions."""
 
 import hashlib
+import math
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +12,8 @@ from lightning_lambdapo.rewards.extraction import marked_answer
 
 Fields = dict[str, Any]
 _LETTERS = "ABCDEFGHIJ"
+
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class RowError(ValueError):
@@ -50,31 +54,61 @@ def text_of(value: object) -> str | None:
         return None
     if isinstance(value, bool | str):
         return str(value).strip()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RowError(f"an answer or reference must be text or a finite number, got {value}")
     if isinstance(value, int | float):
-        return str(int(value)) if value == int(value) else str(value)
-    raise RowError(f"an answer or reference must be text or a number, got {value!r:.80}")
+        try:
+            return str(int(value)) if value == int(value) else str(value)
+        except ValueError as error:  # Python writes no integer of more than 4300 digits
+            raise RowError("an answer or reference is a number with thousands of digits; write it as text") from error
+    raise RowError(f"an answer or reference must be text or a number, got {reprlib.repr(value)}")
+
+
+def is_chat(value: object) -> bool:
+    """Whether a value is a list of chat messages with text as content, and as role where there is one.
+
+    Example:
+        >>> is_chat([{"role": "user", "content": "1+1"}]), is_chat([]), is_chat([{"content": None}])
+        (True, False, False)
+    """
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(item, dict) and isinstance(item.get("content"), str) and isinstance(item.get("role", ""), str)
+            for item in value
+        )
+    )
+
+
+def _text(values: Mapping[str, Any], name: str) -> str:
+    value = values.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise RowError(f"its {name!r} must be a non-empty text, got {reprlib.repr(value)}")
+    return value
 
 
 def _gsm8k(fields: Fields, row: Mapping[str, Any]) -> Fields:
-    solution = str(fields["answer"])
+    solution = _text(fields, "answer")
     if "####" not in solution:
         raise RowError(f"its solution has no final line '#### answer': {solution[-60:]!r}")
     return {
         "prompt": fields["prompt"],
         "answer": solution.rpartition("####")[2].replace(",", "").strip(),
-        "reference": re.sub(r"<<.*?>>", "", solution),
+        "reference": re.sub(r"<<[^<>\n]*>>", "", solution),
     }
 
 
 def _boxed_solution(fields: Fields, row: Mapping[str, Any]) -> Fields:
-    answer = marked_answer(str(fields["reference"]), "boxed")
+    answer = marked_answer(_text(fields, "reference"), "boxed")
     if answer is None:
         raise RowError("its solution has no \\boxed{...}")
     return fields | {"answer": answer}
 
 
 def _chat(fields: Fields, row: Mapping[str, Any]) -> Fields:
-    texts = {message["role"]: message["content"] for message in reversed(fields["prompt"])}
+    messages = fields["prompt"]
+    texts = {message.get("role"): message["content"] for message in reversed(messages if is_chat(messages) else [])}
     if not {"user", "assistant"} <= texts.keys():
         raise RowError("its messages have no user and assistant turn")
     solution = texts["assistant"]
@@ -85,32 +119,34 @@ def _choices(fields: Fields, row: Mapping[str, Any]) -> Fields:
     choices, answer = fields["choices"], fields.get("answer")
     if isinstance(choices, Mapping):  # {"text": [...], "label": [...]}
         choices = choices.get("text")
-    if not isinstance(choices, list) or not 2 <= len(choices) <= len(_LETTERS):
-        raise RowError(f"its choices must be a list of 2 to {len(_LETTERS)} texts, got {choices!r:.80}")
-    if isinstance(answer, int) and 0 <= answer < len(choices):
+    plain = isinstance(choices, list) and all(isinstance(choice, str | int | float) for choice in choices)
+    if not plain or not 2 <= len(choices) <= len(_LETTERS):
+        raise RowError(f"its choices must be a list of 2 to {len(_LETTERS)} texts, got {reprlib.repr(choices)}")
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
         letter = _LETTERS[answer]
     elif isinstance(answer, str) and answer.strip("() ") in tuple(_LETTERS[: len(choices)]):
         letter = answer.strip("() ")
     elif answer in choices:
         letter = _LETTERS[choices.index(answer)]
     else:
-        raise RowError(f"its answer {answer!r:.80} is neither an index, a letter nor the text of a choice")
-    return fields | {"prompt": _question(fields["prompt"], choices), "answer": letter}
+        raise RowError(f"its answer {reprlib.repr(answer)} is neither an index, a letter nor the text of a choice")
+    return fields | {"prompt": _question(_text(fields, "prompt"), choices), "answer": letter}
 
 
 def _gpqa(fields: Fields, row: Mapping[str, Any]) -> Fields:
-    right = row["Correct Answer"]
-    choices = [right, *(row[f"Incorrect Answer {number}"] for number in (1, 2, 3))]
+    right = _text(row, "Correct Answer")
+    choices = [right, *(_text(row, f"Incorrect Answer {number}") for number in (1, 2, 3))]
     # A fixed order that depends on question and choice alone, not on a random state.
-    choices.sort(key=lambda choice: hashlib.blake2b(f"{fields['prompt']}\0{choice}".encode()).digest())
+    question = _text(fields, "prompt")
+    choices.sort(key=lambda choice: hashlib.blake2b(f"{question}\0{choice}".encode("utf-8", "surrogatepass")).digest())
     return fields | {
-        "prompt": _question(fields["prompt"], [choice.strip() for choice in choices]),
+        "prompt": _question(question, [choice.strip() for choice in choices]),
         "answer": _LETTERS[choices.index(right)],
     }
 
 
 def _lettered_options(fields: Fields, row: Mapping[str, Any]) -> Fields:
-    return fields | {"prompt": f"{fields['prompt']}\n{row['options']}"}
+    return fields | {"prompt": f"{_text(fields, 'prompt')}\n{_text(row, 'options')}"}
 
 
 def _question(question: str, choices: list[Any]) -> str:

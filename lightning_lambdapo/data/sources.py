@@ -2,12 +2,14 @@
 
 import json
 import random
+import reprlib
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from lightning_lambdapo.data.presets import PRESETS, Preset, RowError, text_of
+from lightning_lambdapo.data.presets import LONE_SURROGATE, PRESETS, Preset, RowError, is_chat, text_of
 
 Row = dict[str, Any]
 
@@ -57,7 +59,7 @@ class DataSource:
                 f"A data source needs exactly one origin, got {' and '.join(origins) or 'none'}; give `path`, "
                 "`dataset`, `task` or a `preset`."
             )
-        generated = self.task is not None or self.preset == "arithmetic"
+        generated = self.generated
         if generated and self.task is not None and self.preset is not None:
             raise ValueError(f"`task` ({self.task}) takes no `preset` ({self.preset}); drop one of them.")
         if self.preset == "arithmetic" and origins:
@@ -82,6 +84,11 @@ class DataSource:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
 
     @property
+    def generated(self) -> bool:
+        """True where problems are made from a seed rather than read."""
+        return self.task is not None or self.preset == "arithmetic"
+
+    @property
     def name(self) -> str:
         """What messages call this source."""
         return self.path or self.dataset or self.task or str(self.preset)
@@ -104,7 +111,7 @@ def load_rows(source: DataSource) -> list[Row]:
         rows = _numbered(_reasoning_gym_rows(source))
     else:
         preset = PRESETS[source.preset] if source.preset is not None else Preset()
-        raw = _jsonl_rows(Path(source.path).expanduser()) if source.path is not None else _hub_rows(source, preset)
+        raw = _jsonl_rows(source.path) if source.path is not None else _hub_rows(source, preset)
         rows = (_convert(row, index, where, source, preset) for index, (where, row) in enumerate(raw))
     kept = [row for _, row in zip(range(source.limit), rows, strict=False)] if source.limit else list(rows)
     if not kept:
@@ -185,21 +192,29 @@ def _reasoning_gym_rows(source: DataSource) -> list[Row]:
     ]
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _jsonl_rows(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
-        file = path.open("rb")
-    except OSError as error:
-        raise ValueError(f"The data file {path} cannot be read: {error.strerror}.") from error
+        file = Path(path).expanduser().open("rb")
+    except (OSError, ValueError, RuntimeError) as error:  # null bytes; no home directory
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"The data file {path!r} cannot be read: {reason}.") from error
     with file:
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}"
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"))
-            except ValueError as error:  # JSON and UTF-8 errors are both ValueErrors
+                row = json.loads(line.decode("utf-8-sig"))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise ValueError(
                     f"{where} is not valid JSON: {error}. Each line must hold one whole object."
+                ) from error
+            except RecursionError as error:
+                raise ValueError(f"{where} is nested too deeply to be read; flatten it.") from error
+            except ValueError as error:
+                raise ValueError(
+                    f"{where} holds a whole number of more than {sys.get_int_max_str_digits()} digits; write it as "
+                    "text."
                 ) from error
             if not isinstance(row, dict):
                 raise ValueError(f"{where} holds {type(row).__name__}, not an object with named columns.")
@@ -244,7 +259,11 @@ def _convert(row: Mapping[str, Any], index: int, where: str, source: DataSource,
 
 def _prompt_of(value: object) -> str | list[dict[str, str]]:
     if isinstance(value, str) and value.strip():
-        return value
-    if isinstance(value, list) and value and all(isinstance(item, dict) and "content" in item for item in value):
-        return value
-    raise RowError(f"the prompt must be a non-empty text or a list of chat messages, got {value!r:.80}")
+        texts = [value]
+    elif isinstance(value, list) and is_chat(value):
+        texts = [message["content"] for message in value]
+    else:
+        raise RowError(f"the prompt must be a non-empty text or a list of chat messages, got {reprlib.repr(value)}")
+    if any(map(LONE_SURROGATE.search, texts)):
+        raise RowError("the prompt has half of a surrogate pair (\\ud800 to \\udfff), which no tokenizer takes")
+    return cast(str | list[dict[str, str]], value)

@@ -1,9 +1,13 @@
 """How a problem becomes the text that the policy sees."""
 
+import reprlib
 from dataclasses import dataclass, field
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from lightning_lambdapo.data.presets import is_chat
 
 Messages = list[dict[str, str]]
 
@@ -36,13 +40,19 @@ class PromptTemplate:
             prompt: a problem, which goes into ``user``, or whole chat messages, which are taken as they are.
 
         Raises:
-            ValueError: ``chat=True`` with a tokenizer that has no chat template.
+            ValueError: a prompt that is neither, messages that the chat template refuses, or ``chat=True`` with a
+                tokenizer that has no chat template.
         """
         messages = self._messages(prompt)
         if self.uses_chat(tokenizer):
-            return str(
-                tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self.chat_kwargs)
-            )
+            try:
+                return str(
+                    tokenizer.apply_chat_template(
+                        messages, tokenize=False, add_generation_prompt=True, **self.chat_kwargs
+                    )
+                )
+            except TemplateError as error:
+                raise ValueError(f"The tokenizer's chat template refuses {reprlib.repr(messages)}: {error}") from error
         return "\n\n".join(message["content"] for message in messages)
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -64,8 +74,10 @@ class PromptTemplate:
         return has_template if self.chat is None else self.chat
 
     def _messages(self, prompt: str | Messages) -> Messages:
+        if not isinstance(prompt, str) and not is_chat(prompt):
+            raise ValueError(f"A prompt must be a text or a list of chat messages, got {reprlib.repr(prompt)}.")
         turns = (
-            prompt if isinstance(prompt, list) else [{"role": "user", "content": self.user.replace("{prompt}", prompt)}]
+            [{"role": "user", "content": self.user.replace("{prompt}", prompt)}] if isinstance(prompt, str) else prompt
         )
         if self.system is None or turns[0].get("role") == "system":
             return turns

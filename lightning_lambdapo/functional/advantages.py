@@ -6,6 +6,7 @@ the published description). LambdaRank: Burges 2010, MSR-TR-2010-82. GRPO: arXiv
 """
 
 import math
+import sys
 from typing import Literal, get_args
 
 import torch
@@ -98,7 +99,7 @@ def pairwise_weights(
 
     Raises:
         ValueError: unknown names, unlike shapes, fewer than two rollouts, a temperature that is not above 0, or a
-            reward or score that is not finite in a valid place.
+            reward or score in a valid place that is not finite or is too large to be squared.
 
     Example:
         >>> pairwise_weights(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]]), temperature=1.0)
@@ -192,7 +193,8 @@ def group_advantages(rewards: Tensor, *, estimator: GroupEstimator, valid: Tenso
         ``(B, G)``; exact zeros for groups of equal rewards or with fewer than two valid rows.
 
     Raises:
-        ValueError: unknown estimator, unlike shapes, fewer than two rollouts, a valid reward that is not finite.
+        ValueError: unknown estimator, unlike shapes, fewer than two rollouts, a valid reward that is not finite or is
+            too large to be squared.
 
     Example:
         >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), estimator="rloo")
@@ -212,7 +214,7 @@ def group_advantages(rewards: Tensor, *, estimator: GroupEstimator, valid: Tenso
 def check_weighting(weighting: Weighting, temperature: Temperature) -> None:
     """Raise ``ValueError`` for settings that :func:`pairwise_weights` refuses."""
     check_choice("weighting", weighting, get_args(Weighting))
-    if temperature != "group_std" and (isinstance(temperature, str) or not 0 < temperature < math.inf):
+    if temperature != "group_std" and (isinstance(temperature, str) or not 0 < temperature <= sys.float_info.max):
         raise ValueError(f'`temperature` must be a finite number above 0 or "group_std", got {temperature!r}.')
 
 
@@ -225,16 +227,20 @@ def _prepare(rewards: Tensor, scores: Tensor, valid: Tensor | None) -> tuple[Ten
         raise ValueError(f"`group_size` must be at least 2, got {rewards.shape[1]}; a pairwise advantage needs a peer.")
     dtype = torch.float64 if torch.float64 in (rewards.dtype, scores.dtype) else torch.float32
     valid = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid.bool()
+    largest = torch.finfo(dtype).max ** 0.5 / 1000  # standard deviations sum squares over a batch
     prepared = []
     for name, values in (("rewards", rewards), ("scores", scores)):
         kept = torch.where(valid, values.to(dtype), 0.0)
-        bad = ~kept.isfinite()
+        bad = ~(kept.abs() <= largest)  # NaN too
         if bad.any():
             place = tuple(bad.nonzero()[0].tolist())
-            raise ValueError(
-                f"`{name}` must be finite where valid, got {kept[place].item()} at {place}; mark a row that has none "
-                "as invalid."
+            value = kept[place].item()
+            advice = (
+                f"its square does not fit {dtype}, keep it below {largest:.0e}"
+                if math.isfinite(value)
+                else "mark a row that has none as invalid"
             )
+            raise ValueError(f"`{name}` must be finite where valid, got {value} at {place}; {advice}.")
         prepared.append(kept)
     return prepared[0], prepared[1], valid
 
@@ -258,7 +264,7 @@ def _weights(rewards: Tensor, scores: Tensor, valid: Tensor, weighting: Weightin
 
 def _tau(scores: Tensor, valid: Tensor, temperature: Temperature) -> Tensor | float:
     if temperature != "group_std":
-        return max(temperature, torch.finfo(scores.dtype).tiny)  # 0 / 0 where the type would round it to 0
+        return max(float(temperature), torch.finfo(scores.dtype).tiny)  # 0 / 0 where the type would round it to 0
     deviations = scores - masked_mean(scores, valid, -1).unsqueeze(-1)
     std = masked_mean(deviations.square(), valid, -1).sqrt()
     return std.clamp(min=_TEMPERATURE_EPS)[:, None, None]

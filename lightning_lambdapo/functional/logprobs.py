@@ -1,6 +1,6 @@
 """Token log-probabilities without ever holding all logits at once."""
 
-import math
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -31,7 +31,7 @@ def logprobs_from_logits(logits: Tensor, targets: Tensor, *, temperature: float 
         >>> logprobs_from_logits(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
         tensor([-0.6931])
     """
-    _check_temperature(temperature)
+    temperature = _checked_temperature(temperature)
     if logits.shape[:-1] != targets.shape:
         raise ValueError(f"`logits` must be `targets`' shape and (V,), got {(*logits.shape,)} and {(*targets.shape,)}.")
     scaled = at_least_float32(logits) / temperature
@@ -81,7 +81,7 @@ def chunked_logprobs(
         >>> chunked_logprobs(hidden, torch.tensor([0, 0]), lambda h: h, chunk_size=1)[0]
         tensor([-0.3133, -1.3133])
     """
-    _check_temperature(temperature)
+    temperature = _checked_temperature(temperature)
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}.")
     if hidden.ndim != 2 or targets.shape != hidden.shape[:1]:
@@ -176,8 +176,9 @@ def entropy_from_softmax(logits: Tensor, probabilities: Tensor, normaliser: Tens
     return entropy
 
 
-def _check_temperature(temperature: float) -> None:
-    if not 0 < temperature < math.inf:
+def _checked_temperature(temperature: float) -> float:
+    if not 0 < temperature <= sys.float_info.max:
         raise ValueError(
             f"`temperature` must be a finite number above 0, got {temperature}; sampling's divides logits."
         )
+    return float(temperature)  # torch divides by no integer beyond 64 bits

@@ -22,6 +22,8 @@ Level = Literal["token", "sequence"]
 KLEstimator = Literal["k1", "k2", "k3"]
 Aggregation = Literal["token", "sequence", "constant"]
 
+_LARGEST_LOG_RATIO = 60.0
+
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
@@ -59,7 +61,7 @@ def policy_loss(
 ) -> LossOutput:
     r"""Loss of a part of an optimizer step; with the whole step's counts, the parts' losses add up to the step's.
 
-    Per token, with :math:`r = \exp(\log \pi - \log \pi_{old})`:
+    Per token, with :math:`r = \exp(\log \pi - \log \pi_{old})`, at most :math:`e^{60}`:
 
     .. math:: -\min(r A, clip(r, 1 - \epsilon_{low}, 1 + \epsilon_{high}) A) + \beta\, kl
 
@@ -129,7 +131,8 @@ def policy_loss(
     log_ratio = logprobs - _keep(old_logprobs, mask).detach()
     if level == "sequence":
         log_ratio = masked_mean(log_ratio, mask, -1).unsqueeze(-1).expand_as(log_ratio)
-    ratio = log_ratio.exp()
+    # An infinite ratio times 0, a zero advantage or the gradient of what is clipped, would be NaN.
+    ratio = log_ratio.clamp(max=_LARGEST_LOG_RATIO).exp()
     weight = _keep(advantages.detach().unsqueeze(-1).expand_as(mask), mask)
     surrogate = ratio * weight
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * weight

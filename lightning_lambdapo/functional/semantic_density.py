@@ -107,7 +107,9 @@ def _density_update(generated: Sequence[str], reference: Sequence[str], *, kind:
     if kind == "rouge_l":
         from rapidfuzz.distance import LCSseq
 
-        return LCSseq.similarity(generated, reference), len(generated), len(reference)
+        ids: dict[str, int] = {}  # rapidfuzz compares hashes, and those of "" and "\0" are alike
+        numbered = [[ids.setdefault(token, len(ids)) for token in tokens] for tokens in (generated, reference)]
+        return LCSseq.similarity(*numbered), len(generated), len(reference)
     ours, theirs = _ngrams(generated, n), _ngrams(reference, n)
     return (ours & theirs).total(), ours.total(), theirs.total()
 
@@ -117,9 +119,12 @@ def _density_compute(overlap: int, generated_size: int, reference_size: int, *, 
     if overlap == 0:
         return SemanticDensityScore(0.0, 0.0, 0.0)
     precision, recall = overlap / generated_size, overlap / reference_size
-    f = (1 + beta**2) * precision * recall / (beta**2 * precision + recall)
+    square = min(beta * beta, 1e300)  # F is the recall long before, and infinity / infinity is NaN
+    f = (1 + square) * precision * recall / (square * precision + recall)
     return SemanticDensityScore(precision, recall, f)
 
 
 def _ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
+    if n > len(tokens):
+        return Counter()
     return Counter(zip(*(tokens[start:] for start in range(n)), strict=False))

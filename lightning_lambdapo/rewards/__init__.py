@@ -5,7 +5,7 @@ from lightning_lambdapo.rewards.base import FunctionReward, Reward, RewardInputs
 from lightning_lambdapo.rewards.formatting import FormatReward
 from lightning_lambdapo.rewards.length import LengthPenalty
 from lightning_lambdapo.rewards.semantic_density import SemanticDensityReward
-from lightning_lambdapo.rewards.verifier import MathVerifier
+from lightning_lambdapo.rewards.verifier import MathVerifier, Verdict
 
 __all__ = [
     "AccuracyReward",
@@ -16,6 +16,7 @@ __all__ = [
     "Reward",
     "RewardInputs",
     "SemanticDensityReward",
+    "Verdict",
     "as_rewards",
     "score",
 ]

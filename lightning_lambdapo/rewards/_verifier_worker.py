@@ -1,23 +1,34 @@
-"""The program of one math-verify worker process; :mod:`lightning_lambdapo.rewards.verifier` runs it as a script.
+"""The program of one math-verify worker; :mod:`lightning_lambdapo.rewards.verifier` runs it as a script.
 
-It reads requests ``{"gold": ..., "answer": ...}``, a JSON line each, and answers every one with ``{"equal": true}``,
-``false`` or ``null`` (it failed). Only LaTeX is parsed: math-verify's route for plain expressions goes through
-``eval``. Its own timeouts (SIGALRM) are off, because the parent kills this process at the deadline. Nothing of this
-package is imported, so that a worker starts fast and holds no copy of torch.
+It imports math-verify once, says ``{"ready": true}``, and answers every request ``{"gold": ..., "answer": ...}``, a
+JSON line each, with one ``{"verdict": ...}``: ``equal``, ``different``, ``failed``, ``timeout`` or ``died``. The
+comparing is done by a forked child, which costs a millisecond to replace. A timer of the child's own CPU time kills it
+at the deadline, even inside C code. The first process stays out of harm's way: it hands requests over, says what became
+of them, and ends with its input.
+
+Only LaTeX is parsed: math-verify's route for plain expressions goes through ``eval``. Its own timeouts (SIGALRM) are
+off. Nothing of this package is imported, so that a worker starts fast and holds no copy of torch.
 """
 
+import gc
 import json
 import logging
-import math
 import os
+import selectors
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+Comparison = Callable[[str, str], bool]
 
-def load_verifier() -> Callable[[str, str], bool]:
+_OUT_OF_MEMORY = 3  # exit code of a child; a fresh one is safer than one that ran out of memory
+_CAN_FORK = hasattr(os, "fork") and hasattr(signal, "setitimer")
+
+
+def load_verifier() -> Comparison:
     """Import math-verify (0.5 to 1 s) and return the comparison of a gold answer with an answer."""
     logging.disable(logging.CRITICAL)
     from math_verify import LatexExtractionConfig, parse, verify
@@ -31,56 +42,140 @@ def load_verifier() -> Callable[[str, str], bool]:
     def equal(gold: str, answer: str) -> bool:
         return bool(verify(read(gold), read(answer), timeout_seconds=None, raise_on_error=True))
 
+    equal(r"\frac{\sqrt{8}}{2}", r"\sqrt{2}")  # what is loaded lazily, children find loaded
     return equal
 
 
-def limit_memory(megabytes: int) -> None:
-    """Bound the address space, where the platform can."""
-    with suppress(ImportError, OSError, ValueError):
+def limit(name: str, value: int) -> None:
+    """Bound a resource for good, where the platform can."""
+    with suppress(ImportError, AttributeError, OSError, ValueError):
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (megabytes * 2**20, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        resource.setrlimit(getattr(resource, name), (value, value))
 
 
-def limit_cpu(seconds: float) -> None:
-    """Let the process die ``seconds`` of CPU time from now: the end of a request whose parent was killed meanwhile."""
-    with suppress(ImportError, OSError, ValueError):
-        import resource
+def read_line(source: int) -> bytes:
+    """The next line, unbuffered; empty at the end of input. The other side waits for an answer before the next one."""
+    line = b""
+    while not line.endswith(b"\n"):
+        try:
+            chunk = os.read(source, 65536)
+        except ConnectionResetError:
+            chunk = b""
+        if not chunk:
+            return b""
+        line += chunk
+    return line
 
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        soft = math.ceil(used.ru_utime + used.ru_stime + seconds) + 1
-        resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+
+def write_verdict(sink: int, verdict: str) -> None:
+    """Answer a request."""
+    os.write(sink, json.dumps({"verdict": verdict}).encode("ascii") + b"\n")
 
 
-def main(deadline: float, memory_limit_mb: int) -> None:
+def compare(equal: Comparison, gold: str, answer: str, deadline: float) -> str:
+    """The verdict on one request; the process dies of SIGPROF at the deadline."""
+    if _CAN_FORK:
+        signal.setitimer(signal.ITIMER_PROF, deadline)
+    try:
+        return "equal" if equal(gold, answer) else "different"
+    except MemoryError:
+        os._exit(_OUT_OF_MEMORY)
+    except BaseException:
+        return "failed"
+    finally:
+        if _CAN_FORK:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def serve(equal: Comparison, source: int, sink: int, deadline: float) -> None:
+    """Answer requests until there are no more."""
+    while line := read_line(source):
+        request = json.loads(line)
+        write_verdict(sink, compare(equal, request["gold"], request["answer"], deadline))
+
+
+class Child:
+    """A forked process that serves, and the channel to it."""
+
+    def __init__(self, equal: Comparison, deadline: float, not_its_business: tuple[int, ...]) -> None:
+        self.channel, other_end = socket.socketpair()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                self.channel.close()
+                for descriptor in not_its_business:
+                    os.close(descriptor)
+                serve(equal, other_end.fileno(), other_end.fileno(), deadline)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        other_end.close()
+        self.status: int | None = None
+
+    def ended(self) -> bool:
+        """Whether it has died, without waiting."""
+        if self.status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.status = status if pid else None
+        return self.status is not None
+
+    def reap(self) -> str:
+        """What its death means for the request it was working on."""
+        self.channel.close()
+        if self.status is None:
+            self.status = os.waitpid(self.pid, 0)[1]
+        code = os.waitstatus_to_exitcode(self.status)
+        return {-signal.SIGPROF: "timeout", _OUT_OF_MEMORY: "failed"}.get(code, "died")
+
+
+def supervise(equal: Comparison, requests: int, replies: int, deadline: float) -> None:
+    """Hand requests to a child, and replace it when it dies. Every request gets exactly one reply."""
+    child: Child | None = None
+    while request := read_line(requests):
+        if child is not None and child.ended():
+            child.reap()  # died while idle: no request is to blame
+            child = None
+        child = child or Child(equal, deadline, (requests, replies))
+        with suppress(OSError):  # it has just died; reading says so
+            child.channel.sendall(request)
+        with selectors.DefaultSelector() as selector:
+            selector.register(child.channel, selectors.EVENT_READ)
+            selector.register(requests, selectors.EVENT_READ)
+            if all(key.fileobj == requests for key, _ in selector.select()):
+                break  # nobody waits for the reply any more
+        if reply := read_line(child.channel.fileno()):
+            os.write(replies, reply)
+        else:
+            write_verdict(replies, child.reap())
+            child = None
+    if child is not None and not child.ended():
+        os.kill(child.pid, signal.SIGKILL)
+        child.reap()
+
+
+def main(deadline: float, memory_limit_mb: int, load: Callable[[], Comparison] = load_verifier) -> None:
     """Serve until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="ascii")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a library that prints cannot break the protocol
-
-    def reply(**message: Any) -> None:
-        replies.write(json.dumps(message) + "\n")
-        replies.flush()
-
+    requests, replies, nothing = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0)
+    os.dup2(nothing, 1)  # a library that prints cannot break the protocol
+    limit("RLIMIT_AS", memory_limit_mb * 2**20)
     try:
-        limit_memory(memory_limit_mb)
-        equal = load_verifier()
+        equal = load()
     except Exception as error:
-        reply(error=f"{type(error).__name__}: {error}")
+        os.write(replies, json.dumps({"error": f"{type(error).__name__}: {error}"}).encode("ascii") + b"\n")
         return
-    reply(ready=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        limit_cpu(2 * deadline)
-        try:
-            verdict = equal(request["gold"], request["answer"])
-        except MemoryError:
-            reply(equal=None)
-            return  # a fresh process is safer than one that ran out of memory
-        except BaseException:
-            reply(equal=None)
-        else:
-            reply(equal=verdict)
+    sys.dont_write_bytecode = True
+    limit("RLIMIT_CORE", 0)
+    limit("RLIMIT_FSIZE", 0)
+    limit("RLIMIT_NOFILE", 64)
+    if _CAN_FORK:
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
+        gc.freeze()  # a collection in a child would copy every page of the modules
+    os.write(replies, b'{"ready": true}\n')
+    (supervise if _CAN_FORK else serve)(equal, requests, replies, deadline)
 
 
 if __name__ == "__main__":

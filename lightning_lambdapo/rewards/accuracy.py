@@ -1,6 +1,7 @@
 """Whether the final answer is right."""
 
 import re
+from collections import Counter
 from typing import get_args
 
 from lightning_lambdapo.rewards.base import Reward, RewardInputs
@@ -14,10 +15,11 @@ from lightning_lambdapo.rewards.extraction import (
     marked_answer,
     trailing_letter,
 )
-from lightning_lambdapo.rewards.verifier import MathVerifier
+from lightning_lambdapo.rewards.verifier import MathVerifier, Verdict
 
 _MAX_CHARACTERS = 512
 _MIN_VERIFICATIONS = 20
+_FAILURES = (Verdict.FAILED, Verdict.TIMEOUT, Verdict.UNDECIDED)
 _GOLD_LETTER = re.compile(r"\(?([A-J])\)?")
 _WORD = re.compile(r"[^\W\d_]{4}")
 
@@ -27,11 +29,14 @@ class AccuracyReward(Reward):
 
     :func:`~lightning_lambdapo.rewards.extraction.final_answer` finds the final answer. It is compared as a cleaned
     string, then as an exact number (grouped digits, decimals, percentages, fractions, units), and what neither decides
-    goes to math-verify in a worker process that is killed at the deadline. Gold answers may be worked solutions that
-    end in ``#### N``, ``\boxed{N}`` or ``<answer>N</answer>``.
+    goes to math-verify in a worker process, where it is killed at the deadline. Gold answers may be worked solutions
+    that end in ``#### N``, ``\boxed{N}`` or ``<answer>N</answer>``.
 
     Answers that cannot be judged safely (over 512 characters, numbers over 64 digits, exponents over four digits, power
-    towers) and those on which math-verify fails count as wrong.
+    towers, factorials of large numbers, brackets nested over 20 deep) count as wrong, and so do those on which
+    math-verify fails or uses up its deadline. A row that it did not get to, because the time for the whole batch was
+    over (see :class:`~lightning_lambdapo.rewards.verifier.MathVerifier`), is not applicable. A verdict that rests on a
+    timeout is the one thing that may differ between two runs on the same machine.
 
     Args:
         weight: coefficient in the total.
@@ -39,9 +44,9 @@ class AccuracyReward(Reward):
         answer_format: where the final answer stands: ``"boxed"``, ``"hash"`` (``#### x``), ``"tag"``
             (``<answer>x</answer>``), ``"letter"`` (multiple choice, A to J), or ``"auto"``: the last of those marks or
             of "the answer is x", else the last number; letters where the gold answer is one.
-        deadline: seconds that math-verify gets for one answer.
+        deadline: CPU seconds that math-verify gets for one answer.
         workers: math-verify processes.
-        max_failure_rate: largest share of verifications that may fail, once there were 20.
+        max_failure_rate: largest share of verifications that may fail, time out or stay undecided, once there were 20.
 
     Raises:
         ValueError: a setting out of range.
@@ -60,6 +65,7 @@ class AccuracyReward(Reward):
     """
 
     requires = ("answers",)
+    timeout = None  # the verifier has deadlines of its own, by the row
 
     def __init__(
         self,
@@ -121,7 +127,9 @@ class AccuracyReward(Reward):
     def statistics(self) -> dict[str, float]:
         """Of the last call: ``verifier_failure_share`` of the rows that went to math-verify, where any did.
 
-        And ``refused_share``, rows whose answer was too long or too costly to judge, where there were any.
+        Failures include timeouts and undecided rows, whose own shares are ``verifier_timeout_share`` and
+        ``verifier_undecided_share``, where there were any. And ``refused_share`` of all rows, those whose answer was
+        too long or too costly to judge, where there were any.
         """
         return dict(self._statistics)
 
@@ -144,19 +152,22 @@ class AccuracyReward(Reward):
         """Fill in what only math-verify can tell."""
         if not hard:
             return
-        failed_rows = 0
+        counts: Counter[Verdict] = Counter()
         for rows, verdict in zip(hard.values(), self.verifier.verify(list(hard)), strict=True):
             self._verified += 1
-            self._failed += verdict is None
-            failed_rows += len(rows) if verdict is None else 0
+            self._failed += verdict in _FAILURES
+            counts[verdict] += len(rows)
             for row in rows:
-                verdicts[row] = float(verdict or False)
-        self._statistics["verifier_failure_share"] = failed_rows / sum(map(len, hard.values()))
+                verdicts[row] = None if verdict is Verdict.UNDECIDED else float(verdict is Verdict.EQUAL)
+        self._statistics["verifier_failure_share"] = sum(counts[verdict] for verdict in _FAILURES) / counts.total()
+        for verdict in (Verdict.TIMEOUT, Verdict.UNDECIDED):
+            if counts[verdict]:
+                self._statistics[f"verifier_{verdict}_share"] = counts[verdict] / counts.total()
         if self._verified >= _MIN_VERIFICATIONS and self._failed > self.max_failure_rate * self._verified:
             raise RuntimeError(
-                f"math-verify failed or timed out on {self._failed} of {self._verified} answers, more than "
-                f"`max_failure_rate` = {self.max_failure_rate} allows; look at the gold answers, or raise `deadline` "
-                f"({self.verifier.deadline} s) or `max_failure_rate`."
+                f"math-verify failed, timed out or stayed undecided on {self._failed} of {self._verified} answers, "
+                f"more than `max_failure_rate` = {self.max_failure_rate} allows; look at the gold answers, or raise "
+                f"`deadline` ({self.verifier.deadline} s) or `max_failure_rate`."
             )
 
 

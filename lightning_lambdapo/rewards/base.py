@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_lambdapo.datatypes import Scores
+from lightning_lambdapo.rewards.deadline import DeadlineError, deadline
 
 _SHOWN_CHARACTERS = 80
 _LARGEST = torch.finfo(torch.float32).max
@@ -50,6 +51,9 @@ class Reward(ABC):
             accuracy, pass@k and maj@k are computed from: a row is correct where it exceeds 0.5.
     """
 
+    #: Wall seconds that one call may take before the run ends with an error; None where the reward sees to that itself.
+    timeout: float | None = 600.0
+
     #: Fields of :class:`RewardInputs` without which this reward has nothing to say: ``"answers"``, ``"references"``.
     requires: ClassVar[tuple[str, ...]] = ()
 
@@ -84,10 +88,11 @@ class FunctionReward(Reward):
         function: returns ``N`` finite numbers, None where it does not apply.
         weight: coefficient in the total.
         name: key in logs; by default the function's own name, which a lambda or a partial lacks.
+        timeout: wall seconds that one call may take before the run ends with an error; None waits for ever.
 
     Raises:
         TypeError: not a function that can be called so.
-        ValueError: no name.
+        ValueError: no name, or a timeout that is not above 0.
 
     Example:
         >>> def brevity(completions, limit):
@@ -101,7 +106,11 @@ class FunctionReward(Reward):
     """
 
     def __init__(
-        self, function: Callable[..., Sequence[float | None]], weight: float = 1.0, name: str | None = None
+        self,
+        function: Callable[..., Sequence[float | None]],
+        weight: float = 1.0,
+        name: str | None = None,
+        timeout: float | None = Reward.timeout,
     ) -> None:
         if not callable(function) or isinstance(function, type):
             raise TypeError(f"A reward must be a Reward object or a function, got {function!r}.")
@@ -110,7 +119,10 @@ class FunctionReward(Reward):
         name = name or getattr(function, "__name__", "")
         if not name or name == "<lambda>":
             raise ValueError(f"{function!r} has no name of its own to log it under; use FunctionReward(..., name=...).")
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"The timeout of the reward {name!r} must be above 0 seconds, got {timeout}.")
         super().__init__(weight, name)
+        self.timeout = timeout
         self.function = function
         parameters = inspect.signature(function).parameters.values()
         positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
@@ -202,7 +214,7 @@ def score(
         ``(B, G)`` float32 total and parts (NaN where None), bool validity.
 
     Raises:
-        RuntimeError: a reward raised an exception, which is its cause.
+        RuntimeError: a reward raised an exception, which is its cause, or did not return within its ``timeout``.
         TypeError: a reward returned something else than a sequence of numbers and None.
         ValueError: wrong number of values, a value or total that is not finite in float32, or a group size that does
             not divide ``N``.
@@ -240,7 +252,13 @@ def score(
 def _judged(reward: Reward, inputs: RewardInputs) -> Tensor:
     """What one reward says of every row: ``(N,)`` float64, NaN for None."""
     try:
-        values: Any = reward(inputs)
+        with deadline(reward.timeout):
+            values: Any = reward(inputs)
+    except DeadlineError as error:
+        raise RuntimeError(
+            f"The reward {reward.name!r} did not return within {reward.timeout:g} seconds; the traceback shows where it "
+            "hangs. Set its `timeout` if it needs longer."
+        ) from error
     except Exception as error:
         raise RuntimeError(f"The reward {reward.name!r} raised {type(error).__name__}: {error}") from error
     if hasattr(values, "tolist"):  # a tensor or an array

@@ -6,11 +6,14 @@ What cannot be decided here is left to math-verify (:mod:`lightning_lambdapo.rew
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 
 _MAX_DIGITS = 64
+_MAX_DEPTH = 20
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox)\s*\{([^{}]*)\}")
 _NOISE = re.compile(r"\\(?:left|right|displaystyle|qquad|quad)(?![A-Za-z])|\\[!,;:> ()\[\]]|[$~€£¥₹`]")
 _GAP = re.compile(r"(?<!\w)\s+|\s+(?!\w)")
+_GROUPING = re.compile(r"(?<=\d)(?:,|\{,\})(?=\d{3})")
 _CHARACTERS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2044": "/", "\u00a0": " ", "\u202f": " ", "\u2009": " "})
 _TEXT = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)*")
 
@@ -138,7 +141,8 @@ def canonical(text: str) -> str:
         >>> [canonical(text) for text in ("0.5", "x = 1/2", r"$\frac12$", "50%", " Blue. ")]
         ['1/2', '1/2', '1/2', '50', 'blue']
     """
-    cleaned = _ASSIGNED.sub("", clean(text))
+    cleaned = clean(text)
+    cleaned = clean(_ASSIGNED.sub("", cleaned)) if _ASSIGNED.match(cleaned) else cleaned  # x = **5** too
     number = quantity(cleaned)
     if number is not None:
         return str(number.value)
@@ -156,14 +160,17 @@ def is_text(cleaned: str) -> bool:
 
 
 def too_costly(text: str) -> bool:
-    """Whether symbolic evaluation may take for ever: long numbers, large exponents, power towers, factorials.
+    """Whether symbolic evaluation may take for ever: long numbers, large exponents, power towers, factorials, nesting.
 
     Example:
         >>> too_costly("9^{9^{9}}"), too_costly("2^100000"), too_costly("e^{x^2} + 2^{10}")
         (True, True, False)
     """
     text = text.replace("**", "^")
-    if re.search(rf"\d{{{_MAX_DIGITS + 1}}}|\d{{5,}}\s*!|!\s*\)*\s*!", text):
+    depths = list(accumulate(((character in "([{") - (character in ")]}") for character in text), initial=0))
+    if max(depths) - min(depths) > _MAX_DEPTH or re.search(rf"\d{{{_MAX_DIGITS + 1}}}", text):
+        return True
+    if re.search(r"\d{5}[\s)}\]]*!|![\s)}\]]*!", _GROUPING.sub("", text)):
         return True
     return any(_costly_exponent(text, caret.end()) for caret in re.finditer(r"\^", text))
 

@@ -5,6 +5,7 @@ input.
 """
 
 import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 AnswerFormat = Literal["auto", "boxed", "hash", "tag", "letter"]
@@ -24,8 +25,7 @@ _NUMBER = re.compile(
     r"(?:\s?\\?%)?"
 )
 _LETTER_START = re.compile(
-    r"(?:(?:option|choice|answer)\W{0,4})?(?:\(\s?([A-Ja-j])\s?\)|(?-i:([A-J])(?!\w))|([A-Ja-j])(?:[.):]|$))",
-    re.IGNORECASE,
+    r"(?:(?i:option|choice|answer)\W{0,4})?(?:\(\s?([A-Ja-j])\s?\)|([A-J])(?!\w)|([A-Ja-j])(?:[.):]|$))"
 )
 _OPTION_START = re.compile(r"\(\s?([A-Ja-j])\s?\)(?!\s?[-+*/^=,<>])|([A-J])(?:[.)](?:\s|$)|$)")
 _LETTER_MARKS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox)\s{0,4}\{|[$*_{}`]|\\[(\[\])]")
@@ -65,12 +65,8 @@ def marked_answer(text: str, answer_format: AnswerFormat = "auto", *, phrases: b
         >>> marked_answer("9 * 2 = 18\n#### 18"), marked_answer("The answer is 18.", phrases=False)
         ('18', None)
     """
-    found = _marked(text, answer_format, phrases=phrases)
-    if not found:
-        return None
-    content = max(found)[1]
-    inner = [item for item in boxed(content) if item[1]]
-    return max(inner)[1] if inner else content
+    _, content = max(_marked(text, answer_format, phrases=phrases), default=(0, None))
+    return content and max(_marked(content, "boxed"), default=(0, content))[1]
 
 
 def last_number(text: str) -> str | None:
@@ -96,10 +92,10 @@ def final_letter(text: str) -> str | None:
         >>> final_letter(r"(A) is too small, so \boxed{\text{(C)}}"), final_letter("It must be\nB."), final_letter("12")
         ('C', 'B', None)
     """
-    for _, content in sorted(_marked(text, "auto"), reverse=True):
-        letter = leading_letter(content)
-        if letter:
-            return letter
+    marked = ((start, leading_letter(content)) for start, content in _marked(text, "auto"))
+    letters = [(start, letter) for start, letter in marked if letter]
+    if letters:
+        return max(letters)[1]
     options: list[str] = _OPTION.findall(text)
     return options[-1] if options else trailing_letter(text)
 
@@ -140,17 +136,20 @@ def boxed(text: str) -> list[tuple[int, str]]:
         >>> boxed(r"\boxed{1} or \boxed{\frac{1}{2}} or \boxed{3")
         [(0, '1'), (13, '\\frac{1}{2}')]
     """
-    found: list[tuple[int, str]] = []
+    return list(iter_boxed(text))
+
+
+def iter_boxed(text: str) -> Iterator[tuple[int, str]]:
+    """As :func:`boxed`, one after the other: the contents of deeply nested boxes are long together."""
     opened: list[re.Match[str]] = []
     for match in _BRACES.finditer(text):
         brace = match.group()
         if brace == "}" and opened:
             start = opened.pop()
             if len(start.group()) > 1:
-                found.append((start.start(), text[start.end() : match.start()].strip()))
+                yield start.start(), text[start.end() : match.start()].strip()
         elif brace == "{" or len(brace) > 2:
             opened.append(match)
-    return found
 
 
 def hashed(text: str) -> list[tuple[int, str]]:
@@ -187,8 +186,9 @@ def _phrases(text: str) -> list[tuple[int, str]]:
     return found
 
 
-def _marked(text: str, answer_format: AnswerFormat, *, phrases: bool = True) -> list[tuple[int, str]]:
+def _marked(text: str, answer_format: AnswerFormat, *, phrases: bool = True) -> Iterator[tuple[int, str]]:
     """Position and content of the marked answers that are not empty."""
-    every = [boxed, hashed, tagged, _phrases] if phrases else [boxed, hashed, tagged]
-    finders = {"boxed": [boxed], "hash": [hashed], "tag": [tagged]}.get(answer_format, every)
-    return [(start, content) for finder in finders for start, content in finder(text) if content]
+    every: list[Callable[[str], Iterable[tuple[int, str]]]] = [iter_boxed, hashed, tagged]
+    every += [_phrases] * phrases
+    finders = {"boxed": every[:1], "hash": every[1:2], "tag": every[2:3]}.get(answer_format, every)
+    return ((start, content) for finder in finders for start, content in finder(text) if content)

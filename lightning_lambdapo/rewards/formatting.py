@@ -4,7 +4,7 @@ import re
 from typing import Literal, get_args
 
 from lightning_lambdapo.rewards.base import Reward, RewardInputs
-from lightning_lambdapo.rewards.extraction import boxed
+from lightning_lambdapo.rewards.extraction import iter_boxed
 
 Style = Literal["boxed", "hash", "tag", "think_answer"]
 
@@ -70,7 +70,7 @@ class FormatReward(Reward):
         if any(text.count(mark) != 1 for mark in _MARKS[self.style]):
             return False
         if self.style == "boxed":
-            return any(content for _, content in boxed(text))
+            return any(content for _, content in iter_boxed(text))
         if self.style == "hash":
             return _HASH_LINE.search(text) is not None
         if self.style == "tag":

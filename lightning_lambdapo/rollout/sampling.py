@@ -113,7 +113,7 @@ def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
         uniforms: ``(n,)`` float in (0, 1].
 
     Returns:
-        ``(n,)`` int64.
+        ``(n,)`` int64; an arbitrary index where a row's probabilities are not numbers.
 
     Example:
         >>> inverse_cdf(torch.tensor([[0.0, 0.5, 0.5, 0.0]]).repeat(3, 1), torch.tensor([1e-12, 0.5, 1.0]))
@@ -125,7 +125,8 @@ def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     else:
         cdf = probabilities.cumsum(-1)
     target = uniforms.to(cdf)[:, None] * cdf[:, -1:]
-    return torch.searchsorted(cdf, target).squeeze(-1)
+    # Only where probabilities are not numbers is there no such index.
+    return torch.searchsorted(cdf, target).squeeze(-1).clamp(max=cdf.shape[-1] - 1)
 
 
 class TokenSampler:

@@ -64,6 +64,7 @@ def measure(model: str, prompts: Path | None, case: Result) -> Result:
         algorithm=settings,
         temperature=1.0,
         max_new_tokens=length,
+        max_tokens=case.get("budget", 1024),
         chunk_size=256,
         **case.get("off", {}).get("learner", {}),
     )
@@ -76,19 +77,16 @@ def measure(model: str, prompts: Path | None, case: Result) -> Result:
             torch.ones(rows, dtype=torch.bool),
             algorithm=settings,
             mini_batches=1,
-            max_tokens=case.get("budget", 1024),
-            share_prompts=learner.share_prompts,
         )
         learner.accumulate(
             planned,
-            rollout,
             advantages,
             None,
             strategy=SingleDeviceStrategy("cpu"),
             backward=lambda loss: loss.backward(),
             tally=Tally(),
         )
-        return sum(each.input_ids.numel() for each in planned.micro_batches)
+        return sum(each.input_ids.numel() for each in learner.micro_batches(planned))
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     processed = update()

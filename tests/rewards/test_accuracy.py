@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lightning_lambdapo.rewards import AccuracyReward, RewardInputs
+from lightning_lambdapo.rewards.verifier import Verdict
 
 
 def rows(completions: Sequence[str], answers: Sequence[str | None]) -> RewardInputs:
@@ -108,13 +109,14 @@ def test_what_is_too_costly_is_wrong_and_counted_and_never_sent(monkeypatch: pyt
     reward = AccuracyReward()
     monkeypatch.setattr(reward.verifier, "verify", lambda pairs: pytest.fail(f"sent {pairs}"))
     bombs = [
-        r"\boxed{9^{9^{9^{9}}}}",
-        r"\boxed{10^{1000000}}",
-        r"\boxed{" + "x+" * 300 + "1}",
-        r"\boxed{" + "1" * 65 + "+0}",
-    ]
-    assert reward(rows([*bombs, r"\boxed{18}"], ["18"] * 5)) == [0.0] * 4 + [1.0]
-    assert reward.statistics() == {"refused_share": 0.8}
+        "9^{9^{9^{9}}}", "9**9**9**9", "10^{1000000}", "x+" * 300 + "1", "1" * 65 + "+0", "1" * 2**20 + "x",
+        r"\frac{" * 41 + "1" + "}{2}" * 41, r"\sqrt{" * 41 + "2" + "}" * 41, r"\sqrt{" * 60 + "2}",
+        "(" * 41 + "x" + ")" * 41, r"\frac{" * 100_000 + "1", "}" * 41 + "[" * 41,
+        "99999!", "(100000)!", "100,000!", "1{,}000{,}000!", "9!!", "{9!}!",
+    ]  # fmt: skip
+    answers = [rf"<answer>{bomb}</answer>" for bomb in bombs] + ["<answer>18</answer>"] * 2
+    assert reward(rows(answers, ["18"] * 20)) == [0.0] * 18 + [1.0] * 2
+    assert reward.statistics() == {"refused_share": 0.9}
     assert reward(rows([r"\boxed{18}"], ["18"])) == [1.0]
     assert reward.statistics() == {}
 
@@ -123,9 +125,9 @@ def test_each_distinct_question_is_asked_once_and_fills_all_its_rows(monkeypatch
     reward = AccuracyReward()
     asked: list[tuple[str, str]] = []
 
-    def verify(pairs: list[tuple[str, str]]) -> list[bool | None]:
+    def verify(pairs: list[tuple[str, str]]) -> list[Verdict]:
         asked.extend(pairs)
-        return [{"a+b": True, "b+c": False}.get(answer) for _, answer in pairs]
+        return [{"a+b": Verdict.EQUAL, "b+c": Verdict.DIFFERENT}.get(answer, Verdict.FAILED) for _, answer in pairs]
 
     monkeypatch.setattr(reward.verifier, "verify", verify)
     answers = ["a+b", "b+c", "c+d", "c+d", "x+y", "a+b"]
@@ -133,6 +135,32 @@ def test_each_distinct_question_is_asked_once_and_fills_all_its_rows(monkeypatch
     assert got == [1.0, 0.0, 0.0, 0.0, 1.0, 1.0]
     assert asked == [("x+y", "a+b"), ("x+y", "b+c"), ("x+y", "c+d")]
     assert reward.statistics() == {"verifier_failure_share": 0.4}  # c+d twice, of five that were no equal strings
+
+
+def test_no_verdict_makes_a_row_invalid_and_only_equal_makes_it_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    reward = AccuracyReward()
+    monkeypatch.setattr(reward.verifier, "verify", lambda _: list(Verdict))
+    answers = ["a+1", "a+2", "a+3", "a+4", "a+5", "a+5"]
+    assert len(Verdict) == 5
+    assert reward(rows([rf"\boxed{{{answer}}}" for answer in answers], ["x+y"] * 6)) == [1.0, 0.0, 0.0, 0.0, None, None]
+    assert reward.statistics() == pytest.approx(
+        {"verifier_failure_share": 4 / 6, "verifier_timeout_share": 1 / 6, "verifier_undecided_share": 2 / 6}
+    )
+
+
+@pytest.mark.parametrize("verdict", [Verdict.FAILED, Verdict.TIMEOUT, Verdict.UNDECIDED])
+def test_every_kind_of_failure_counts_against_the_limit(monkeypatch: pytest.MonkeyPatch, verdict: Verdict) -> None:
+    reward = AccuracyReward()
+    monkeypatch.setattr(reward.verifier, "verify", lambda pairs: [verdict] * len(pairs))
+    with pytest.raises(RuntimeError, match="20 of 20 answers"):
+        reward(rows([rf"\boxed{{a+{n}}}" for n in range(20)], ["x+y"] * 20))
+
+
+@pytest.mark.parametrize(
+    "text", ["\x00", "\ud800", "x\x00+\ud800", r"\sqrt{" * 39 + "2" + "}" * 39, r"\sqrt" * 90 + "2"]
+)
+def test_odd_characters_and_depths_get_a_verdict(reward: AccuracyReward, text: str) -> None:
+    assert reward(rows([rf"\boxed{{{text}}}", r"\boxed{2\sqrt{2}}"], [r"\sqrt{8}"] * 2)) == [0.0, 1.0]
 
 
 def test_words_are_no_business_of_the_verifier(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,25 +175,25 @@ def test_too_many_failures_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None
         return rows([rf"\boxed{{a+{n}}}" for n in range(first, first + count)], ["x+y"] * count)
 
     reward = AccuracyReward(max_failure_rate=0.5)
-    monkeypatch.setattr(reward.verifier, "verify", lambda pairs: [None] * len(pairs))
+    monkeypatch.setattr(reward.verifier, "verify", lambda pairs: [Verdict.FAILED] * len(pairs))
     reward(distinct(0, 10))
-    monkeypatch.setattr(reward.verifier, "verify", lambda pairs: [False] * len(pairs))
+    monkeypatch.setattr(reward.verifier, "verify", lambda pairs: [Verdict.DIFFERENT] * len(pairs))
     reward(distinct(10, 10))  # 10 of 20 is not above a half
-    monkeypatch.setattr(reward.verifier, "verify", lambda pairs: [None] * len(pairs))
+    monkeypatch.setattr(reward.verifier, "verify", lambda pairs: [Verdict.FAILED] * len(pairs))
     with pytest.raises(RuntimeError, match=r"11 of 21 answers.*max_failure_rate"):
         reward(distinct(20, 1))
     few = AccuracyReward()
-    monkeypatch.setattr(few.verifier, "verify", lambda pairs: [None] * len(pairs))
+    monkeypatch.setattr(few.verifier, "verify", lambda pairs: [Verdict.FAILED] * len(pairs))
     assert few(distinct(0, 19)) == [0.0] * 19  # too few to judge
 
 
 def test_a_hanging_row_costs_its_deadline_and_its_neighbours_nothing() -> None:
     # (10^9)! is not caught by the caps: 1000000000 is written as a power.
-    reward = AccuracyReward(deadline=3.0)
+    reward = AccuracyReward(deadline=1.0)
     inputs = rows([r"\boxed{(10^9)!}", r"\boxed{2\sqrt{2}}"], [r"\sqrt{8}"] * 2)
     try:
         assert reward(inputs) == [0.0, 1.0]
-        assert reward.statistics() == {"verifier_failure_share": 0.5}
+        assert reward.statistics() == {"verifier_failure_share": 0.5, "verifier_timeout_share": 0.5}
     finally:
         reward.close()
 

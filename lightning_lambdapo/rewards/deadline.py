@@ -1,0 +1,58 @@
+"""A deadline for code that may hang: a user's reward."""
+
+import faulthandler
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_GRACE_SECONDS = 30.0
+
+
+class DeadlineError(BaseException):
+    """Raised where the code hangs; no ``Exception``, so that a handler there does not swallow it."""
+
+
+@contextmanager
+def deadline(seconds: float | None) -> Iterator[None]:
+    """Interrupt the body after ``seconds`` of wall time; None never does.
+
+    In the main thread a signal (SIGVTALRM, which hardly anything else uses) interrupts waiting calls too. Code that
+    does not come back to Python's interpreter cannot be interrupted; after 30 seconds more, the program is ended with a
+    traceback of all threads. In another thread, and where the platform lacks such signals, only that last resort is
+    left.
+
+    Raises:
+        DeadlineError: the time is over.
+    """
+    if seconds is None or seconds == math.inf:
+        yield
+        return
+    faulthandler.dump_traceback_later(seconds + _GRACE_SECONDS, exit=True)
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_kill"):
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        return
+    running = True
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        if running:
+            raise DeadlineError
+
+    before = signal.signal(signal.SIGVTALRM, interrupt)
+    caller = threading.get_ident()
+    alarm = threading.Timer(seconds, lambda: signal.pthread_kill(caller, signal.SIGVTALRM))
+    alarm.daemon = True
+    alarm.start()
+    try:
+        yield
+    finally:
+        running = False
+        alarm.cancel()
+        alarm.join()  # it has either rung or never will, so that the handler can go
+        signal.signal(signal.SIGVTALRM, before)
+        faulthandler.cancel_dump_traceback_later()

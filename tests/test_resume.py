@@ -1,0 +1,125 @@
+"""A run killed at any moment and taken up from its last checkpoint is the uninterrupted run, bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+from ranks import on_ranks, succeed
+
+pytestmark = pytest.mark.slow
+
+
+def same(first: Any, second: Any) -> bool:
+    """Equal to the bit, through all nesting."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(value, second[name]) for name, value in first.items())
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return bool(first == second)
+
+
+def assert_same_run(whole: Path, resumed: Path, number: int = 1) -> None:
+    """The resumed part has the uninterrupted run's rollouts and metrics, and ends in the very same state."""
+    expected = {(record["step"], record["prompt_id"], record["sample"]): record for record in runs.completions(whole)}
+    found = runs.completions(resumed, number)
+    assert found
+    assert max(record["step"] for record in found) == 12
+    for record in found:
+        assert record == expected[record["step"], record["prompt_id"], record["sample"]]
+    logged, known = runs.metrics(resumed, number), runs.metrics(whole)
+    assert {step for step, _ in logged} == set(range(min(step for step, _ in logged), 12))
+    assert {key: known.get(key) for key in logged} == logged
+    first = min(step for step, _ in logged)
+    assert {key for key in known if key[0] > first} <= logged.keys()
+    last, final = (
+        torch.load(runs.checkpoint(path, number=n), weights_only=True) for path, n in ((whole, 0), (resumed, number))
+    )
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "lambdapo", "epoch", "global_step"):
+        assert same(last[part], final[part]), part
+    assert same(
+        torch.load(whole / "weights.pt", weights_only=True), torch.load(resumed / "weights.pt", weights_only=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(base: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The uninterrupted run of a kind on a number of ranks, made once."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def get(how: str, kind: str) -> Path:
+        if (how, kind) not in made:
+            directory = tmp_path_factory.mktemp(f"{how}-{kind}")
+            count = 1 if how == "one" else 2
+            succeed(on_ranks(count, runs.train, directory, base, how=how, kind=kind, logs=directory / "logs"))
+            made[how, kind] = directory
+        return made[how, kind]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "death", "last"),
+    [
+        ("one", "dropout", "rollout 4", 2),  # mid-epoch, in a rollout
+        ("one", "full", "learning 7", 6),  # mid-epoch, gradients half accumulated
+        ("one", "nf4", "update 6", 4),  # taken up exactly at an epoch's end
+        ("one", "dropout", "validation 8", 8),
+        ("one", "dropout", "epoch_end 8", 8),  # killed exactly at an epoch's end
+        ("one", "dropout", "rollout 12", 10),  # in the third epoch, shuffled
+        ("ddp", "dropout", "rollout 4", 2),
+        ("ddp", "full", "epoch_end 8", 8),
+        ("ddp", "dropout", "rollout 11 SIGKILL 1", 10),  # one of the ranks alone
+        ("fsdp", "dropout", "rollout 11", 10),
+        ("shards", "dropout", "learning 7", 6),
+    ],
+)
+def test_killed_and_resumed_is_the_uninterrupted_run(
+    whole: Any, base: str, tmp_path: Path, how: str, kind: str, death: str, last: int
+) -> None:
+    count = 1 if how == "one" else 2
+    start: dict[str, Any] = {"how": how, "kind": kind}
+    ended = on_ranks(count, runs.train, tmp_path, base, death=death, logs=tmp_path / "killed", **start)
+    killed = [each for each in ended if each.code == -9]
+    assert len(killed) == (count if "SIGKILL" not in death else 1), [each.log[-2000:] for each in ended]
+    assert all(each.code != 0 for each in ended)
+    assert runs.checkpoint(tmp_path).exists()
+    if how != "shards":
+        held = torch.load(runs.checkpoint(tmp_path), weights_only=True)
+        assert held["lambdapo"]["rollout_step"] == last
+    succeed(on_ranks(count, runs.train, tmp_path, base, resume="last", logs=tmp_path / "resumed", **start))
+    if how == "shards":  # compared with the run whose checkpoints are whole: the state is the same
+        expected, found = runs.completions(whole("fsdp", kind)), runs.completions(tmp_path, 1)
+        assert found == [record for record in expected if record["step"] > last]
+        files = [torch.load(path / "weights.pt", weights_only=True) for path in (whole("fsdp", kind), tmp_path)]
+        assert same(*files)
+    else:
+        assert_same_run(whole(how, kind), tmp_path)
+
+
+def test_sigterm_in_a_rollout_saves_at_the_end_of_the_step(whole: Any, base: str, tmp_path: Path) -> None:
+    (ended,) = on_ranks(
+        1, runs.train, tmp_path, base, death="rollout 7 SIGTERM", save_on_exception=True, logs=tmp_path / "killed"
+    )
+    assert ended.code != 0
+    assert "SIGTERMException" in ended.log
+    assert torch.load(runs.checkpoint(tmp_path), weights_only=True)["lambdapo"]["rollout_step"] == 7
+    succeed(on_ranks(1, runs.train, tmp_path, base, resume="last", logs=tmp_path / "resumed"))
+    assert_same_run(whole("one", "dropout"), tmp_path)
+
+
+@pytest.mark.parametrize("rank", ["0", "1", "all"])
+@pytest.mark.parametrize("save", [True, False])
+def test_sigterm_ends_both_ranks_after_the_same_step(
+    whole: Any, base: str, tmp_path: Path, rank: str, save: bool
+) -> None:
+    options: dict[str, Any] = {"how": "ddp", "death": f"rollout 7 SIGTERM {rank}", "save_on_exception": save}
+    ended = on_ranks(2, runs.train, tmp_path, base, logs=tmp_path / "killed", timeout=25, **options)
+    assert all("SIGTERMException" in each.log for each in ended), [each.log[-2000:] for each in ended]
+    held = torch.load(runs.checkpoint(tmp_path), weights_only=True)
+    assert held["lambdapo"]["rollout_step"] == (7 if save else 6)
+    succeed(on_ranks(2, runs.train, tmp_path, base, how="ddp", resume="last", logs=tmp_path / "resumed"))
+    assert_same_run(whole("ddp", "dropout"), tmp_path)
