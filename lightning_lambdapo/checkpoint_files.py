@@ -1,5 +1,6 @@
 """Checkpoint files: written whole or not at all, checked before a model sees them, and never run as code."""
 
+import io
 import os
 import pickletools
 import re
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import Strategy
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from lightning_lambdapo.parallel import gather_objects, is_sharded, rank
 
@@ -20,10 +22,15 @@ Check = Callable[[Mapping[str, Any], Shapes], object]
 
 _SHARDS_INDEX = ".metadata"  # torch's
 _SHARDS_REST = "meta.pt"  # Lightning's
-_FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _PLAIN_GLOBALS = re.compile(
     r"torch\.distributed\.checkpoint\.(metadata|filesystem)\.\w+|torch\.Size|torch\.serialization\._get_layout|"
     r"pathlib\.\w*Path|collections\.OrderedDict"
+)
+
+
+IN_SHARDS = (
+    "it is in shards, which take ModelParallelStrategy (data_parallel_size=1 for one process); with "
+    "save_distributed_checkpoint=False that saves it as one file."
 )
 
 
@@ -58,15 +65,10 @@ def guard_checkpoints(strategy: Strategy, check: Check) -> None:
             return found
         path = Path(checkpoint_path)
         if path.is_dir() and not is_sharded(strategy):
-            raise CheckpointError(
-                f"The checkpoint {path} is in shards, which {type(strategy).__name__} cannot load; use "
-                "ModelParallelStrategy (data_parallel_size=1 for one process), or make it one file: python -m "
-                f"lightning.pytorch.utilities.consolidate_checkpoint {path}"
-            )
+            raise CheckpointError(f"The checkpoint {path} cannot be used: {IN_SHARDS}")
         with naming(path):
             check(*read_header(path))
-        with _weights_only():
-            entries: dict[str, Any] = load(path, weights_only)
+        entries: dict[str, Any] = load(path, weights_only)
         return entries
 
     setattr(save_whole, "unguarded", save)  # noqa: B010
@@ -95,7 +97,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], Shapes]:
     if not path.exists():
         raise CheckpointError("there is no such file.")
     if not path.is_dir():
-        entries = _load(path)
+        entries = _entries(path)
         weights = entries.get("state_dict", {})
         return entries, {name: value.shape for name, value in weights.items() if isinstance(value, torch.Tensor)}
     for name in (_SHARDS_INDEX, _SHARDS_REST):
@@ -103,21 +105,32 @@ def read_header(path: Path) -> tuple[dict[str, Any], Shapes]:
             raise CheckpointError(f"it is a directory without {name}, so no whole checkpoint in shards.")
     _refuse_code(path / _SHARDS_INDEX)
     index = FileSystemReader(path).read_metadata()
-    for shard in (index.storage_data or {}).values():
+    for place, shard in (index.storage_data or {}).items():
         file = path / shard.relative_path
         if not file.is_file() or file.stat().st_size < shard.offset + shard.length:
             raise CheckpointError(f"its shard {shard.relative_path} is missing or truncated.")
+        if isinstance(index.state_dict_metadata[place.fqn], BytesStorageMetadata):
+            with file.open("rb") as stream:  # torch would load these small entries as code, too
+                stream.seek(shard.offset)
+                _load(io.BytesIO(stream.read(shard.length)))
     shapes = {
         name.removeprefix("state_dict."): entry.size
         for name, entry in index.state_dict_metadata.items()
         if name.startswith("state_dict.") and hasattr(entry, "size")
     }
-    return _load(path / _SHARDS_REST), shapes
+    return _entries(path / _SHARDS_REST), shapes
 
 
-def _load(file: Path) -> dict[str, Any]:
+def _entries(file: Path) -> dict[str, Any]:
+    entries = _load(file, mmap=True)
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"it holds {type(entries).__name__}, not the entries of a checkpoint.")
+    return entries
+
+
+def _load(file: Path | io.BytesIO, *, mmap: bool = False) -> Any:
     try:
-        entries = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        return torch.load(file, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as error:
         stranger = re.search(r"GLOBAL (\S+)|`(\S+)` to be allowlisted", str(error))
         if stranger:
@@ -127,9 +140,6 @@ def _load(file: Path) -> dict[str, Any]:
             ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"it is truncated, damaged or not a checkpoint ({reason})") from error
-    if not isinstance(entries, dict):
-        raise CheckpointError(f"it holds {type(entries).__name__}, not the entries of a checkpoint.")
-    return entries
 
 
 def _refuse_code(file: Path) -> None:
@@ -168,20 +178,6 @@ def _check_global(name: str) -> None:
         getattr(torch, name.removeprefix("torch."), None), torch.dtype
     ):
         raise CheckpointError(f"its index names {name}, which could run code when loaded.")
-
-
-@contextmanager
-def _weights_only() -> Iterator[None]:
-    """Make every ``torch.load`` refuse code: that of shards asks for less."""
-    before = os.environ.get(_FORCE_WEIGHTS_ONLY)
-    os.environ[_FORCE_WEIGHTS_ONLY] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_FORCE_WEIGHTS_ONLY]
-        else:
-            os.environ[_FORCE_WEIGHTS_ONLY] = before
 
 
 def _replace(target: Path, write: Callable[[Path], object]) -> None:

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
-from lightning_lambdapo.checkpoint_files import CheckpointError, Shapes, naming, read_header
+from lightning_lambdapo.checkpoint_files import IN_SHARDS, CheckpointError, Shapes, naming, read_header
 from lightning_lambdapo.parallel import saves_shards
 
 CHECKPOINT_KEY = "lambdapo"
@@ -127,10 +127,7 @@ class TrainableCheckpoint(LightningModule):
         path = Path(checkpoint_path)
         with naming(path):
             if path.is_dir():
-                raise CheckpointError(
-                    "it is in shards; make it one file: python -m "
-                    f"lightning.pytorch.utilities.consolidate_checkpoint {path}"
-                )
+                raise CheckpointError(IN_SHARDS)
             if kwargs.get("weights_only") is not False:
                 read_header(path)
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)

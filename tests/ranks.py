@@ -103,10 +103,10 @@ def _rank(
 
     faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
     torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if count > 1:
         names = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-        names |= {"MASTER_PORT": port, "TORCHELASTIC_RUN_ID": port}
-        os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {name: str(value) for name, value in names.items()} | {"TORCHELASTIC_RUN_ID": str(port)}
     code = 1
     try:
         function(*arguments, **options)

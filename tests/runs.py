@@ -12,18 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fsspec.implementations.local import LocalFileOpener
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from test_module import Rows, module
 from torch import Tensor
-from torch.distributed import GradBucket
+from torch._C._distributed_c10d import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.fsdp._fully_shard import _fsdp_param_group as group
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from lightning_lambdapo import AdapterConfig, CompletionsLogger, PolicyConfig, RolloutCheckpoint, parallel
+from lightning_lambdapo import (
+    AdapterConfig,
+    CompletionsLogger,
+    PolicyConfig,
+    RolloutCheckpoint,
+    checkpoint_files,
+    parallel,
+)
 from lightning_lambdapo.learning import Learner
 from lightning_lambdapo.rewards import Reward, RewardInputs
 from lightning_lambdapo.rollout.sampling import TokenSampler
@@ -136,6 +144,12 @@ def train(
     return model
 
 
+def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Let ``around(original, ...)`` be called in place of a function or method, for the life of this process."""
+    original = getattr(owner, name)
+    setattr(owner, name, lambda *arguments, **options: around(original, *arguments, **options))
+
+
 class Counting(Callback):
     """Writes what a run did on its rank to ``counts-RANK.json``: micro-batches, synchronised backwards, gatherings."""
 
@@ -146,30 +160,27 @@ class Counting(Callback):
         self.synced = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        original, complete = Learner.micro_batches, type(pl_module).complete
+        gathered = [0]
 
-        def count(learner: Learner, update: Any) -> Any:
-            found = original(learner, update)
+        def plan(original: Any, *arguments: Any) -> Any:
+            found = original(*arguments)
             self.micro_batches.append(len(found))
             return found
 
-        all_gather, gathered = group.foreach_all_gather, [0]
-
-        def gather(*arguments: Any, **options: Any) -> Any:
+        def gather(original: Any, *arguments: Any, **options: Any) -> Any:
             gathered[0] += 1
-            return all_gather(*arguments, **options)
+            return original(*arguments, **options)
 
-        def rollout(*arguments: Any, **options: Any) -> Any:
+        def rollout(original: Any, *arguments: Any, **options: Any) -> Any:
             before = gathered[0]
-            found = complete(*arguments, **options)
+            found = original(*arguments, **options)
             self.gathers.append(gathered[0] - before)
             return found
 
-        group.foreach_all_gather = gather
-
-        Learner.micro_batches = count  # type: ignore[method-assign]
+        wrap(Learner, "micro_batches", plan)
         if parallel.is_sharded(trainer.strategy):
-            type(pl_module).complete = rollout  # type: ignore[method-assign, assignment]
+            wrap(_fsdp_param_group, "foreach_all_gather", gather)
+            wrap(type(pl_module), "complete", rollout)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if parallel.replicates(trainer.strategy):
@@ -220,7 +231,9 @@ def prepare_death(model: Any, moment: str, step: str, sent: str = "SIGKILL", ran
     """Arrange for a signal at a moment of a step (counted from 1), on one rank or on all.
 
     Moments: ``rollout`` (after three tokens), ``learning`` (after a micro-batch's backward pass), ``update`` (before
-    the optimizer moves), ``validation``, ``epoch_end``, ``saving`` (half a checkpoint written).
+    the optimizer moves), ``validation``, ``epoch_end``, ``saving`` (half a checkpoint file is written), ``flushing``
+    (all of it is written, and not in its place), ``swapping`` (the old directory of shards is out of the way, the new
+    one not in its place).
     """
     at = int(step)
 
@@ -228,23 +241,43 @@ def prepare_death(model: Any, moment: str, step: str, sent: str = "SIGKILL", ran
         if rank in ("all", str(parallel.rank())):
             os.kill(os.getpid(), getattr(signal, sent))
 
-    state = {"tokens": 0}
-    original_call, original_loss = TokenSampler.__call__, Learner._loss
+    tokens = [0]
 
-    def sample(self: TokenSampler, *arguments: Any) -> Any:
+    def sample(original: Any, *arguments: Any) -> Any:
         if moment == "rollout" and model.rollout_step + 1 == at:
-            state["tokens"] += 1
-            if state["tokens"] == 3:
+            tokens[0] += 1
+            if tokens[0] == 3:
                 die()
-        return original_call(self, *arguments)
+        return original(*arguments)
 
-    def loss(self: Learner, *arguments: Any) -> Any:
+    def loss(original: Any, *arguments: Any) -> Any:
         if moment == "learning" and model.rollout_step + 1 == at:
             die()
-        return original_loss(self, *arguments)
+        return original(*arguments)
 
-    TokenSampler.__call__ = sample  # type: ignore[assignment, method-assign]
-    Learner._loss = loss  # type: ignore[assignment, method-assign]
+    def write(original: Any, file: Any, data: bytes) -> Any:
+        if moment == "saving" and model.rollout_step == at:
+            original(file, data[: len(data) // 2])
+            file.flush()
+            die()
+        return original(file, data)
+
+    def flush(original: Any, path: Path) -> Any:
+        if moment == "flushing" and model.rollout_step == at:
+            die()
+        return original(path)
+
+    def rename(original: Any, *arguments: Any) -> Any:
+        found = original(*arguments)
+        if moment == "swapping" and model.rollout_step == at and "-previous" in str(arguments[1]):
+            die()
+        return found
+
+    wrap(TokenSampler, "__call__", sample)
+    wrap(Learner, "_loss", loss)
+    wrap(LocalFileOpener, "write", write)
+    wrap(checkpoint_files, "_flush", flush)
+    wrap(Path, "rename", rename)
     return Death(moment, at, die)
 
 

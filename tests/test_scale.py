@@ -67,8 +67,8 @@ def assert_same(first: Path, second: Path, *, tolerance: float) -> None:
     for key, value in expected.items():
         wanted = pytest.approx(value, rel=10 * tolerance, abs=tolerance)
         assert found[key] == wanted or "drift" in key[1], key
-    for name, value in weights(first).items():
-        torch.testing.assert_close(weights(second)[name], value, rtol=0, atol=tolerance)
+    for name, weight in weights(first).items():
+        torch.testing.assert_close(weights(second)[name], weight, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(

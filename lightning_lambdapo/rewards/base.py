@@ -256,8 +256,8 @@ def _judged(reward: Reward, inputs: RewardInputs) -> Tensor:
             values: Any = reward(inputs)
     except DeadlineError as error:
         raise RuntimeError(
-            f"The reward {reward.name!r} did not return within {reward.timeout:g} seconds; the traceback shows where it "
-            "hangs. Set its `timeout` if it needs longer."
+            f"The reward {reward.name!r} did not return within {reward.timeout:g} seconds; the traceback shows where "
+            "it hangs. Set its `timeout` if it needs longer."
         ) from error
     except Exception as error:
         raise RuntimeError(f"The reward {reward.name!r} raised {type(error).__name__}: {error}") from error
