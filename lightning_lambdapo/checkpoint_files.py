@@ -114,9 +114,9 @@ def read_header(path: Path) -> tuple[dict[str, Any], Shapes]:
                 stream.seek(shard.offset)
                 _load(io.BytesIO(stream.read(shard.length)))
     shapes = {
-        name.removeprefix("state_dict."): entry.size
+        name.partition(".")[2]: entry.size
         for name, entry in index.state_dict_metadata.items()
-        if name.startswith("state_dict.") and hasattr(entry, "size")
+        if name.startswith(("state_dict.", "model.")) and hasattr(entry, "size")
     }
     return _entries(path / _SHARDS_REST), shapes
 

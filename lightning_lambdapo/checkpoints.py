@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
 from lightning_lambdapo.checkpoint_files import IN_SHARDS, CheckpointError, Shapes, naming, read_header
-from lightning_lambdapo.parallel import saves_shards
+from lightning_lambdapo.parallel import knows_shapes, plain_name, saves_shards
 
 CHECKPOINT_KEY = "lambdapo"
 CHECKPOINT_VERSION = 1
@@ -108,6 +108,8 @@ class TrainableCheckpoint(LightningModule):
         trainable = self.trainable_tensors()
         missing = [name for name in trainable if name not in shapes]
         other = [name for name, value in trainable.items() if name in shapes and shapes[name] != value.shape]
+        if self._trainer is not None and not knows_shapes(self.trainer.strategy):
+            other = []
         if missing or other:
             raise CheckpointError(
                 f"it is for another policy: {len(missing)} trainable tensors are missing ({', '.join(missing[:2])}) "
@@ -143,7 +145,7 @@ class TrainableCheckpoint(LightningModule):
 
     def trainable_tensors(self) -> dict[str, Tensor]:
         """Parameters that are trained, by name."""
-        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {plain_name(name): value for name, value in self.named_parameters() if value.requires_grad}
 
 
 def _give_back_unfinished_batch(checkpoint: dict[str, Any]) -> None:

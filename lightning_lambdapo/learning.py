@@ -156,7 +156,7 @@ class Learner:
             recompute_logits=recompute_logits,
         )
         self.scorer = make_scorer(causal_lm(policy))
-        self.reference_scorer = self.scorer if reference is None else make_scorer(reference)
+        self.reference_scorer = self.scorer if reference is None else make_scorer(causal_lm(reference))
 
     def micro_batches(self, update: Update) -> list[MicroBatch]:
         """The update's rows under the present token budget, packed where the model can be scored so."""

@@ -36,6 +36,7 @@ from lightning_lambdapo.policy import (
     frozen_reference,
     load_policy,
     load_tokenizer,
+    with_causal_lm,
 )
 from lightning_lambdapo.rewards import AccuracyReward, Reward, as_rewards
 from lightning_lambdapo.rollout import GroupedEngine, HFEngine, RolloutConfig, RolloutEngine, SamplingConfig
@@ -209,8 +210,9 @@ class LambdaPOModule(PolicyUpdates, EvaluationSteps, TrainableCheckpoint, Lightn
             self.reference = frozen_reference(self.policy)
         self.engine = self.build_engine(self.causal_lm)
         if self._trainer is not None:
-            for model in filter(None, (self.causal_lm, self.reference)):
-                parallel.shard(model, self.trainer.strategy, self.device_mesh)
+            shard = partial(parallel.shard, strategy=self.trainer.strategy, device_mesh=self.device_mesh)
+            self.policy = with_causal_lm(self.policy, shard(self.causal_lm))
+            self.reference = None if self.reference is None else cast(PreTrainedModel, shard(self.reference))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build optimizer and schedule over all the policy's parameters (frozen ones get no gradient)."""
@@ -319,8 +321,7 @@ class LambdaPOModule(PolicyUpdates, EvaluationSteps, TrainableCheckpoint, Lightn
         """Complete each prompt once for each of its rows of ``uniforms``; None without prompts; a collective."""
         if batch.prompts:
             checks.check_context(self.causal_lm, int(batch.attention_mask.sum(-1).max()), uniforms.shape[1])
-        strategy = None if self._trainer is None else self.trainer.strategy
-        with evaluating(self.policy), parallel.gathered(self.causal_lm, strategy):
+        with evaluating(self.policy), parallel.gathered(self.causal_lm):
             if not batch.prompts:
                 return None
             return self.engine.generate(self.causal_lm, batch, sampling=sampling, uniforms=uniforms)

@@ -4,14 +4,17 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
+
+_WRAPPER = "lambdapo_wrapper"
 
 
 def world_size() -> int:
@@ -110,9 +113,9 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None, strat
     Returns:
         The norm before clipping, over the shards of all ranks too; a collective where there are shards.
     """
-    if isinstance(strategy, FSDPStrategy):
-        wrapped = cast(FullyShardedDataParallel, strategy.model)
-        return float(wrapped.clip_grad_norm_(math.inf if max_norm is None else max_norm))
+    if isinstance(strategy, FSDPStrategy) and strategy.model is not None:
+        root = next(each for each in strategy.model.modules() if isinstance(each, FullyShardedDataParallel))
+        return float(root.clip_grad_norm_(math.inf if max_norm is None else max_norm))
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
@@ -135,28 +138,66 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return dict(weights)
 
 
-def shard(model: nn.Module, strategy: Strategy, device_mesh: Any) -> None:
-    """Shard a causal language model over the data-parallel ranks under ``ModelParallelStrategy``; else do nothing.
+def shard(model: nn.Module, strategy: Strategy, device_mesh: Any) -> nn.Module:
+    """Shard a causal language model over the data-parallel ranks, where the strategy is one that does.
 
     Each decoder layer is one group and everything else (embedding, head, final norm: tied weights stay together)
-    belongs to the root, which is the model itself, so that its forward gathers what it needs.
+    belongs to the root, which is the model itself, so that its forward gathers what it needs. Under ``FSDPStrategy``
+    the model is wrapped here, by the strategy's own settings: Lightning would make the whole training step one forward
+    pass of its wrapper, which cannot hold a rollout and several backward passes.
+
+    Returns:
+        What takes the model's place: itself, but a wrapper of it under ``FSDPStrategy``.
     """
-    if not isinstance(strategy, ModelParallelStrategy):
-        return
-    mesh = device_mesh["data_parallel"]
     names = set(getattr(model, "_no_split_modules", None) or ())
-    for module in model.modules():
-        if type(module).__name__ in names:
-            fully_shard(module, mesh=mesh)
-    # Not resharding the root would leave plain, soon stale weights behind every forward without a backward.
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if isinstance(strategy, FSDPStrategy):
+        wrapped = FullyShardedDataParallel(
+            model,
+            cpu_offload=strategy.cpu_offload,
+            mixed_precision=strategy.mixed_precision_config,
+            sharding_strategy=strategy.sharding_strategy,
+            device_id=strategy.root_device,
+            **{"auto_wrap_policy": ModuleWrapPolicy({type(layer) for layer in layers})} | strategy.kwargs,
+        )
+        model.__dict__[_WRAPPER] = wrapped  # not a submodule of what it wraps
+        return wrapped
+    if isinstance(strategy, ModelParallelStrategy):
+        mesh = device_mesh["data_parallel"]
+        for layer in layers:
+            fully_shard(layer, mesh=mesh)
+        # Not resharding the root would leave plain, soon stale weights behind every forward without a backward.
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    return model
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers add to it."""
+    return name.replace("_fsdp_wrapped_module.", "")
+
+
+def knows_shapes(strategy: Strategy) -> bool:
+    """False where a parameter's shape is that of this rank's shard."""
+    return not isinstance(strategy, FSDPStrategy)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What :func:`shard` has wrapped, or the model itself."""
+    return model.module if isinstance(model, FullyShardedDataParallel) else model
+
+
+def wrapper(model: nn.Module) -> nn.Module:
+    """What to call in place of ``model``, so that its weights are gathered."""
+    found: nn.Module = model.__dict__.get(_WRAPPER, model)
+    return found
 
 
 @contextmanager
-def gathered(model: nn.Module, strategy: Strategy | None) -> Iterator[None]:
+def gathered(model: nn.Module) -> Iterator[None]:
     """Hold the full weights for the duration: one gathering for a whole rollout, and ranks free to differ in length."""
-    if isinstance(strategy, FSDPStrategy) and isinstance(strategy.model, FullyShardedDataParallel):
-        with FullyShardedDataParallel.summon_full_params(strategy.model, writeback=False):
+    outer = wrapper(model)
+    if isinstance(outer, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(outer, writeback=False):
             yield
         return
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -174,9 +215,22 @@ def gathered(model: nn.Module, strategy: Strategy | None) -> Iterator[None]:
 def as_forward(model: nn.Module, name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Bind ``function`` to ``model`` as method ``name`` that gathers sharded weights just as its forward does."""
     setattr(model, name, function.__get__(model))
+    method: Callable[..., Tensor] = getattr(model, name)
+    outer = wrapper(model)
+    if outer is not model:
+
+        def redirected(*arguments: Any) -> Tensor:
+            model.forward = method
+            try:
+                found: Tensor = outer(*arguments)
+            finally:
+                del model.forward
+            return found
+
+        return redirected
     if isinstance(model, FSDPModule):
         register_fsdp_forward_method(model, name)
-    method: Callable[..., Tensor] = getattr(model, name)
+        method = getattr(model, name)
     return method
 
 

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from lightning_lambdapo.kernels import fast_linears
+from lightning_lambdapo.parallel import unwrapped
 
 Policy = PreTrainedModel | PeftModel
 
@@ -162,8 +163,16 @@ def load_policy(
 
 
 def causal_lm(policy: Policy) -> PreTrainedModel:
-    """The causal language model itself, adapter layers and all, without peft's outer wrapper."""
-    return cast(PreTrainedModel, policy.get_base_model()) if isinstance(policy, PeftModel) else policy
+    """The causal language model itself, adapter layers and all, without peft's or a strategy's outer wrapper."""
+    return cast(PreTrainedModel, unwrapped(policy.get_base_model() if isinstance(policy, PeftModel) else policy))
+
+
+def with_causal_lm(policy: Policy, model: nn.Module) -> Policy:
+    """The policy with something else in the place of its causal language model."""
+    if not isinstance(policy, PeftModel):
+        return cast(Policy, model)
+    policy.base_model.model = model
+    return policy
 
 
 def frozen_reference(policy: Policy) -> PreTrainedModel | None:

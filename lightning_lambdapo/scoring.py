@@ -13,7 +13,7 @@ from lightning_lambdapo.attention import branch_attention
 from lightning_lambdapo.datatypes import PromptBatch, Rollout
 from lightning_lambdapo.functional import chunked_logprobs, logprobs_from_logits
 from lightning_lambdapo.packing import MicroBatch
-from lightning_lambdapo.parallel import as_forward
+from lightning_lambdapo.parallel import as_forward, wrapper
 from lightning_lambdapo.policy import evaluating
 
 
@@ -76,7 +76,7 @@ class CompletionScorer:
     def _from_own_logits(self, micro_batch: MicroBatch) -> Tensor:
         width = micro_batch.input_ids.shape[1]
         first = int(micro_batch.predictors.remainder(width).min())
-        logits = self.model(**_inputs(micro_batch), logits_to_keep=width - first).logits
+        logits = wrapper(self.model)(**_inputs(micro_batch), logits_to_keep=width - first).logits
         row, column = micro_batch.predictors // width, micro_batch.predictors.remainder(width)
         return logprobs_from_logits(logits[row, column - first], micro_batch.targets, temperature=self.temperature)
 

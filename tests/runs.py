@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ import torch
 from fsspec.implementations.local import LocalFileOpener
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from test_module import Rows, module
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
@@ -56,12 +58,18 @@ class Noisy(Reward):
         ]
 
 
+class FSDP1(FSDPStrategy):
+    """Lightning's, which it refuses on the CPU by its very type."""
+
+
 def strategy(name: str) -> dict[str, Any]:
     """Trainer arguments of a strategy by name: ``one``, ``ddp``, ``fsdp`` (full checkpoints) or ``shards``."""
     limits: dict[str, Any] = {"process_group_backend": "gloo", "timeout": TIMEOUT}
     count = parallel_ranks()
     if name == "one":
         return {"strategy": "auto", "devices": 1}
+    if name == "fsdp1":
+        return {"strategy": FSDP1(state_dict_type="sharded", **limits), "devices": count}
     if name == "ddp":
         return {"strategy": DDPStrategy(**limits), "devices": count}
     sharding = ModelParallelStrategy(
@@ -136,9 +144,11 @@ def train(
         "log_every_n_steps": 1,
     } | strategy(how)
     run = Trainer(**(arguments | (trainer or {})))
-    torch.manual_seed(0 if resume is None else 99)  # of no consequence
+    torch.seed()  # of no consequence
     run.fit(model, data or Rows(batch_size=PROMPTS // parallel_ranks()), ckpt_path=resume)
-    weights = {name: whole(value) for name, value in model.named_parameters()}
+    wrapped: Any = run.strategy.model
+    with FullyShardedDataParallel.summon_full_params(wrapped) if how == "fsdp1" else nullcontext():
+        weights = {parallel.plain_name(name): whole(value) for name, value in model.named_parameters()}
     if run.is_global_zero:
         torch.save(weights, directory / "weights.pt")
     return model

@@ -75,6 +75,7 @@ def whole(base: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
         ("ddp", "dropout", "rollout 11 SIGKILL 1", 10),  # one of the ranks alone
         ("fsdp", "dropout", "rollout 11", 10),
         ("shards", "dropout", "learning 7", 6),
+        ("fsdp1", "dropout", "learning 7", 6),
     ],
 )
 def test_killed_and_resumed_is_the_uninterrupted_run(
@@ -87,15 +88,17 @@ def test_killed_and_resumed_is_the_uninterrupted_run(
     assert len(killed) == (count if "SIGKILL" not in death else 1), [each.log[-2000:] for each in ended]
     assert all(each.code != 0 for each in ended)
     assert runs.checkpoint(tmp_path).exists()
-    if how != "shards":
+    shards = how in ("shards", "fsdp1")
+    assert runs.checkpoint(tmp_path).is_dir() == shards
+    if not shards:
         held = torch.load(runs.checkpoint(tmp_path), weights_only=True)
         assert held["lambdapo"]["rollout_step"] == last
     succeed(on_ranks(count, runs.train, tmp_path, base, resume="last", logs=tmp_path / "resumed", **start))
-    if how == "shards":  # compared with the run whose checkpoints are whole: the state is the same
-        expected, found = runs.completions(whole("fsdp", kind)), runs.completions(tmp_path, 1)
+    if shards:  # the state is the same if what is made of it is
+        uninterrupted = whole("fsdp" if how == "shards" else how, kind)
+        expected, found = runs.completions(uninterrupted), runs.completions(tmp_path, 1)
         assert found == [record for record in expected if record["step"] > last]
-        files = [torch.load(path / "weights.pt", weights_only=True) for path in (whole("fsdp", kind), tmp_path)]
-        assert same(*files)
+        assert same(*(torch.load(path / "weights.pt", weights_only=True) for path in (uninterrupted, tmp_path)))
     else:
         assert_same_run(whole(how, kind), tmp_path)
 

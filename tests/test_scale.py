@@ -79,6 +79,8 @@ def assert_same(first: Path, second: Path, *, tolerance: float) -> None:
         ("fsdp", "lora64", True),
         ("fsdp", "full64", False),
         ("fsdp", "full64", True),
+        ("fsdp1", "full", True),  # Lightning's precision plugin for it makes everything float32
+        ("fsdp1", "lora", False),
     ],
 )
 def test_two_ranks_train_the_run_of_one(base: str, tmp_path: Path, how: str, kind: str, reference: bool) -> None:
@@ -90,7 +92,7 @@ def test_two_ranks_train_the_run_of_one(base: str, tmp_path: Path, how: str, kin
     }
     one = run(tmp_path / "one", base, 1, how="one", **options)
     two = run(tmp_path / "two", base, 2, how=how, **options)
-    assert_same(one, two, tolerance=1e-6)
+    assert_same(one, two, tolerance=1e-6 if kind.endswith("64") else 1e-4)
     each = [counts(two, rank)["micro_batches"] for rank in range(2)]
     together = list(zip(*each, strict=True)) if len(each[0]) == len(each[1]) else []
     assert len(each[0]) > 0
@@ -102,7 +104,7 @@ def test_two_ranks_train_the_run_of_one(base: str, tmp_path: Path, how: str, kin
         learned = round(sum(2 * (1 - value) for value in updates))
         assert [counts(two, rank)["synced"] for rank in range(2)] == [learned, learned]
         assert sum(each[0]) > learned, "there were several micro-batches per update"
-    else:
+    elif how == "fsdp":
         gathers = counts(two, 0)["gathers"]
         assert set(gathers) == {3}, "two layers and the root, once per rollout and not once per token"
 
@@ -134,7 +136,8 @@ def tiny_weights(base: str) -> dict[str, Tensor]:
     return found
 
 
-def test_clipping_sees_the_norm_over_all_shards(base: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["fsdp", "fsdp1"])
+def test_clipping_sees_the_norm_over_all_shards(base: str, tmp_path: Path, how: str) -> None:
     options: dict[str, Any] = {
         "kind": "full64",
         "rewards": [Digits()],
@@ -144,7 +147,7 @@ def test_clipping_sees_the_norm_over_all_shards(base: str, tmp_path: Path) -> No
         "updates_per_rollout": 1,
         "trainer": {"max_steps": 1, "limit_val_batches": 0},
     }
-    two = run(tmp_path, base, 2, how="fsdp", **options)
+    two = run(tmp_path, base, 2, how=how, **options)
     start = tiny_weights(base)
     change = [start[name.removeprefix("policy.")].double() - value for name, value in weights(two).items()]
     assert math.sqrt(sum(float(each.square().sum()) for each in change)) == pytest.approx(1e-3, rel=1e-3)

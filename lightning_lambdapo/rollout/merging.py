@@ -9,6 +9,8 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_lambdapo.parallel import wrapper
+
 
 @contextmanager
 def merged_adapter(model: nn.Module, wanted: bool | None = None) -> Iterator[None]:
@@ -24,6 +26,8 @@ def merged_adapter(model: nn.Module, wanted: bool | None = None) -> Iterator[Non
         wanted: None merges on the CPU and not elsewhere, where the copy's memory may be scarce.
     """
     merged: list[tuple[LoraLinear, nn.Module, nn.Parameter]] = []
+    if wrapper(model) is not model:
+        wanted = False  # FSDP1's wrapper keeps watch over the very parameters
     for layer in model.modules():
         if not isinstance(layer, LoraLinear) or not _can_merge(layer):
             continue

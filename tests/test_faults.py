@@ -1,0 +1,389 @@
+"""What a run survives, what stops it with which message, and that nothing hangs."""
+
+import math
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+from lightning.pytorch import Callback
+from ranks import on_ranks, succeed
+from test_module import Digits, Recorder, Rows, equal, module, trainer, weights
+from test_resume import assert_same_run
+
+from lightning_lambdapo import (
+    AdapterConfig,
+    AlgorithmConfig,
+    DataSource,
+    LambdaPODataModule,
+    LambdaPOModule,
+    RolloutConfig,
+    parallel,
+)
+from lightning_lambdapo.learning import Learner
+from lightning_lambdapo.rewards import FunctionReward, Reward, RewardInputs
+from lightning_lambdapo.rollout import sampling
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+]
+
+
+class Trouble(runs.Noisy):
+    """:class:`runs.Noisy`, until a call (counted from 1), on one rank or on all."""
+
+    def __init__(self, kind: str, call: int, rank: int | None = None) -> None:
+        super().__init__()
+        self.kind, self.call, self.rank = kind, call, rank
+        self.calls = 0
+        self.timeout = 2.0 if kind == "hang" else 600.0
+
+    def __call__(self, inputs: RewardInputs) -> Sequence[float | None]:
+        self.calls += 1
+        values = list(super().__call__(inputs))
+        if self.calls != self.call or self.rank not in (None, parallel.rank()):
+            return values
+        if self.kind == "raise":
+            raise KeyError("no such thing")
+        if self.kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.kind == "hang":
+            while True:
+                try:
+                    time.sleep(60)
+                except Exception:  # noqa: S112 -- swallows everything, as some handlers do
+                    continue
+        faulty: dict[str, list[float | None]] = {"nan": [float("nan")] * len(values), "short": values[1:]}
+        return faulty[self.kind]
+
+
+MESSAGES = {
+    "raise": "The reward 'noisy' raised KeyError",
+    "hang": "The reward 'noisy' did not return within 2 seconds",
+    "nan": "The reward 'noisy' returned nan for row 0; it must be finite",
+    "short": "The reward 'noisy' returned 15 values for 16 completions",
+}
+
+
+@pytest.mark.parametrize("kind", MESSAGES)
+def test_a_faulty_reward_stops_the_run_and_nothing_is_lost(base: str, tmp_path: Path, kind: str) -> None:
+    """Saved inside the step, before its first update: the step is done again from its start."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    runs.train(whole, base, validate=False)
+    start = time.monotonic()
+    with pytest.raises((RuntimeError, ValueError), match=MESSAGES[kind]):
+        runs.train(broken, base, validate=False, save_on_exception=True, rewards=[Trouble(kind, 7)])
+    assert time.monotonic() - start < 60
+    held = torch.load(runs.checkpoint(broken), weights_only=True)["lambdapo"]
+    assert (held["rollout_step"], held["updates_in_unfinished_step"]) == (6, 0)
+    runs.train(broken, base, validate=False, resume="last")
+    assert_same_run(whole, broken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["raise", "hang", "kill"])
+def test_a_faulty_reward_on_one_rank_ends_both(base: str, tmp_path: Path, kind: str) -> None:
+    options: dict[str, Any] = {"how": "ddp", "validate": False, "save_on_exception": True}
+    ended = on_ranks(
+        2, runs.train, tmp_path, base, rewards=[Trouble(kind, 5, rank=1)], logs=tmp_path / "logs", timeout=40, **options
+    )
+    assert all(each.code != 0 for each in ended)
+    if kind != "kill":
+        assert MESSAGES[kind] in ended[1].log
+    assert torch.load(runs.checkpoint(tmp_path), weights_only=True)["lambdapo"]["rollout_step"] == 4
+    succeed(on_ranks(2, runs.train, tmp_path, base, resume="last", logs=tmp_path / "resumed", **options))
+
+
+def test_a_checkpoint_from_inside_a_step_is_marked_and_warned_of(base: str, tmp_path: Path) -> None:
+    class Fails(Callback):
+        def on_before_optimizer_step(self, run: Any, *_: Any) -> None:
+            if run.global_step == 5:  # the second update of the third step
+                raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        runs.train(tmp_path, base, validate=False, save_on_exception=True, callbacks=[Fails()])
+    held = torch.load(runs.checkpoint(tmp_path), weights_only=True)["lambdapo"]
+    assert (held["rollout_step"], held["updates_in_unfinished_step"]) == (2, 1)
+    with pytest.warns(UserWarning, match="saved inside a training step, after 1 of its updates"):
+        runs.train(tmp_path, base, validate=False, resume="last")
+
+
+class Poison(Callback):
+    """Makes the policy's weights NaN before some steps, and mends them after each."""
+
+    def __init__(self, steps: Sequence[int]) -> None:
+        self.steps = steps
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.kept = weights(pl_module)
+        if pl_module.rollout_step + 1 in self.steps:
+            with torch.no_grad():
+                next(pl_module.policy.parameters()).fill_(torch.nan)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if pl_module.rollout_step in self.steps:
+            with torch.no_grad():
+                first = next(iter(self.kept))
+                dict(pl_module.named_parameters())[first].copy_(self.kept[first])
+            assert equal(weights(pl_module), self.kept), "nothing moves in a step without finite probabilities"
+
+
+@pytest.mark.parametrize("engine", ["grouped", "hf"])
+def test_a_step_with_logits_that_are_not_numbers_is_skipped_and_counted(base: str, tmp_path: Path, engine: Any) -> None:
+    rollout = RolloutConfig(engine=engine, group_size=4, max_new_tokens=8)
+    model = module(base, updates_per_rollout=2, rollout=rollout)
+    recorder = Recorder()
+    callbacks = [recorder, Poison([2])]
+    trainer(tmp_path, callbacks=callbacks, enable_checkpointing=True).fit(model, Rows(batch_size=4))
+    assert [step["train/skipped_updates"] for step in recorder.steps] == [0, 2, 2, 2]
+    assert model.rollout_step == 4
+    assert recorder.steps[3]["train/grad_norm"] > 0
+
+
+def test_too_many_such_steps_are_an_error(base: str, tmp_path: Path) -> None:
+    run = trainer(tmp_path, callbacks=[Poison([2, 3, 4, 5, 6])], max_epochs=3)
+    message = "4 updates in a row were of a rollout whose log-probabilities are not finite; the policy has diverged"
+    with pytest.raises(RuntimeError, match=message):
+        run.fit(module(base), Rows(batch_size=4))
+
+
+def test_an_infinite_loss_is_skipped_and_counted(base: str, tmp_path: Path) -> None:
+    """A policy that has come so far from its reference that k3 overflows."""
+    model = module(base, algorithm=AlgorithmConfig(kl_coef=0.1))
+    recorder = Recorder()
+
+    class Far(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if pl_module.rollout_step == 1:
+                with torch.no_grad():
+                    for parameter in pl_module.reference.parameters():
+                        parameter.mul_(1e4)
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if pl_module.rollout_step == 2:
+                with torch.no_grad():
+                    for parameter in pl_module.reference.parameters():
+                        parameter.mul_(1e-4)
+
+    def infinite(original: Any, learner: Any, micro_batch: Any) -> Any:
+        found = original(learner, micro_batch)
+        return found + 1000 if model.rollout_step == 1 else found
+
+    original = Learner.ref_logprobs
+    Learner.ref_logprobs = lambda *arguments: infinite(original, *arguments)  # type: ignore[method-assign]
+    try:
+        trainer(tmp_path, callbacks=[recorder], enable_checkpointing=True).fit(model, Rows(batch_size=4))
+    finally:
+        Learner.ref_logprobs = original  # type: ignore[method-assign]
+    assert [step["train/skipped_updates"] for step in recorder.steps] == [0, 1, 1, 1]
+
+
+def steps_of(base: str, tmp_path: Path, model: LambdaPOModule) -> list[dict[str, float]]:
+    recorder = Recorder()
+    trainer(tmp_path, callbacks=[recorder], enable_checkpointing=True).fit(model, Rows(batch_size=4))
+    assert not any(math.isnan(value) for step in recorder.steps for value in step.values()), "nothing logged is NaN"
+    return recorder.steps
+
+
+def test_nothing_moves_where_all_rows_are_truncated(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_lambdapo.module.eos_token_ids", lambda *_: (-1,))
+    model = module(base, algorithm=AlgorithmConfig(mask_truncated=True))
+    model.configure_model()
+    before = weights(model)
+    steps = steps_of(base, tmp_path, model)
+    assert equal(weights(model), before)
+    assert {step["train/truncated"] for step in steps} == {1.0}
+    assert {step["train/empty_updates"] for step in steps} == {1.0}
+    assert "train/reward" not in steps[-1]
+
+
+def test_completions_that_end_at_once(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "inverse_cdf", lambda probabilities, _: torch.ones(len(probabilities)).long())
+    seen: list[str] = []
+
+    def note(completions: list[str]) -> list[float]:
+        seen.extend(completions)
+        return [float(index) for index in range(len(completions))]
+
+    steps = steps_of(base, tmp_path, module(base, rewards=[note]))
+    assert set(seen) == {""}
+    assert {step["train/completion_length"] for step in steps} == {1.0}
+
+
+def test_prompts_that_leave_no_room_are_found_before_anything_is_sampled(base: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "1+1=", "answer": "2"}\n' * 4 + '{"prompt": "' + "1+" * 62 + '", "answer": "2"}\n')
+    message = r"A prompt of 124 tokens and max_new_tokens = 8 more do not fit the 128 positions of LlamaForCausalLM"
+
+    def sampled(completions: list[str]) -> list[float]:
+        raise AssertionError("a rollout was paid for")
+
+    data = LambdaPODataModule(train=DataSource(path=str(file)), batch_size=2, tokenizer=module(base).tokenizer)
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path).fit(module(base, rewards=[sampled]), data)
+    fits = LambdaPODataModule(
+        train=DataSource(path=str(file)), batch_size=2, max_prompt_length=120, tokenizer=module(base).tokenizer
+    )
+    with pytest.warns(UserWarning, match="1 of 5 prompts .* are left out"):
+        trainer(tmp_path).fit(module(base), fits)
+
+
+def test_a_data_file_that_changes_between_epochs(base: str, tmp_path: Path) -> None:
+    """The run goes on with what it has read; one that is resumed says that the data is another."""
+    file = tmp_path / "rows.jsonl"
+    rows = "".join(f'{{"prompt": "{a}+{b}=", "answer": "{a + b}"}}\n' for a in range(4) for b in range(4))
+
+    class Changes(Callback):
+        def on_train_epoch_end(self, *_: Any) -> None:
+            file.write_text("no JSON at all")
+
+    def run(name: str, callbacks: list[Callback], **options: Any) -> Path:
+        file.write_text(rows)
+        data = LambdaPODataModule(train=DataSource(path=str(file)), batch_size=4)
+        runs.train(tmp_path / name, base, validate=False, data=data, callbacks=callbacks, **options)
+        return tmp_path / name
+
+    still, changed = run("still", []), run("changed", [Changes()])
+    assert runs.completions(still) == runs.completions(changed)
+    file.write_text(rows.replace("0+0=", "9+9="))
+    data = LambdaPODataModule(train=DataSource(path=str(file)), batch_size=4)
+    with pytest.warns(UserWarning, match="The training data is not that of the checkpoint"):
+        runs.train(
+            tmp_path / "other", base, validate=False, data=data, resume=str(runs.checkpoint(still, "rollout-step=20"))
+        )
+
+
+class Scarce:
+    """Makes micro-batches of more than some tokens run out of memory, in the forward or in the backward pass."""
+
+    def __init__(self, most: int, where: str, rank: int | None = None) -> None:
+        self.most, self.where, self.rank = most, where, rank
+
+    def __call__(self, original: Any, learner: Any, update: Any, micro_batch: Any, *arguments: Any) -> Any:
+        loss = original(learner, update, micro_batch, *arguments)
+        if micro_batch.input_ids.numel() <= self.most or self.rank not in (None, parallel.rank()):
+            return loss
+        if self.where == "forward":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        loss.register_hook(self.fail)
+        return loss
+
+    def fail(self, gradient: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.filterwarnings("ignore:A micro-batch ran out of memory")
+def test_memory_that_runs_out_halves_the_micro_batches(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    ample = module(base, lora=AdapterConfig(r=4), max_tokens_per_micro_batch=400)
+    expected = steps_of(base, tmp_path, ample)
+    original, scarce = Learner._loss, Scarce(100, where)
+    monkeypatch.setattr(Learner, "_loss", lambda *arguments: scarce(original, *arguments))
+    model = module(base, lora=AdapterConfig(r=4), max_tokens_per_micro_batch=400)
+    steps = steps_of(base, tmp_path, model)
+    assert steps[-1]["train/memory_retries"] in (1, 2)
+    assert model.learner.max_tokens == 400 // 2 ** steps[-1]["train/memory_retries"]
+    for found, step in zip(steps, expected, strict=True):
+        others = {name: value for name, value in step.items() if name != "train/memory_retries"}
+        assert {name: found[name] for name in others} == pytest.approx(others, rel=1e-4, abs=1e-5)
+    for name, value in weights(ample).items():
+        torch.testing.assert_close(weights(model)[name], value, rtol=0, atol=1e-4)
+
+
+def test_a_row_that_does_not_fit_alone(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, scarce = Learner._loss, Scarce(2, "forward")
+    monkeypatch.setattr(Learner, "_loss", lambda *arguments: scarce(original, *arguments))
+    with (
+        pytest.warns(UserWarning, match="A micro-batch ran out of memory; from now on"),
+        pytest.raises(torch.OutOfMemoryError, match="A single row of the learning pass does not fit in memory"),
+    ):
+        trainer(tmp_path).fit(module(base, max_tokens_per_micro_batch=64), Rows(batch_size=4))
+
+
+def train_scarcely(directory: Path, base: str, **options: Any) -> None:
+    """A run whose rank 1 is short of memory."""
+    runs.wrap(Learner, "_loss", Scarce(25, "backward", rank=1))
+    runs.train(directory, base, **options)
+
+
+@pytest.mark.slow
+def test_one_rank_that_is_short_of_memory_starts_over_by_itself(base: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"how": "ddp", "kind": "lora64", "validate": False, "rewards": [Digits()]}
+    options["max_tokens_per_micro_batch"] = 200
+    for name, function in (("ample", runs.train), ("scarce", train_scarcely)):
+        succeed(on_ranks(2, function, tmp_path / name, base, logs=tmp_path / f"{name}-logs", **options))
+    assert runs.metrics(tmp_path / "scarce")[11, "train/memory_retries"] >= 1
+    assert runs.metrics(tmp_path / "ample")[11, "train/memory_retries"] == 0
+    first, second = runs.completions(tmp_path / "ample"), runs.completions(tmp_path / "scarce")
+    assert [record["completion"] for record in first] == [record["completion"] for record in second]
+    both = [torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("ample", "scarce")]
+    for name, value in both[0].items():
+        torch.testing.assert_close(both[1][name], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_ranks_that_hold_shards_stop_with_a_message(base: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"how": "fsdp", "kind": "lora64", "validate": False}
+    ended = on_ranks(2, train_scarcely, tmp_path, base, logs=tmp_path / "logs", timeout=60, **options)
+    assert all(each.code != 0 for each in ended)
+    assert "Rank 1 ran out of memory in the learning pass; ranks that hold shards cannot start over" in ended[1].log
+
+
+def test_a_plain_function_gets_a_deadline_too() -> None:
+    def slow(completions: list[str]) -> list[float]:
+        time.sleep(30)
+        return [0.0]
+
+    from lightning_lambdapo.rewards import score
+
+    inputs = RewardInputs(["?"] * 2, ["a", "b"], [None] * 2, [None] * 2, [1, 1], [False] * 2, [{}] * 2)
+    before = signal.getsignal(signal.SIGVTALRM)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"The reward 'slow' did not return within 0\.2 seconds"):
+        score([FunctionReward(slow, timeout=0.2)], inputs, group_size=2)
+    assert time.monotonic() - start < 10
+    assert signal.getsignal(signal.SIGVTALRM) == before
+    with pytest.raises(ValueError, match="timeout of the reward 'slow' must be above 0 seconds, got 0"):
+        FunctionReward(slow, timeout=0)
+
+
+def hang_without_python(directory: Path) -> None:
+    """Wait where no signal handler of Python's gets a turn."""
+    import ctypes
+
+    from lightning_lambdapo.rewards import deadline as module_of_deadline
+
+    vars(module_of_deadline)["_GRACE_SECONDS"] = 0.5
+    libc = ctypes.PyDLL(None)  # keeps the interpreter's lock
+    with module_of_deadline.deadline(0.5):
+        while True:
+            libc.pause()
+
+
+@pytest.mark.slow
+def test_code_that_never_comes_back_ends_the_program_with_a_traceback(tmp_path: Path) -> None:
+    (ended,) = on_ranks(1, hang_without_python, tmp_path, logs=tmp_path, timeout=30)
+    assert ended.code == 1
+    assert "Timeout" in ended.log
+    assert "hang_without_python" in ended.log
+
+
+def test_rewards_that_are_all_equal(base: str, tmp_path: Path) -> None:
+    class Same(Reward):
+        def __call__(self, inputs: RewardInputs) -> Sequence[float | None]:
+            return [0.3 for _ in inputs.completions]
+
+    model = module(base, rewards=[Same()])
+    model.configure_model()
+    before = weights(model)
+    steps = steps_of(base, tmp_path, model)
+    assert equal(weights(model), before)
+    assert {step["train/equal_reward_share"] for step in steps} == {1.0}
