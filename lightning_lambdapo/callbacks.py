@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_lambdapo.datatypes import PromptBatch, Rollout, Scores
-from lightning_lambdapo.parallel import can_gather, full_state_dict, gather_objects, is_sharded
+from lightning_lambdapo.parallel import flattens, full_state_dict, gather_objects, is_sharded
 from lightning_lambdapo.policy import Policy, save_policy
 
 
@@ -242,7 +242,7 @@ class PolicyExport(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be exported before training rather than after it."""
-        if not can_gather(trainer.strategy):
+        if flattens(trainer.strategy):
             raise ValueError(
                 f"PolicyExport cannot gather the shards of {type(trainer.strategy).__name__}; leave it out, or use "
                 "ModelParallelStrategy."

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
 from lightning_lambdapo.checkpoint_files import IN_SHARDS, CheckpointError, Shapes, naming, read_header
-from lightning_lambdapo.parallel import knows_shapes, plain_name, saves_shards
+from lightning_lambdapo.parallel import flattens, plain_name, saves_shards
 
 CHECKPOINT_KEY = "lambdapo"
 CHECKPOINT_VERSION = 1
@@ -108,7 +108,7 @@ class TrainableCheckpoint(LightningModule):
         trainable = self.trainable_tensors()
         missing = [name for name in trainable if name not in shapes]
         other = [name for name, value in trainable.items() if name in shapes and shapes[name] != value.shape]
-        if self._trainer is not None and not knows_shapes(self.trainer.strategy):
+        if self._trainer is not None and flattens(self.trainer.strategy):
             other = []
         if missing or other:
             raise CheckpointError(

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import PreTrainedModel
 
 from lightning_lambdapo.config import AlgorithmConfig
+from lightning_lambdapo.parallel import flattens
 from lightning_lambdapo.rewards import Reward
 from lightning_lambdapo.rollout import SamplingConfig
 
@@ -40,7 +41,7 @@ def warn_of_settings(algorithm: AlgorithmConfig, sampling: SamplingConfig, updat
         )
 
 
-def check_trainer(trainer: Trainer, *, adapted: bool) -> None:
+def check_trainer(trainer: Trainer, *, adapted: bool, quantized: bool) -> None:
     """Refuse ``Trainer`` settings that cannot work with manual optimisation or would quietly do harm."""
     if trainer.gradient_clip_val is not None:
         raise ValueError(
@@ -52,6 +53,11 @@ def check_trainer(trainer: Trainer, *, adapted: bool) -> None:
             f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) has no effect under manual "
             "optimisation; LambdaPOModule splits rollouts into micro-batches by `max_tokens_per_micro_batch`, and a "
             "larger `batch_size` gives larger updates."
+        )
+    if quantized and flattens(trainer.strategy):
+        raise ValueError(
+            f"{type(trainer.strategy).__name__} flattens parameters, which quantised weights do not allow; use "
+            "ModelParallelStrategy, or set `policy.quantization` to null."
         )
     if trainer.precision in ("bf16-true", "16-true") and adapted:
         raise ValueError(

@@ -196,7 +196,11 @@ class LambdaPOModule(PolicyUpdates, EvaluationSteps, TrainableCheckpoint, Lightn
 
     def configure_callbacks(self) -> list[Callback]:
         """Refuse ``Trainer`` settings that cannot work, before Lightning's own check and before weights are loaded."""
-        checks.check_trainer(self.trainer, adapted=self.lora is not None or self.policy_config.adapter is not None)
+        checks.check_trainer(
+            self.trainer,
+            adapted=self.lora is not None or self.policy_config.adapter is not None,
+            quantized=self.policy_config.quantization is not None,
+        )
         guard_checkpoints(self.trainer.strategy, self.check_checkpoint)
         return []
 

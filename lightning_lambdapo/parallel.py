@@ -124,9 +124,9 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None, strat
     return float(norm)
 
 
-def can_gather(strategy: Strategy) -> bool:
-    """False under ``FSDPStrategy``, whose full state dicts end the process on some devices (CPU, torch 2.13)."""
-    return not isinstance(strategy, FSDPStrategy)
+def flattens(strategy: Strategy) -> bool:
+    """True under ``FSDPStrategy``, where a parameter is this rank's piece of a flat tensor, of no shape to speak of."""
+    return isinstance(strategy, FSDPStrategy)
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -174,11 +174,6 @@ def shard(model: nn.Module, strategy: Strategy, device_mesh: Any) -> nn.Module:
 def plain_name(name: str) -> str:
     """A parameter's name without what wrappers add to it."""
     return name.replace("_fsdp_wrapped_module.", "")
-
-
-def knows_shapes(strategy: Strategy) -> bool:
-    """False where a parameter's shape is that of this rank's shard."""
-    return not isinstance(strategy, FSDPStrategy)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

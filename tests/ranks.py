@@ -32,9 +32,15 @@ class Ended:
 
 
 def on_ranks(
-    count: int, function: Callable[..., object], *arguments: Any, logs: Path, timeout: float = 120, **options: Any
+    count: int,
+    function: Callable[..., object],
+    *arguments: Any,
+    logs: Path,
+    timeout: float = 120,
+    nodes: int = 1,
+    **options: Any,
 ) -> list[Ended]:
-    """Call ``function(*arguments, **options)`` on ``count`` ranks, and wait until all have ended.
+    """Call ``function(*arguments, **options)`` on ``count`` ranks of ``nodes`` machines, and wait until all have ended.
 
     A rank that is still there at the deadline fails the test, with what it was doing.
     """
@@ -45,7 +51,7 @@ def on_ranks(
     files = [logs / f"rank{rank}.log" for rank in range(count)]
     start = time.monotonic()
     ranks = [
-        _CONTEXT.Process(target=_rank, args=(rank, count, port, files[rank], function, arguments, options))
+        _CONTEXT.Process(target=_rank, args=(rank, count, nodes, port, files[rank], function, arguments, options))
         for rank in range(count)
     ]
     seconds = [0.0] * count
@@ -85,6 +91,7 @@ def succeed(ended: list[Ended]) -> None:
 def _rank(
     rank: int,
     count: int,
+    nodes: int,
     port: int,
     log: Path,
     function: Callable[..., object],
@@ -105,7 +112,9 @@ def _rank(
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if count > 1:
-        names = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        local = count // nodes
+        names = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local}
+        names |= {"GROUP_RANK": rank // local}
         os.environ |= {name: str(value) for name, value in names.items()} | {"TORCHELASTIC_RUN_ID": str(port)}
     code = 1
     try:

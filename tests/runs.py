@@ -66,16 +66,18 @@ def strategy(name: str) -> dict[str, Any]:
     """Trainer arguments of a strategy by name: ``one``, ``ddp``, ``fsdp`` (full checkpoints) or ``shards``."""
     limits: dict[str, Any] = {"process_group_backend": "gloo", "timeout": TIMEOUT}
     count = parallel_ranks()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    nodes = count // local
     if name == "one":
         return {"strategy": "auto", "devices": 1}
     if name == "fsdp1":
-        return {"strategy": FSDP1(state_dict_type="sharded", **limits), "devices": count}
+        return {"strategy": FSDP1(state_dict_type="sharded", **limits), "devices": local, "num_nodes": nodes}
     if name == "ddp":
-        return {"strategy": DDPStrategy(**limits), "devices": count}
+        return {"strategy": DDPStrategy(**limits), "devices": local, "num_nodes": nodes}
     sharding = ModelParallelStrategy(
         data_parallel_size=count, tensor_parallel_size=1, save_distributed_checkpoint=name == "shards", **limits
     )
-    return {"strategy": sharding, "devices": count}
+    return {"strategy": sharding, "devices": local, "num_nodes": nodes}
 
 
 def parallel_ranks() -> int:

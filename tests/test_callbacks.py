@@ -1,20 +1,25 @@
 import json
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
+from runs import FSDP1
+from safetensors.torch import load_file
 from test_module import ROWS, Digits, Rows, module, trainer
+from torch.distributed.tensor import DTensor
 
 from lightning_lambdapo import (
+    AdapterConfig,
     CompletionsLogger,
     LambdaPOModule,
     PolicyExport,
     RewardPlot,
     RolloutCheckpoint,
+    RolloutConfig,
     Throughput,
 )
 from lightning_lambdapo.functional import lambda_advantages
@@ -91,16 +96,30 @@ def test_checkpoints_of_the_best(base: str, tmp_path: Path) -> None:
         every_n_rollouts=1, dirpath=tmp_path, monitor="train/reward", mode="max", filename="{step}"
     )
     run = trainer(tmp_path, callbacks=[callback], enable_checkpointing=True)
-    model = LambdaPOModule(policy=module(base).policy_config, rewards=[Digits()], seed=3)
+    short = RolloutConfig(max_new_tokens=16)
+    model = LambdaPOModule(policy=module(base).policy_config, rollout=short, rewards=[Digits()], seed=3)
     run.fit(model, Rows(batch_size=4))
     assert callback.best_model_score is not None
     assert Path(callback.best_model_path).exists()
 
 
-def test_sharded_weights_are_not_exported(base: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lora", [None, AdapterConfig(r=4)], ids=["full", "lora"])
+def test_sharded_weights_are_gathered_for_the_export(base: str, tmp_path: Path, lora: AdapterConfig | None) -> None:
     strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
-    with pytest.raises(ValueError, match="cannot gather the shards of ModelParallelStrategy"):
-        trainer(tmp_path, strategy=strategy, callbacks=[PolicyExport()]).fit(module(base), Rows(batch_size=4))
+    model = module(base, lora=lora)
+    trainer(tmp_path, strategy=strategy, callbacks=[PolicyExport()]).fit(model, Rows(batch_size=4))
+    held = load_file(tmp_path / "export" / ("adapter_model.safetensors" if lora else "model.safetensors"))
+    assert held
+    for name, parameter in model.policy.named_parameters():
+        exported = held.get(name.replace(".default", ""))
+        assert (exported is not None) == (lora is None or "lora_" in name), name
+        if exported is not None:
+            torch.testing.assert_close(exported, cast(DTensor, parameter).full_tensor().detach(), rtol=0, atol=0)
+
+
+def test_flattened_weights_are_not_exported(base: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot gather the shards of FSDP1"):
+        trainer(tmp_path, strategy=FSDP1(), callbacks=[PolicyExport()]).fit(module(base), Rows(batch_size=4))
 
 
 @pytest.mark.parametrize("settings", [{"every_n_rollouts": 0}, {"table_every_n_rollouts": -1}])

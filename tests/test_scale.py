@@ -11,7 +11,7 @@ import runs
 import tiny
 import torch
 from ranks import on_ranks, succeed
-from test_module import Digits
+from test_module import Digits, Rows, module, trainer
 from torch import Tensor
 
 from lightning_lambdapo import AlgorithmConfig
@@ -109,6 +109,14 @@ def test_two_ranks_train_the_run_of_one(base: str, tmp_path: Path, how: str, kin
         assert set(gathers) == {3}, "two layers and the root, once per rollout and not once per token"
 
 
+@pytest.mark.parametrize(("ranks", "nodes", "how"), [(4, 1, "ddp"), (2, 2, "ddp"), (2, 2, "fsdp")])
+def test_more_ranks_and_more_machines(base: str, tmp_path: Path, ranks: int, nodes: int, how: str) -> None:
+    options: dict[str, Any] = {"kind": "lora64", "rewards": [Digits()], "trainer": {"max_epochs": 1}}
+    one = run(tmp_path / "one", base, 1, how="one", **options)
+    more = run(tmp_path / "more", base, ranks, how=how, nodes=nodes, updates_per_rollout=2, **options)
+    assert_same(one, more, tolerance=1e-6)
+
+
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_the_gradient_is_that_of_one_process(base: str, tmp_path: Path, how: str) -> None:
     options: dict[str, Any] = {
@@ -200,3 +208,46 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(
     assert [record["completion"] for record in found] == [record["completion"] for record in expected]
     for name, value in weights(whole).items():
         torch.testing.assert_close(weights(split)[name], value, rtol=0, atol=1e-6)
+
+
+def fit_from_the_command_line(arguments: list[str]) -> None:
+    from lightning_lambdapo.cli import main
+
+    main(["fit", *arguments])
+
+
+@pytest.mark.parametrize("strategy", ["runs.FSDP1", "lightning.pytorch.strategies.ModelParallelStrategy"])
+def test_sharding_strategies_from_yaml(base: str, tmp_path: Path, strategy: str) -> None:
+    layer = "transformers.models.llama.modeling_llama.LlamaDecoderLayer"
+    settings = f"{{state_dict_type: sharded, auto_wrap_policy: [{layer}]}}"
+    if "ModelParallel" in strategy:
+        settings = "{data_parallel_size: 2, tensor_parallel_size: 1}"
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        f"""
+trainer:
+  accelerator: cpu
+  devices: 2
+  max_steps: 2
+  log_every_n_steps: 1
+  default_root_dir: {tmp_path}
+  enable_progress_bar: false
+  strategy: {{class_path: {strategy}, init_args: {settings}}}
+  callbacks: [{{class_path: lightning_lambdapo.RolloutCheckpoint, init_args: {{every_n_rollouts: 1}}}}]
+model:
+  policy: {{model: {base}}}
+  rollout: {{group_size: 4, max_new_tokens: 8}}
+data:
+  train: {{preset: arithmetic, size: 16}}
+  batch_size: 2
+"""
+    )
+    succeed(on_ranks(2, fit_from_the_command_line, [f"--config={file}"], logs=tmp_path / "logs"))
+    assert (runs.checkpoint(tmp_path) / ".metadata").exists()
+    assert "train/reward" in (runs.version(tmp_path) / "metrics.csv").read_text()
+
+
+def test_quantised_weights_cannot_be_flattened(base: str, tmp_path: Path) -> None:
+    settings = runs.policy_settings(base, "nf4")
+    with pytest.raises(ValueError, match="FSDP1 flattens parameters, which quantised weights do not allow"):
+        trainer(tmp_path, strategy=runs.FSDP1()).fit(module(base, **settings), Rows(batch_size=4))

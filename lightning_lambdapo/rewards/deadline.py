@@ -1,11 +1,13 @@
 """A deadline for code that may hang: a user's reward."""
 
 import faulthandler
+import io
 import math
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 _GRACE_SECONDS = 30.0
@@ -30,12 +32,18 @@ def deadline(seconds: float | None) -> Iterator[None]:
     if seconds is None or seconds == math.inf:
         yield
         return
-    faulthandler.dump_traceback_later(seconds + _GRACE_SECONDS, exit=True)
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_kill"):
-        try:
+    try:
+        _end_program_after(seconds + _GRACE_SECONDS)
+        with _interrupting_after(seconds):
             yield
-        finally:
-            faulthandler.cancel_dump_traceback_later()
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+@contextmanager
+def _interrupting_after(seconds: float) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_kill"):
+        yield
         return
     running = True
 
@@ -55,4 +63,10 @@ def deadline(seconds: float | None) -> Iterator[None]:
         alarm.cancel()
         alarm.join()  # it has either rung or never will, so that the handler can go
         signal.signal(signal.SIGVTALRM, before)
-        faulthandler.cancel_dump_traceback_later()
+
+
+def _end_program_after(seconds: float) -> None:
+    for stream in (sys.stderr, sys.__stderr__):  # notebooks and tests put in streams that are no files
+        with suppress(io.UnsupportedOperation, AttributeError, ValueError):
+            faulthandler.dump_traceback_later(seconds, exit=True, file=stream)  # type: ignore[arg-type]
+            return
