@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import PreTrainedModel
@@ -93,21 +94,29 @@ def check_mini_batches(mini_batches: int, prompts: int) -> None:
         )
 
 
-def check_context(model: PreTrainedModel, prompt_length: int, max_new_tokens: int) -> None:
+def check_context(model: PreTrainedModel, prompt_length: int, max_new_tokens: int, *, quiet: bool = False) -> None:
     """Refuse prompts that with their completions would run past the positions that the model has.
+
+    Rotary positions go on beyond those that the model was trained with; for them this only says so.
 
     Args:
         model: its configuration names the number of positions; one that names none has no such limit.
         prompt_length: tokens of the longest prompt.
         max_new_tokens: tokens that may follow it.
+        quiet: say nothing where rotary positions go on.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and prompt_length + max_new_tokens > positions:
-        raise ValueError(
-            f"A prompt of {prompt_length} tokens and max_new_tokens = {max_new_tokens} more do not fit the "
-            f"{positions} positions of {type(model).__name__}; lower `max_prompt_length` (longer prompts are dropped) "
-            "or `max_new_tokens`."
-        )
+    if positions is None or prompt_length + max_new_tokens <= positions:
+        return
+    message = (
+        f"A prompt of {prompt_length} tokens and max_new_tokens = {max_new_tokens} more do not fit the {positions} "
+        f"positions of {type(model).__name__}; lower `max_prompt_length` (longer prompts are dropped) or "
+        "`max_new_tokens`."
+    )
+    if not any("Rotary" in type(module).__name__ for module in model.modules()):
+        raise ValueError(message)
+    if not quiet:
+        rank_zero_info(message)
 
 
 def check_reserve(reserve: int, prompts: int) -> int:

@@ -324,7 +324,8 @@ class LambdaPOModule(PolicyUpdates, EvaluationSteps, TrainableCheckpoint, Lightn
     def complete(self, batch: PromptBatch, uniforms: Tensor, sampling: SamplingConfig) -> Rollout | None:
         """Complete each prompt once for each of its rows of ``uniforms``; None without prompts; a collective."""
         if batch.prompts:
-            checks.check_context(self.causal_lm, int(batch.attention_mask.sum(-1).max()), uniforms.shape[1])
+            longest = int(batch.attention_mask.sum(-1).max())
+            checks.check_context(self.causal_lm, longest, uniforms.shape[1], quiet=True)
         with evaluating(self.policy), parallel.gathered(self.causal_lm):
             if not batch.prompts:
                 return None

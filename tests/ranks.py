@@ -15,11 +15,26 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["runs"])
+_HERE = Path(__file__).parent
+
+
+def _start_server() -> None:
+    """Start the server that imports everything once; it finds modules by its environment alone."""
+    forkserver.set_forkserver_preload(["runs"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (_HERE, _HERE.parent)))
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,7 @@ def on_ranks(
     A rank that is still there at the deadline fails the test, with what it was doing.
     """
     logs.mkdir(parents=True, exist_ok=True)
+    _start_server()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import runs
+import tiny
 import torch
 from lightning.pytorch import Callback
 from ranks import on_ranks, succeed
 from test_module import Digits, Recorder, Rows, equal, module, trainer, weights
 from test_resume import assert_same_run
+from torch.utils.data import DataLoader
 
 from lightning_lambdapo import (
     AdapterConfig,
@@ -22,6 +24,7 @@ from lightning_lambdapo import (
     DataSource,
     LambdaPODataModule,
     LambdaPOModule,
+    PromptCollator,
     RolloutConfig,
     parallel,
 )
@@ -216,22 +219,36 @@ def test_completions_that_end_at_once(base: str, tmp_path: Path, monkeypatch: py
     assert {step["train/completion_length"] for step in steps} == {1.0}
 
 
-def test_prompts_that_leave_no_room_are_found_before_anything_is_sampled(base: str, tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
+def test_prompts_that_leave_no_room_are_found_before_anything_is_sampled(tmp_path: Path) -> None:
+    base, file = str(tmp_path / "base"), tmp_path / "rows.jsonl"
+    tiny.model("gpt2").save_pretrained(base)
+    tiny.tokenizer().save_pretrained(base)
     file.write_text('{"prompt": "1+1=", "answer": "2"}\n' * 4 + '{"prompt": "' + "1+" * 62 + '", "answer": "2"}\n')
-    message = r"A prompt of 124 tokens and max_new_tokens = 8 more do not fit the 128 positions of LlamaForCausalLM"
+    message = r"A prompt of 124 tokens and max_new_tokens = 8 more do not fit the 128 positions of GPT2LMHeadModel"
 
     def sampled(completions: list[str]) -> list[float]:
         raise AssertionError("a rollout was paid for")
 
-    data = LambdaPODataModule(train=DataSource(path=str(file)), batch_size=2, tokenizer=module(base).tokenizer)
+    data = LambdaPODataModule(train=DataSource(path=str(file)), batch_size=2)
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path).fit(module(base, rewards=[sampled]), data)
-    fits = LambdaPODataModule(
-        train=DataSource(path=str(file)), batch_size=2, max_prompt_length=120, tokenizer=module(base).tokenizer
-    )
+    rows = [{"prompt": "1+" * 62}] * 2  # of a loader whose prompts are not known before
+    model = module(base, rewards=[sampled])
+    loader: Any = DataLoader(rows, batch_size=2, collate_fn=PromptCollator(model.tokenizer))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path).fit(model, loader, val_dataloaders=loader)
+    fits = LambdaPODataModule(train=DataSource(path=str(file)), batch_size=2, max_prompt_length=120)
     with pytest.warns(UserWarning, match="1 of 5 prompts .* are left out"):
         trainer(tmp_path).fit(module(base), fits)
+
+
+def test_rotary_positions_go_on(base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(('{"prompt": "' + "1+" * 62 + '", "answer": "2"}\n') * 4)
+    data = LambdaPODataModule(train=DataSource(path=str(file)), batch_size=2)
+    with caplog.at_level("INFO"):
+        trainer(tmp_path).fit(module(base), data)
+    assert "A prompt of 124 tokens and max_new_tokens = 8 more do not fit the 128 positions" in caplog.text
 
 
 def test_a_data_file_that_changes_between_epochs(base: str, tmp_path: Path) -> None:
