@@ -44,16 +44,18 @@ class TrainableCheckpoint(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained, and what a resume needs; all of it loads with ``weights_only=True``."""
+        unfinished = _unfinished_batches(checkpoint)
+        updates = self.updates_in_step if unfinished else 0
         checkpoint[CHECKPOINT_KEY] = {
             "version": CHECKPOINT_VERSION,
             "rollout_step": self.rollout_step,
             "skipped_updates": self.skipped_updates,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "updates_in_unfinished_step": self.updates_in_step,
+            "updates_in_unfinished_step": updates,
             "seed": self.sampling_seed,
         }
-        if not self.updates_in_step:
-            _give_back_unfinished_batch(checkpoint)
+        if not updates:  # the step will be done again from its start
+            _give_back(checkpoint, unfinished)
         if self._trainer is None or not saves_shards(self.trainer.strategy):
             trainable = self.trainable_tensors()
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
@@ -82,8 +84,8 @@ class TrainableCheckpoint(LightningModule):
         updates = own.get("updates_in_unfinished_step", 0)
         if updates:
             warnings.warn(
-                f"The checkpoint was saved inside a training step, after {updates} of its updates: training continues "
-                "with the next batch, and not as the uninterrupted run would have.",
+                f"The checkpoint was saved inside a training step, when {updates} of its updates had begun: training "
+                "continues with the next batch, and not as the uninterrupted run would have.",
                 stacklevel=2,
             )
 
@@ -148,12 +150,16 @@ class TrainableCheckpoint(LightningModule):
         return {plain_name(name): value for name, value in self.named_parameters() if value.requires_grad}
 
 
-def _give_back_unfinished_batch(checkpoint: dict[str, Any]) -> None:
-    """Let the training data go on with the batch of a step that has begun and changed nothing yet."""
+def _unfinished_batches(checkpoint: Mapping[str, Any]) -> int:
+    """1 for a checkpoint from inside a training step, 0 for one from between two."""
     fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
     progress = fit_loop.get("epoch_loop.batch_progress", {}).get("current")
-    if progress is None:
-        return
-    for position in fit_loop.get("state_dict", {}).get("combined_loader") or []:
+    return 0 if progress is None else int(progress["ready"] - progress["processed"])
+
+
+def _give_back(checkpoint: Mapping[str, Any], batches: int) -> None:
+    """Let the training data go on that many batches earlier."""
+    loaders = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get("combined_loader") or []
+    for position in loaders:
         if "batches" in position:
-            position["batches"] -= progress["ready"] - progress["processed"]
+            position["batches"] -= batches

@@ -261,6 +261,7 @@ class LambdaPOModule(PolicyUpdates, EvaluationSteps, TrainableCheckpoint, Lightn
 
     def on_train_batch_end(self, outputs: Any, batch: PromptBatch, batch_idx: int) -> None:
         """Stop here, after callbacks have saved what they save, where a rank was told to."""
+        self.updates_in_step = 0
         self.interrupts.stop_together()
 
     def teardown(self, stage: str) -> None:
@@ -291,7 +292,7 @@ class LambdaPOModule(PolicyUpdates, EvaluationSteps, TrainableCheckpoint, Lightn
         old_logprobs = None if on_policy else self.learner.old_logprobs(updates, self.trainer.strategy, tally)
         for update in updates * self.epochs_per_rollout:
             self.learn(update, advantages, old_logprobs, tally)
-        self.rollout_step, self.updates_in_step = self.rollout_step + 1, 0
+        self.rollout_step += 1
         self.report.update(batch, rollout, scores, policy_scores, advantages, tally)
         for name, value in self.report.finish(tally).items():
             self.log(f"train/{name}", value, prog_bar=name in _PROGRESS_BAR, batch_size=len(batch.prompts))

@@ -20,7 +20,7 @@ class PolicyUpdates(LightningModule):
     Attributes:
         skipped_updates: updates that were dropped because something was not finite.
         skipped_in_a_row: of these, the ones since the last update that was made.
-        updates_in_step: updates of the training step that is under way.
+        updates_in_step: updates of the present training step that have begun.
     """
 
     learner: Learner
@@ -44,15 +44,16 @@ class PolicyUpdates(LightningModule):
             self.learner.accumulate(
                 update, advantages, old_logprobs, strategy=strategy, backward=self.manual_backward, tally=tally
             )
+            self.updates_in_step += 1
             optimizer.step()
             if math.isfinite(self._grad_norm):
                 tally.ratio("grad_norm", self._grad_norm, 1.0)
         else:
             if not update.finite:
                 self._skip("were of a rollout whose log-probabilities are not finite")
+            self.updates_in_step += 1
             with parallel.without_grad_scaler(strategy):
                 optimizer.step()
-        self.updates_in_step += 1
         tally.maximum("skipped_updates", torch.tensor(self.skipped_updates))
         tally.maximum("memory_retries", torch.tensor(self.learner.memory_retries))
         scheduler = self.lr_schedulers()

@@ -14,12 +14,11 @@ import tiny
 import torch
 from lightning.pytorch import Callback
 from ranks import on_ranks, succeed
-from test_module import Digits, Recorder, Rows, equal, module, trainer, weights
+from test_module import Recorder, Rows, equal, module, trainer, weights
 from test_resume import assert_same_run
 from torch.utils.data import DataLoader
 
 from lightning_lambdapo import (
-    AdapterConfig,
     AlgorithmConfig,
     DataSource,
     LambdaPODataModule,
@@ -28,6 +27,7 @@ from lightning_lambdapo import (
     RolloutConfig,
     parallel,
 )
+from lightning_lambdapo.evaluation import StepReport
 from lightning_lambdapo.learning import Learner
 from lightning_lambdapo.rewards import FunctionReward, Reward, RewardInputs
 from lightning_lambdapo.rollout import sampling
@@ -103,17 +103,29 @@ def test_a_faulty_reward_on_one_rank_ends_both(base: str, tmp_path: Path, kind: 
     succeed(on_ranks(2, runs.train, tmp_path, base, resume="last", logs=tmp_path / "resumed", **options))
 
 
-def test_a_checkpoint_from_inside_a_step_is_marked_and_warned_of(base: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("moment", "rollout_step", "begun"), [("update", 2, 2), ("report", 3, 2)])
+def test_a_checkpoint_from_inside_a_step_is_marked_and_warned_of(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, rollout_step: int, begun: int
+) -> None:
     class Fails(Callback):
         def on_before_optimizer_step(self, run: Any, *_: Any) -> None:
-            if run.global_step == 5:  # the second update of the third step
+            if moment == "update" and run.global_step == 5:  # the second update of the third step
                 raise RuntimeError("in the middle")
 
+    finish, calls = StepReport.finish, [0]
+
+    def report(self: StepReport, *arguments: Any) -> Any:
+        calls[0] += 1
+        if moment == "report" and calls[0] == 3:
+            raise RuntimeError("in the middle")
+        return finish(self, *arguments)
+
+    monkeypatch.setattr(StepReport, "finish", report)
     with pytest.raises(RuntimeError, match="in the middle"):
         runs.train(tmp_path, base, validate=False, save_on_exception=True, callbacks=[Fails()])
     held = torch.load(runs.checkpoint(tmp_path), weights_only=True)["lambdapo"]
-    assert (held["rollout_step"], held["updates_in_unfinished_step"]) == (2, 1)
-    with pytest.warns(UserWarning, match="saved inside a training step, after 1 of its updates"):
+    assert (held["rollout_step"], held["updates_in_unfinished_step"]) == (rollout_step, begun)
+    with pytest.warns(UserWarning, match="saved inside a training step, when 2 of its updates had begun"):
         runs.train(tmp_path, base, validate=False, resume="last")
 
 
@@ -274,84 +286,6 @@ def test_a_data_file_that_changes_between_epochs(base: str, tmp_path: Path) -> N
         runs.train(
             tmp_path / "other", base, validate=False, data=data, resume=str(runs.checkpoint(still, "rollout-step=20"))
         )
-
-
-class Scarce:
-    """Makes micro-batches of more than some tokens run out of memory, in the forward or in the backward pass."""
-
-    def __init__(self, most: int, where: str, rank: int | None = None) -> None:
-        self.most, self.where, self.rank = most, where, rank
-
-    def __call__(self, original: Any, learner: Any, update: Any, micro_batch: Any, *arguments: Any) -> Any:
-        loss = original(learner, update, micro_batch, *arguments)
-        if micro_batch.input_ids.numel() <= self.most or self.rank not in (None, parallel.rank()):
-            return loss
-        if self.where == "forward":
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        loss.register_hook(self.fail)
-        return loss
-
-    def fail(self, gradient: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-
-@pytest.mark.parametrize("where", ["forward", "backward"])
-@pytest.mark.filterwarnings("ignore:A micro-batch ran out of memory")
-def test_memory_that_runs_out_halves_the_micro_batches(
-    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
-    ample = module(base, lora=AdapterConfig(r=4), max_tokens_per_micro_batch=400)
-    expected = steps_of(base, tmp_path, ample)
-    original, scarce = Learner._loss, Scarce(100, where)
-    monkeypatch.setattr(Learner, "_loss", lambda *arguments: scarce(original, *arguments))
-    model = module(base, lora=AdapterConfig(r=4), max_tokens_per_micro_batch=400)
-    steps = steps_of(base, tmp_path, model)
-    assert steps[-1]["train/memory_retries"] in (1, 2)
-    assert model.learner.max_tokens == 400 // 2 ** steps[-1]["train/memory_retries"]
-    for found, step in zip(steps, expected, strict=True):
-        others = {name: value for name, value in step.items() if name != "train/memory_retries"}
-        assert {name: found[name] for name in others} == pytest.approx(others, rel=1e-4, abs=1e-5)
-    for name, value in weights(ample).items():
-        torch.testing.assert_close(weights(model)[name], value, rtol=0, atol=1e-4)
-
-
-def test_a_row_that_does_not_fit_alone(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, scarce = Learner._loss, Scarce(2, "forward")
-    monkeypatch.setattr(Learner, "_loss", lambda *arguments: scarce(original, *arguments))
-    with (
-        pytest.warns(UserWarning, match="A micro-batch ran out of memory; from now on"),
-        pytest.raises(torch.OutOfMemoryError, match="A single row of the learning pass does not fit in memory"),
-    ):
-        trainer(tmp_path).fit(module(base, max_tokens_per_micro_batch=64), Rows(batch_size=4))
-
-
-def train_scarcely(directory: Path, base: str, **options: Any) -> None:
-    """A run whose rank 1 is short of memory."""
-    runs.wrap(Learner, "_loss", Scarce(25, "backward", rank=1))
-    runs.train(directory, base, **options)
-
-
-@pytest.mark.slow
-def test_one_rank_that_is_short_of_memory_starts_over_by_itself(base: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"how": "ddp", "kind": "lora64", "validate": False, "rewards": [Digits()]}
-    options["max_tokens_per_micro_batch"] = 200
-    for name, function in (("ample", runs.train), ("scarce", train_scarcely)):
-        succeed(on_ranks(2, function, tmp_path / name, base, logs=tmp_path / f"{name}-logs", **options))
-    assert runs.metrics(tmp_path / "scarce")[11, "train/memory_retries"] >= 1
-    assert runs.metrics(tmp_path / "ample")[11, "train/memory_retries"] == 0
-    first, second = runs.completions(tmp_path / "ample"), runs.completions(tmp_path / "scarce")
-    assert [record["completion"] for record in first] == [record["completion"] for record in second]
-    both = [torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("ample", "scarce")]
-    for name, value in both[0].items():
-        torch.testing.assert_close(both[1][name], value, rtol=0, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_ranks_that_hold_shards_stop_with_a_message(base: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"how": "fsdp", "kind": "lora64", "validate": False}
-    ended = on_ranks(2, train_scarcely, tmp_path, base, logs=tmp_path / "logs", timeout=60, **options)
-    assert all(each.code != 0 for each in ended)
-    assert "Rank 1 ran out of memory in the learning pass; ranks that hold shards cannot start over" in ended[1].log
 
 
 def test_a_plain_function_gets_a_deadline_too() -> None:
