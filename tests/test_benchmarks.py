@@ -8,6 +8,7 @@ from typing import Any
 import bench_advantage
 import bench_decode
 import bench_learn
+import bench_ranks
 import bench_scaling
 import bench_step
 import measuring
@@ -45,6 +46,12 @@ def test_the_decoders_switches_are_measured() -> None:
     found = bench_decode.measure_switches(BUILTIN, None)
     assert all(found[f"seconds {index}"] > 0 for index in range(len(bench_decode.SWITCHES)))
     assert found["rows 0"] == 0
+
+
+@pytest.mark.slow
+def test_flips_between_numbers_of_ranks_are_counted() -> None:
+    found = bench_ranks.flips(BUILTIN, "float64", 4, 1)
+    assert (found["rows"], found["other tokens"]) == (32, 0)
 
 
 def test_the_advantage_is_measured() -> None:

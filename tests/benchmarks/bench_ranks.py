@@ -3,7 +3,7 @@
 Two ranks multiply matrices of half as many rows, which rounds differently; a token flips where two neighbours in
 the cumulative distribution are closer than that. The learning rate is 0, so that one flip leads to no other.
 
-    python tests/benchmarks/bench_ranks.py [--model builtin:arithmetic] [--steps 20]
+    PYTHONPATH=tests python tests/benchmarks/bench_ranks.py [--model builtin:arithmetic] [--steps 20]
 """
 
 import tempfile
