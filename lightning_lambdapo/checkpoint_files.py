@@ -143,9 +143,10 @@ def _load(file: Path | io.BytesIO, *, mmap: bool = False) -> Any:
 
 
 def _refuse_code(file: Path) -> None:
-    """Raise unless a pickle names nothing but the classes that an index of shards is made of; runs nothing of it.
+    """Raise unless torch's index of shards names nothing but the classes that one is made of; runs nothing of it.
 
-    Keeps track of the strings on top of the pickle machine's stack, and takes anything else for unknown.
+    Such a file is a program for a stack machine. Only strings on top of its stack are kept track of; anything else
+    counts as unknown, and what is named by something unknown is refused.
     """
     top: list[str | None] = []
     memo: dict[Any, str | None] = {}

@@ -27,7 +27,7 @@ class Interrupts:
         self.requested = False
         if world_size() < 2 or threading.current_thread() is not threading.main_thread():
             return
-        theirs = trainer._signal_connector._sigterm_notifier_fn
+        theirs = getattr(getattr(trainer, "_signal_connector", None), "_sigterm_notifier_fn", None)
         handlers: list[Any] = getattr(signal.getsignal(signal.SIGTERM), "signal_handlers", [])
 
         def note(signum: int, frame: FrameType | None) -> None:
