@@ -31,6 +31,15 @@ def run_directory(trainer: Trainer) -> Path:
     return Path(trainer.default_root_dir)
 
 
+def finished_rollouts(trainer: Trainer) -> int:
+    """Training steps that have been made, the present one included where it has just ended.
+
+    (Lightning's ``total_batch_idx`` also counts a step that an exception ended and a resumed run does again.)
+    """
+    total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    return int(total.processed)
+
+
 def _new_file(directory: Path, name: str) -> Path:
     """Path of a file that does not exist yet: an earlier run's file is never written over."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -68,7 +77,7 @@ class CompletionsLogger(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
     ) -> None:
         """Write one line per completion of this step, of all ranks."""
-        step = trainer.fit_loop.total_batch_idx + 1
+        step = finished_rollouts(trainer)
         table = self.table_every_n_rollouts and step % self.table_every_n_rollouts == 0
         if step % self.every_n_rollouts and not table:
             return
@@ -166,7 +175,7 @@ class RewardPlot(Callback):
     ) -> None:
         """Note the step's values."""
         self._note(trainer, "train/")
-        if (trainer.fit_loop.total_batch_idx + 1) % self.every_n_rollouts == 0:
+        if finished_rollouts(trainer) % self.every_n_rollouts == 0:
             self._draw(trainer)
 
     @rank_zero_only
@@ -181,7 +190,7 @@ class RewardPlot(Callback):
         self._draw(trainer)
 
     def _note(self, trainer: Trainer, prefix: str) -> None:
-        step = trainer.fit_loop.total_batch_idx + 1
+        step = finished_rollouts(trainer)
         for name in self.metrics:
             if name.startswith(prefix) and name in trainer.callback_metrics:
                 self._curves.setdefault(name, []).append((step, float(trainer.callback_metrics[name])))
@@ -288,7 +297,7 @@ class RolloutCheckpoint(ModelCheckpoint):
     ) -> None:
         """Save when a rollout count or an interval is reached."""
         if self.every_n_rollouts is not None:
-            due = (trainer.fit_loop.total_batch_idx + 1) % self.every_n_rollouts == 0
+            due = finished_rollouts(trainer) % self.every_n_rollouts == 0
         else:
             passed = time.monotonic() - self._saved_at >= (self.interval or timedelta()).total_seconds()
             due = bool(trainer.strategy.broadcast(passed))  # clocks differ between ranks; saving is a collective

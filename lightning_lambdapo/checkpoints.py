@@ -158,8 +158,11 @@ def _unfinished_batches(checkpoint: Mapping[str, Any]) -> int:
 
 
 def _give_back(checkpoint: Mapping[str, Any], batches: int) -> None:
-    """Let the training data go on that many batches earlier."""
-    loaders = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get("combined_loader") or []
-    for position in loaders:
+    """Let training data and the loggers' step go on that many batches earlier."""
+    fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    for position in fit_loop.get("state_dict", {}).get("combined_loader") or []:
         if "batches" in position:
             position["batches"] -= batches
+    counts = fit_loop.get("epoch_loop.state_dict", {})
+    if "_batches_that_stepped" in counts:  # Lightning adds one on restarting, for a step that has ended
+        counts["_batches_that_stepped"] -= batches

@@ -34,6 +34,7 @@ from lightning_lambdapo import (
     checkpoint_files,
     parallel,
 )
+from lightning_lambdapo.callbacks import finished_rollouts
 from lightning_lambdapo.learning import Learner
 from lightning_lambdapo.rewards import Reward, RewardInputs
 from lightning_lambdapo.rollout.sampling import TokenSampler
@@ -226,7 +227,7 @@ class Death(Callback):
         self.moment, self.step, self.die = moment, step, die
 
     def _check(self, trainer: Trainer, moment: str) -> None:
-        if self.moment == moment and trainer.fit_loop.total_batch_idx + 1 == self.step:
+        if self.moment == moment and finished_rollouts(trainer) + (moment == "update") == self.step:
             self.die()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

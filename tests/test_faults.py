@@ -81,10 +81,10 @@ def test_a_faulty_reward_stops_the_run_and_nothing_is_lost(base: str, tmp_path: 
     runs.train(whole, base, validate=False)
     start = time.monotonic()
     with pytest.raises((RuntimeError, ValueError), match=MESSAGES[kind]):
-        runs.train(broken, base, validate=False, save_on_exception=True, rewards=[Trouble(kind, 7)])
+        runs.train(broken, base, validate=False, save_on_exception=True, rewards=[Trouble(kind, 8)])
     assert time.monotonic() - start < 60
     held = torch.load(runs.checkpoint(broken), weights_only=True)["lambdapo"]
-    assert (held["rollout_step"], held["updates_in_unfinished_step"]) == (6, 0)
+    assert (held["rollout_step"], held["updates_in_unfinished_step"]) == (7, 0)
     runs.train(broken, base, validate=False, resume="last")
     assert_same_run(whole, broken)
 
@@ -94,7 +94,7 @@ def test_a_faulty_reward_stops_the_run_and_nothing_is_lost(base: str, tmp_path: 
 def test_a_faulty_reward_on_one_rank_ends_both(base: str, tmp_path: Path, kind: str) -> None:
     options: dict[str, Any] = {"how": "ddp", "validate": False, "save_on_exception": True}
     ended = on_ranks(
-        2, runs.train, tmp_path, base, rewards=[Trouble(kind, 5, rank=1)], logs=tmp_path / "logs", timeout=40, **options
+        2, runs.train, tmp_path, base, rewards=[Trouble(kind, 6, rank=1)], logs=tmp_path / "logs", timeout=40, **options
     )
     assert all(each.code != 0 for each in ended)
     if kind != "kill":
@@ -159,6 +159,23 @@ def test_a_step_with_logits_that_are_not_numbers_is_skipped_and_counted(base: st
     assert [step["train/skipped_updates"] for step in recorder.steps] == [0, 2, 2, 2]
     assert model.rollout_step == 4
     assert recorder.steps[3]["train/grad_norm"] > 0
+
+
+def test_one_such_row_is_enough(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = module(base)
+    draw = sampling.TokenSampler.__call__
+
+    def broken(self: sampling.TokenSampler, logits: Any, rows: Any, step: Any) -> Any:
+        if model.rollout_step == 1:
+            logits = torch.where((rows == 5)[:, None], torch.nan, logits)
+        return draw(self, logits, rows, step)
+
+    monkeypatch.setattr(sampling.TokenSampler, "__call__", broken)
+    recorder = Recorder()
+    trainer(tmp_path, callbacks=[recorder], enable_checkpointing=True).fit(model, Rows(batch_size=4))
+    assert [step["train/skipped_updates"] for step in recorder.steps] == [0, 1, 1, 1]
+    assert recorder.steps[1]["train/valid"] == 15 / 16
+    assert math.isfinite(recorder.steps[1]["train/reward"])
 
 
 def test_too_many_such_steps_are_an_error(base: str, tmp_path: Path) -> None:

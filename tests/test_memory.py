@@ -53,6 +53,25 @@ def test_memory_that_runs_out_halves_the_micro_batches(
         torch.testing.assert_close(weights(model)[name], value, rtol=0, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:A micro-batch ran out of memory")
+def test_nothing_of_the_attempt_that_failed_is_left(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first micro-batch has added its gradient, and its statistics, when the second runs out of memory."""
+    expected = steps_of(base, tmp_path, module(base, max_tokens_per_micro_batch=100))
+    original, calls = Learner._loss, [0]
+
+    def second_fails(*arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(*arguments)
+
+    monkeypatch.setattr(Learner, "_loss", second_fails)
+    steps = steps_of(base, tmp_path, module(base, max_tokens_per_micro_batch=100))
+    assert steps[0]["train/memory_retries"] == 1
+    for name in ("train/grad_norm", "train/loss", "train/sampling_drift"):
+        assert steps[0][name] == pytest.approx(expected[0][name], rel=1e-3, abs=1e-6), name
+
+
 def test_a_row_that_does_not_fit_alone(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, scarce = Learner._loss, Scarce(2, "forward")
     monkeypatch.setattr(Learner, "_loss", lambda *arguments: scarce(original, *arguments))
