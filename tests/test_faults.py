@@ -94,7 +94,7 @@ def test_a_faulty_reward_stops_the_run_and_nothing_is_lost(base: str, tmp_path: 
 def test_a_faulty_reward_on_one_rank_ends_both(base: str, tmp_path: Path, kind: str) -> None:
     options: dict[str, Any] = {"how": "ddp", "validate": False, "save_on_exception": True}
     ended = on_ranks(
-        2, runs.train, tmp_path, base, rewards=[Trouble(kind, 6, rank=1)], logs=tmp_path / "logs", timeout=40, **options
+        2, runs.train, tmp_path, base, rewards=[Trouble(kind, 6, rank=1)], logs=tmp_path / "logs", timeout=25, **options
     )
     assert all(each.code != 0 for each in ended)
     if kind != "kill":
