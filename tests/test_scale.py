@@ -38,6 +38,19 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=1.0)
 
 
+def one_step(max_grad_norm: float | None) -> dict[str, Any]:
+    """A run of one update, whose change is its gradient."""
+    return {
+        "kind": "full64",
+        "rewards": [Digits()],
+        "optimizer": sgd,
+        "lr_scheduler": None,
+        "max_grad_norm": max_grad_norm,
+        "updates_per_rollout": 1,
+        "trainer": {"max_steps": 1, "limit_val_batches": 0},
+    }
+
+
 def run(directory: Path, base: str, ranks: int, **options: Any) -> Path:
     directory.mkdir(exist_ok=True)
     succeed(on_ranks(ranks, runs.train_counting, directory, base, logs=directory / "logs", **options))
@@ -119,15 +132,7 @@ def test_more_ranks_and_more_machines(base: str, tmp_path: Path, ranks: int, nod
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_the_gradient_is_that_of_one_process(base: str, tmp_path: Path, how: str) -> None:
-    options: dict[str, Any] = {
-        "kind": "full64",
-        "rewards": [Digits()],
-        "optimizer": sgd,
-        "lr_scheduler": None,
-        "max_grad_norm": None,
-        "updates_per_rollout": 1,
-        "trainer": {"max_steps": 1, "limit_val_batches": 0},
-    }
+    options = one_step(max_grad_norm=None)
     one = run(tmp_path / "one", base, 1, how="one", **options)
     two = run(tmp_path / "two", base, 2, how=how, **options)
     start = {name: value.double() for name, value in tiny_weights(base).items()}
@@ -146,15 +151,7 @@ def tiny_weights(base: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("how", ["fsdp", "fsdp1"])
 def test_clipping_sees_the_norm_over_all_shards(base: str, tmp_path: Path, how: str) -> None:
-    options: dict[str, Any] = {
-        "kind": "full64",
-        "rewards": [Digits()],
-        "optimizer": sgd,
-        "lr_scheduler": None,
-        "max_grad_norm": 1e-3,
-        "updates_per_rollout": 1,
-        "trainer": {"max_steps": 1, "limit_val_batches": 0},
-    }
+    options = one_step(max_grad_norm=1e-3)
     two = run(tmp_path, base, 2, how=how, **options)
     start = tiny_weights(base)
     change = [start[name.removeprefix("policy.")].double() - value for name, value in weights(two).items()]
