@@ -19,6 +19,7 @@ _HOMES = {
     "CompletionsLogger": "callbacks",
     "DataSource": "data",
     "EvaluationConfig": "config",
+    "EvaluationReport": "reports",
     "LambdaPODataModule": "data",
     "LambdaPOModule": "module",
     "PolicyConfig": "policy",
@@ -31,6 +32,7 @@ _HOMES = {
     "RolloutConfig": "rollout",
     "SamplingConfig": "rollout",
     "Throughput": "callbacks",
+    "TrainingConsole": "console",
 }
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "CompletionsLogger",
     "DataSource",
     "EvaluationConfig",
+    "EvaluationReport",
     "LambdaPODataModule",
     "LambdaPOModule",
     "PolicyConfig",
@@ -51,6 +54,7 @@ __all__ = [
     "RolloutConfig",
     "SamplingConfig",
     "Throughput",
+    "TrainingConsole",
 ]
 
 if TYPE_CHECKING:
@@ -62,10 +66,12 @@ if TYPE_CHECKING:
         Throughput,
     )
     from lightning_lambdapo.config import AlgorithmConfig, EvaluationConfig
+    from lightning_lambdapo.console import TrainingConsole
     from lightning_lambdapo.data import DataSource, LambdaPODataModule, PromptCollator, PromptTemplate
     from lightning_lambdapo.datatypes import PromptBatch
     from lightning_lambdapo.module import LambdaPOModule
     from lightning_lambdapo.policy import AdapterConfig, PolicyConfig
+    from lightning_lambdapo.reports import EvaluationReport
     from lightning_lambdapo.rollout import RolloutConfig, SamplingConfig
 
 

@@ -9,14 +9,20 @@ from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from rich import get_console
+from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_lambdapo.datatypes import PromptBatch, Rollout, Scores
 from lightning_lambdapo.parallel import flattens, full_state_dict, gather_objects, is_sharded
-from lightning_lambdapo.policy import Policy, save_policy
+from lightning_lambdapo.policy import Policy
+from lightning_lambdapo.publishing import publish
+from lightning_lambdapo.run_files import read_config
+from lightning_lambdapo.tables import group_table, markdown_table, plain_rows, shorten, telling_group
 
 
 def run_directory(trainer: Trainer) -> Path:
@@ -49,14 +55,15 @@ def _new_file(directory: Path, name: str) -> Path:
 
 
 class CompletionsLogger(Callback):
-    """Writes completions to JSONL, all of them or every few steps, and shows a group as a table.
+    """Writes completions to JSONL, all of them or every few steps, and shows a group as a table every few steps.
 
     Training completions go to ``completions.jsonl``: step, prompt_id, sample, prompt, completion, every reward part,
     total, policy score, advantage, valid, truncated. ``Trainer.predict`` writes ``predictions.jsonl``.
 
     Args:
         every_n_rollouts: write the completions of every this many training steps.
-        table_every_n_rollouts: print the first group as a table every this many training steps; 0 never.
+        table_every_n_rollouts: show the first group whose rewards differ as a table every this many training steps, in
+            the terminal and by TensorBoard's and W&B's loggers; 0 never.
     """
 
     def __init__(self, every_n_rollouts: int = 1, table_every_n_rollouts: int = 0) -> None:
@@ -87,7 +94,7 @@ class CompletionsLogger(Callback):
             if step % self.every_n_rollouts == 0:
                 self._write(trainer, "completions.jsonl", everyone)
             if table:
-                _print_group(step, [record for record in everyone if record["prompt_id"] == everyone[0]["prompt_id"]])
+                _show_group(trainer, step, telling_group(everyone))
 
     def on_predict_batch_end(
         self,
@@ -107,7 +114,7 @@ class CompletionsLogger(Callback):
         if self._path is None:
             self._path = _new_file(run_directory(trainer), name)
         with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.writelines(json.dumps(record, default=str) + "\n" for record in records)
 
 
 def _training_records(outputs: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -128,17 +135,17 @@ def _training_records(outputs: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _print_group(step: int, records: Sequence[Mapping[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(f"step {step}: {records[0]['prompt'][-300:]}"), show_lines=True)
-    for header in ("completion", "total", "advantage"):
-        table.add_column(header)
-    for record in records:
-        table.add_row(Text(record["completion"]), f"{record['total']:.3f}", f"{record['advantage']:+.3f}")
-    Console().print(table)
+def _show_group(trainer: Trainer, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+    """Print a group, and give it to the loggers that have a place for tables, beside the step's other values."""
+    console = get_console()
+    console.print(Text(f"step {step}, prompt {records[0]['prompt_id']}: {shorten(records[0]['prompt'], 300)}", "bold"))
+    console.print(group_table(records, width=console.width))
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text("completions", markdown_table(records), step - 1)
+        elif isinstance(logger, WandbLogger):
+            columns, rows = plain_rows(records)
+            logger.log_table("completions", columns=columns, data=rows, step=step - 1)
 
 
 class RewardPlot(Callback):
@@ -200,17 +207,22 @@ class RewardPlot(Callback):
             return
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         canvas = FigureCanvasAgg(figure)
-        axes = figure.add_subplot(xlabel="rollout step", ylabel="mean over the batch")
+        axes = figure.add_subplot(xlabel="rollout step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for name, curve in self._curves.items():
             x, y = zip(*curve, strict=True)
+            if not name.startswith("train/"):  # few points, perhaps one: each is to be seen
+                axes.plot(x, y, "o--", label=name)
+                continue
             (line,) = axes.plot(x, y, alpha=0.3)
             window = max(1, len(y) // 12)
             smooth = [sum(y[max(0, i - window + 1) : i + 1]) / (i + 1 - max(0, i - window + 1)) for i in range(len(y))]
             axes.plot(x, smooth, color=line.get_color(), label=name)
-        axes.legend()
+        figure.legend(loc="outside upper center", ncols=4, frameon=False)
         axes.grid(alpha=0.3)
         if self._path is None:
             self._path = _new_file(run_directory(trainer), "reward.png")
@@ -240,7 +252,7 @@ class Throughput(Callback):
 
 
 class PolicyExport(Callback):
-    """Writes the trained policy to ``export/`` when training ends, for ``from_pretrained``: adapter or whole model.
+    """Writes the trained policy to ``export/`` when training ends, as ``lambdapo export`` does: adapter or whole model.
 
     Args:
         directory: where to; relative to the run's directory.
@@ -262,7 +274,19 @@ class PolicyExport(Callback):
         policy, tokenizer = cast(Policy, pl_module.policy), cast(PreTrainedTokenizerBase, pl_module.tokenizer)
         weights = full_state_dict(policy) if is_sharded(trainer.strategy) else None
         if trainer.is_global_zero:
-            save_policy(policy, tokenizer, _new_file(run_directory(trainer), self.directory), weights=weights)
+            for logger in trainer.loggers:
+                logger.save()  # what it has not written yet belongs to the results
+            run = run_directory(trainer)
+            publish(
+                policy,
+                tokenizer,
+                _new_file(run, self.directory),
+                settings=pl_module.hparams,
+                config=read_config(run),
+                run=run,
+                steps=finished_rollouts(trainer),
+                weights=weights,
+            )
 
 
 class RolloutCheckpoint(ModelCheckpoint):

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import PreTrainedModel
 
 from lightning_lambdapo.config import AlgorithmConfig
-from lightning_lambdapo.parallel import flattens
+from lightning_lambdapo.parallel import flattens, is_sharded
 from lightning_lambdapo.rewards import Reward
 from lightning_lambdapo.rollout import SamplingConfig
 
@@ -64,6 +64,17 @@ def check_trainer(trainer: Trainer, *, adapted: bool, quantized: bool) -> None:
         raise ValueError(
             f"Trainer(precision={trainer.precision!r}) would hold the adapter in 16 bits, where a step of a usual "
             'learning rate is rounded away; use precision="bf16-mixed" with `policy.dtype: bfloat16`.'
+        )
+
+
+def check_encoders(trainer: Trainer, rewards: Sequence[Reward]) -> None:
+    """Refuse to read texts with sharded weights: each pass is a collective, and ranks need not judge equally often."""
+    wanting = [reward.name for reward in rewards if reward.needs_encoder]
+    if wanting and is_sharded(trainer.strategy):
+        raise ValueError(
+            f"The reward {wanting[0]!r} wants embeddings of the frozen policy, which {type(trainer.strategy).__name__} "
+            "shards over the ranks; set the reward's `encoder` to a model that each rank holds whole (the policy's own "
+            "hub id, or a small sentence encoder), or use DDP."
         )
 
 

@@ -31,7 +31,7 @@ class AlgorithmConfig:
         clip_low: the ratio is clipped below at ``1 - clip_low``.
         clip_high: and above at ``1 + clip_high``. With one update per rollout the ratio is 1 and clipping is inert.
         importance_level: ratio per ``"token"``, or per ``"sequence"`` (GSPO).
-        kl_coef: coefficient of the KL penalty; 0 builds and runs no reference.
+        kl_coef: coefficient of the KL penalty; 0 runs no reference in learning, and builds one for a reward alone.
         kl_estimator: ``"k1"``, ``"k2"`` or ``"k3"``.
         log_kl: run the reference for the log's sake though ``kl_coef`` is 0. Then all rows are scored, also those of
             zero advantage.

@@ -100,9 +100,16 @@ class Rollout:
         }
         return Rollout(**tensors, texts=[*self.texts, *other.texts])
 
-    def records(self, batch: PromptBatch) -> list[dict[str, Any]]:
-        """One plain mapping per completion, in row order, for JSONL files and tables."""
+    def records(self, batch: PromptBatch, *, columns: bool = False) -> list[dict[str, Any]]:
+        """One plain mapping per completion, in row order, for JSONL files and tables.
+
+        Args:
+            batch: the prompts.
+            columns: with the reference and, in one mapping, all the other columns of the data.
+        """
         samples = len(self.texts) // len(batch.prompts)
+        owners = range(len(batch.prompts))
+        extra = [{"reference": batch.references[i], "columns": batch.columns[i]} if columns else {} for i in owners]
         return [
             {
                 "prompt_id": int(batch.prompt_ids[row // samples]),
@@ -112,6 +119,7 @@ class Rollout:
                 "completion_length": length,
                 "truncated": truncated,
                 "answer": batch.answers[row // samples],
+                **extra[row // samples],
             }
             for row, (text, length, truncated) in enumerate(
                 zip(self.texts, self.lengths.tolist(), self.truncated.tolist(), strict=True)

@@ -32,8 +32,8 @@ def collect_groups(
 
     The first ``B - reserve`` prompts are sampled. Then, in rounds, groups without signal are replaced in order by the
     next reserve prompts, and those in turn, until every group has signal or the reserve is used up. ``tally`` gets
-    ``replaced_groups``, how many were, and ``discarded_tokens``, what they had cost. A collective where ``reserve`` is
-    above 0.
+    ``rollout_tokens``, all that were sampled, and with a reserve ``replaced_groups``, how many were, and
+    ``discarded_tokens``, what they had cost. A collective where ``reserve`` is above 0.
 
     Args:
         batch: ``B`` prompts.
@@ -53,7 +53,10 @@ def collect_groups(
     def groups(indices: list[int]) -> tuple[PromptBatch, Rollout, Scores] | None:
         chosen = batch.select(indices)
         rollout = complete(chosen, uniforms.unflatten(0, (-1, group_size))[indices].flatten(0, 1))
-        return None if rollout is None else (chosen, rollout, judge(chosen, rollout))
+        if rollout is None:
+            return None
+        tally.total("rollout_tokens", int(rollout.lengths.sum()))
+        return chosen, rollout, judge(chosen, rollout)
 
     current = cast(tuple[PromptBatch, Rollout, Scores], groups(places))
     if not reserve:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -14,6 +14,8 @@ from torchmetrics import Metric
 from lightning_lambdapo.config import AlgorithmConfig, EvaluationConfig
 from lightning_lambdapo.datatypes import PromptBatch, Rollout, Scores
 from lightning_lambdapo.metrics import GroupDiagnostics, MajorityAtK, PassAtK, SemanticDensity
+from lightning_lambdapo.policy import PolicyConfig
+from lightning_lambdapo.results import Outcome, changed_settings, outcome
 from lightning_lambdapo.rewards import Reward, RewardInputs, SemanticDensityReward, score
 from lightning_lambdapo.seeding import step_randomness
 from lightning_lambdapo.tally import Tally
@@ -65,12 +67,31 @@ def judge(
     return dataclasses.replace(scores, valid=scores.valid & usable.view_as(scores.valid))
 
 
+def prompt_outcomes(batch: PromptBatch, rollout: Rollout, scores: Scores, votes: Sequence[str | None]) -> list[Outcome]:
+    """What came of each prompt of a batch, for reports; ``votes`` are the rows' final answers."""
+    parts = {name: part.tolist() for name, part in scores.parts.items()}
+    samples = len(rollout.texts) // len(batch.prompts)
+    lengths, truncated = rollout.lengths.view(-1, samples).tolist(), rollout.truncated.view(-1, samples).tolist()
+    return [
+        outcome(
+            prompt_id,
+            subject=batch.columns[index].get("subject"),
+            parts={name: part[index] for name, part in parts.items()},
+            votes=votes[index * samples : (index + 1) * samples],
+            lengths=lengths[index],
+            truncated=truncated[index],
+        )
+        for index, prompt_id in enumerate(batch.prompt_ids.tolist())
+    ]
+
+
 class StepReport(nn.Module):
     """What a training step reports beyond its learning pass: rewards, density, and what the advantage saw.
 
     Args:
         algorithm: weighting and temperature of the pairs.
-        rewards: settings of the density are those of the density reward, where there is one.
+        rewards: ``density_*`` has the settings of the density reward, where there is one that counts tokens. It is
+            ROUGE-L otherwise, next to a reward of ``kind="embedding"`` too, whose own mean is ``reward/<name>``.
     """
 
     def __init__(self, algorithm: AlgorithmConfig, rewards: Sequence[Reward]) -> None:
@@ -134,8 +155,8 @@ class Evaluation(nn.Module):
         self.majority_at = nn.ModuleList(MajorityAtK(k) for k in config.k if k > 1)
         self.tally = Tally()
 
-    def update(self, batch: PromptBatch, rollout: Rollout, scores: Scores) -> None:
-        """Take in one batch of prompts with ``n`` completions each."""
+    def update(self, batch: PromptBatch, rollout: Rollout, scores: Scores) -> list[Outcome]:
+        """Take in one batch of prompts with ``n`` completions each; returns what came of each prompt."""
         tally_rollout(self.tally, rollout, scores)
         samples = self.num_samples
         self.density.update(rollout.texts, [text for text in batch.references for _ in range(samples)])
@@ -149,6 +170,7 @@ class Evaluation(nn.Module):
             pass_at.update(correct)
         for majority_at in self._metrics(MajorityAtK):
             majority_at.update(chosen, correct)
+        return prompt_outcomes(batch, rollout, scores, votes)
 
     def compute(self) -> dict[str, float]:
         """All statistics that have data, over all ranks; a collective."""
@@ -174,6 +196,8 @@ class EvaluationSteps(LightningModule):
 
     evaluations: nn.ModuleDict
     rewards: list[Reward]
+    policy_config: PolicyConfig
+    validation_config: EvaluationConfig
 
     @property
     @abstractmethod
@@ -181,16 +205,36 @@ class EvaluationSteps(LightningModule):
         """Seed of the sampling streams."""
 
     @abstractmethod
+    def longest_completion(self, stage: str) -> int:
+        """Most new tokens of a completion."""
+
+    @abstractmethod
     def sample(self, batch: PromptBatch, stage: str) -> Rollout:
         """Complete each prompt."""
 
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Sample with ``validation``'s own settings and measure."""
-        self._evaluate(batch, "val", batch_idx)
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """Sample with ``validation``'s own settings and measure; callbacks get all of it."""
+        return self._evaluate(batch, "val", batch_idx)
 
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """The same for the test set."""
-        self._evaluate(batch, "test", batch_idx)
+        return self._evaluate(batch, "test", batch_idx)
+
+    def evaluation_settings(self) -> dict[str, Any]:
+        """What the results of validation and test depend on, as plain data for a report."""
+        sampling = self.validation_config.sampling
+        drawn = {"temperature": sampling.temperature, **changed_settings(sampling)}
+        policy = changed_settings(self.policy_config)
+        accuracy = next((reward for reward in self.rewards if reward.name == "accuracy"), None)
+        return {
+            "model": policy.pop("model", None),
+            "policy": policy,
+            "k": list(self.validation_config.k),
+            "decoding": ({"greedy": True} if sampling.greedy else drawn)
+            | {"max_new_tokens": self.longest_completion("test")},
+            "seed": self.sampling_seed,
+            "answer_format": getattr(accuracy, "answer_format", None),
+        }
 
     def on_validation_epoch_start(self) -> None:
         """Start the metrics anew: states made in an earlier inference mode could not be written to now."""
@@ -208,11 +252,14 @@ class EvaluationSteps(LightningModule):
         """Log ``test/...``."""
         self._finish_evaluation("test")
 
-    def _evaluate(self, batch: PromptBatch, stage: str, batch_idx: int) -> None:
+    def _evaluate(self, batch: PromptBatch, stage: str, batch_idx: int) -> dict[str, Any]:
         with step_randomness(self.sampling_seed, batch_idx):  # a function of the batch: evaluations repeat
             rollout = self.sample(batch, stage)
+            if not batch.prompts:  # the last batch of all, which other ranks have a prompt of
+                return {"outcomes": []}
             scores = judge(self.rewards, batch, rollout)
-            self._evaluation(stage).update(batch, rollout, scores)
+            outcomes = self._evaluation(stage).update(batch, rollout, scores)
+        return {"batch": batch, "rollout": rollout, "scores": scores, "outcomes": outcomes}
 
     def _finish_evaluation(self, stage: str) -> None:
         for name, value in self._evaluation(stage).compute().items():
@@ -224,8 +271,11 @@ class EvaluationSteps(LightningModule):
 
 
 def _density_metric(rewards: Sequence[Reward]) -> SemanticDensity:
-    """A density metric with the settings of the density reward, where there is one."""
+    """A density metric with the settings of the first density reward that counts tokens; ROUGE-L without one.
+
+    A reward of ``kind="embedding"`` says nothing here: its own mean is logged as ``reward/<name>``.
+    """
     for reward in rewards:
-        if isinstance(reward, SemanticDensityReward):
+        if isinstance(reward, SemanticDensityReward) and reward.kind != "embedding":
             return SemanticDensity(kind=reward.kind, n=reward.n, beta=reward.beta, tokenizer=reward.tokenizer)
     return SemanticDensity()

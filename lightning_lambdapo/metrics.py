@@ -5,7 +5,6 @@ after merging, alike on every rank.
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_lambdapo.estimates import majority_is_right, pass_at_k
 from lightning_lambdapo.functional import pairwise_weights, reasoning_trace, tokenize
 from lightning_lambdapo.functional.advantages import Temperature, Weighting, check_weighting
 from lightning_lambdapo.functional.masking import check_same_shape
@@ -136,10 +136,8 @@ class PassAtK(Metric):
     def update(self, correct: Tensor) -> None:
         """Take in ``(B, n)`` bool, ``n`` at least ``k``."""
         _check_samples(correct, self.k)
-        n = correct.shape[1]
         for right in correct.bool().sum(-1).tolist():
-            # A product of ratios, each in [0, 1]: no binomial coefficient to overflow.
-            self.total += 1 - math.prod(max(n - right - i, 0) / (n - i) for i in range(self.k))
+            self.total += pass_at_k(correct.shape[1], right, self.k)
         self.prompts += len(correct)
 
     def compute(self) -> Tensor:
@@ -187,11 +185,7 @@ class MajorityAtK(Metric):
         if [len(row) for row in votes] != [correct.shape[1]] * len(correct):
             raise ValueError(f"`votes` must hold {len(correct)} rows of {correct.shape[1]} answers, as `correct` does.")
         for answers, flags in zip(votes, correct.bool().tolist(), strict=True):
-            ballots = Counter(answer for answer in answers[: self.k] if answer is not None)
-            if ballots:  # most_common keeps the order of first appearance among equals
-                winner = ballots.most_common(1)[0][0]
-                voters = zip(answers[: self.k], flags, strict=False)
-                self.right += any(right for answer, right in voters if answer == winner)
+            self.right += majority_is_right(answers[: self.k], flags[: self.k])
         self.prompts += len(correct)
 
     def compute(self) -> Tensor:

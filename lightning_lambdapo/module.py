@@ -22,6 +22,7 @@ from lightning_lambdapo.checkpoints import TrainableCheckpoint
 from lightning_lambdapo.config import AlgorithmConfig, EvaluationConfig, from_mapping
 from lightning_lambdapo.datatypes import PromptBatch, Rollout, Scores
 from lightning_lambdapo.dynamic import collect_groups
+from lightning_lambdapo.encoding import prepare_encoders
 from lightning_lambdapo.evaluation import Evaluation, EvaluationSteps, StepReport, judge
 from lightning_lambdapo.functional import group_advantages, lambda_advantages, sequence_scores
 from lightning_lambdapo.interrupts import Interrupts
@@ -180,9 +181,7 @@ class LambdaPOModule(PolicyUpdates, EvaluationSteps, TrainableCheckpoint, Lightn
 
     def build_policy(self) -> Policy:
         """Hook: the policy, with ``requires_grad`` set on what is to be trained; called once, when a run starts."""
-        return load_policy(
-            self.policy_config, self.lora, seed=self.sampling_seed, reference=self.algorithm.needs_reference
-        )
+        return load_policy(self.policy_config, self.lora, seed=self.sampling_seed, reference=self.needs_reference)
 
     def build_engine(self, model: PreTrainedModel) -> RolloutEngine:
         """Hook: what generates the rollouts; called once, when a run starts."""
@@ -201,6 +200,7 @@ class LambdaPOModule(PolicyUpdates, EvaluationSteps, TrainableCheckpoint, Lightn
             adapted=self.lora is not None or self.policy_config.adapter is not None,
             quantized=self.policy_config.quantization is not None,
         )
+        checks.check_encoders(self.trainer, self.rewards)
         guard_checkpoints(self.trainer.strategy, self.check_checkpoint)
         return []
 
@@ -210,13 +210,17 @@ class LambdaPOModule(PolicyUpdates, EvaluationSteps, TrainableCheckpoint, Lightn
             return
         # In train mode as Lightning expects; rollouts and reference scoring switch to eval mode themselves.
         self.policy = self.build_policy().train()
-        if self.algorithm.needs_reference:
+        if self.needs_reference:
             self.reference = frozen_reference(self.policy)
         self.engine = self.build_engine(self.causal_lm)
         if self._trainer is not None:
             shard = partial(parallel.shard, strategy=self.trainer.strategy, device_mesh=self.device_mesh)
             self.policy = with_causal_lm(self.policy, shard(self.causal_lm))
             self.reference = None if self.reference is None else cast(PreTrainedModel, shard(self.reference))
+        device = self.device if self._trainer is None else self.trainer.strategy.root_device
+        prepare_encoders(
+            self.rewards, self.policy, self.reference, self.tokenizer, device, self.max_tokens_per_micro_batch
+        )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build optimizer and schedule over all the policy's parameters (frozen ones get no gradient)."""
@@ -239,7 +243,7 @@ class LambdaPOModule(PolicyUpdates, EvaluationSteps, TrainableCheckpoint, Lightn
             )
         self.learner = Learner(
             self.policy,
-            self.reference,
+            self.reference if self.algorithm.needs_reference else None,
             algorithm=self.algorithm,
             temperature=self.rollout_config.sampling.logprob_temperature,
             max_new_tokens=self.rollout_config.max_new_tokens,
@@ -372,13 +376,19 @@ class LambdaPOModule(PolicyUpdates, EvaluationSteps, TrainableCheckpoint, Lightn
     # -- elsewhere -----------------------------------------------------------------------------------------------------
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Complete each prompt; one record per completion."""
-        return self.sample(batch, "predict").records(batch)
+        """Complete each prompt; one record per completion, with all that judging it again takes."""
+        rollout = self.sample(batch, "predict")
+        return rollout.records(batch, columns=True) if batch.prompts else []
 
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The causal language model inside the policy, adapter layers and all."""
         return causal_lm(self.policy)
+
+    @property
+    def needs_reference(self) -> bool:
+        """True where the policy as it was before training is kept: for the KL term, or to read texts for a reward."""
+        return self.algorithm.needs_reference or any(reward.needs_encoder for reward in self.rewards)
 
     @property
     def sampling_seed(self) -> int:

@@ -112,7 +112,7 @@ def load_tokenizer(config: PolicyConfig) -> PreTrainedTokenizerBase:
     """Load the policy's tokenizer, without its weights."""
     if config.tokenizer is not None:
         return AutoTokenizer.from_pretrained(config.tokenizer)
-    location, options = _locate(config)
+    location, options = locate(config)
     return AutoTokenizer.from_pretrained(location, **options)
 
 
@@ -246,14 +246,18 @@ def save_policy(
         weights: the policy's state dict, where its own tensors are shards; None takes its own.
     """
     if isinstance(policy, PeftModel):
-        policy.save_pretrained(str(directory), selected_adapters=["default"], state_dict=weights)
+        # The vocabulary is the base's; peft would look for the base on the hub to see whether it is.
+        policy.save_pretrained(
+            str(directory), selected_adapters=["default"], state_dict=weights, save_embedding_layers=False
+        )
     else:
         _forget_gguf(policy)
         policy.save_pretrained(directory, state_dict=weights)
     tokenizer.save_pretrained(directory)
 
 
-def _locate(config: PolicyConfig) -> tuple[str, dict[str, Any]]:
+def locate(config: PolicyConfig) -> tuple[str, dict[str, Any]]:
+    """What ``from_pretrained`` is to be given for the base: hub id or directory, and further arguments."""
     if config.model == BUILTIN:
         return str(Path(__file__).parent / "quickstart" / "policy"), {}
     if config.model.endswith(".gguf"):
@@ -263,7 +267,7 @@ def _locate(config: PolicyConfig) -> tuple[str, dict[str, Any]]:
 
 
 def _load_base(config: PolicyConfig) -> PreTrainedModel:
-    location, options = _locate(config)
+    location, options = locate(config)
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     if config.quantization is None:

@@ -1,4 +1,4 @@
-"""Sums, counts and maxima of a step: what is logged is a mean over all ranks' rows, never a mean of means."""
+"""Means, maxima and totals of a step: what is logged is a mean over all ranks' rows, never a mean of means."""
 
 import math
 from collections import defaultdict
@@ -20,6 +20,7 @@ class Tally:
         self._counts: defaultdict[str, float] = defaultdict(float)
         self._squares: defaultdict[str, float] = defaultdict(float)
         self._maxima: dict[str, float] = {}
+        self._totals: defaultdict[str, float] = defaultdict(float)
 
     def mean(self, name: str, values: Tensor) -> None:
         """Tally all elements of ``values`` for their mean."""
@@ -35,6 +36,10 @@ class Tally:
         self._sums[name] += numerator
         self._counts[name] += denominator
 
+    def total(self, name: str, value: float) -> None:
+        """Tally ``value`` for its sum over all ranks."""
+        self._totals[name] += value
+
     def maximum(self, name: str, values: Tensor) -> None:
         """Tally the largest element of ``values``."""
         if values.numel():
@@ -48,6 +53,8 @@ class Tally:
             self._squares[name] += value
         for name, value in other._maxima.items():
             self._maxima[name] = max(self._maxima.get(name, -math.inf), value)
+        for name, value in other._totals.items():
+            self.total(name, value)
 
     def reduce(self) -> dict[str, float]:
         """Statistics over all ranks, the same on each of them; a collective."""
@@ -59,4 +66,4 @@ class Tally:
             if (count := total._counts[name]) > 1:
                 variance = (square - total._sums[name] ** 2 / count) / (count - 1)
                 values[f"{name}_std"] = math.sqrt(max(variance, 0.0))
-        return values | total._maxima
+        return values | total._maxima | total._totals

@@ -224,6 +224,29 @@ def semantic_density(
     return p, r, (1 + beta * beta) * p * r / (beta * beta * p + r)
 
 
+def embedding_density(
+    generated: Sequence[Row],
+    generated_mask: Mask,
+    reference: Sequence[Row],
+    reference_mask: Mask,
+    *,
+    beta: float,
+) -> tuple[float, float, float]:
+    """Precision, recall and F of one row by greedy matching, token by token."""
+    ours = [row for row, counts in zip(generated, generated_mask, strict=True) if counts]
+    theirs = [row for row, counts in zip(reference, reference_mask, strict=True) if counts]
+    if not ours or not theirs:
+        return 0.0, 0.0, 0.0
+
+    def cosine(x: Row, y: Row) -> float:
+        size = math.sqrt(math.fsum(a * a for a in x)) * math.sqrt(math.fsum(b * b for b in y))
+        return math.fsum(a * b for a, b in zip(x, y, strict=True)) / size if size else 0.0
+
+    p = math.fsum(max(0.0, *(cosine(x, y) for y in theirs)) for x in ours) / len(ours)
+    r = math.fsum(max(0.0, *(cosine(x, y) for x in ours)) for y in theirs) / len(theirs)
+    return p, r, (1 + beta * beta) * p * r / (beta * beta * p + r) if p > 0 else 0.0
+
+
 # -- evaluation -----------------------------------------------------------------------------------------------------
 
 

@@ -49,7 +49,7 @@ def overrides(config: dict[str, Any], base: Path, path: Path) -> list[str]:
         arguments.append(f"--model.policy.model={base}")
     for split in ("train", "val"):
         source = config["data"]["init_args"].get(split)
-        if source is not None and source["preset"] != "arithmetic":
+        if source is not None and source.get("preset", "arithmetic") != "arithmetic":
             file = path / f"{split}.jsonl"
             file.write_text("".join(json.dumps(row) + "\n" for row in rows(source["preset"])))
             arguments.append(f"--data.{split}.path={file}")

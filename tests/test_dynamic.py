@@ -62,23 +62,36 @@ def collect(flat: set[int], count: int, reserve: int) -> tuple[list[int], dict[s
     return ids, tally.reduce(), asked, judged
 
 
+def tokens(*prompts: int) -> int:
+    """Of both completions of each of these prompts; those of prompt n have n + 1 tokens."""
+    return 2 * sum(prompt + 1 for prompt in prompts)
+
+
 def test_off_by_default_and_then_nothing_is_counted() -> None:
     ids, statistics, asked, _ = collect({0, 1, 2}, count=4, reserve=0)
-    assert (ids, asked, statistics) == ([0, 1, 2, 3], [[0, 1, 2, 3]], {})
+    assert (ids, asked, statistics) == ([0, 1, 2, 3], [[0, 1, 2, 3]], {"rollout_tokens": tokens(0, 1, 2, 3)})
 
 
 def test_reserve_prompts_take_the_places_in_order() -> None:
     ids, statistics, asked, _ = collect({1, 3}, count=7, reserve=3)
     assert ids == [0, 4, 2, 5]
     assert asked == [[0, 1, 2, 3], [4, 5]]
-    assert statistics == {"replaced_groups": 2.0, "discarded_tokens": 2 * (2 + 4)}
+    assert statistics == {
+        "replaced_groups": 2.0,
+        "discarded_tokens": tokens(1, 3),
+        "rollout_tokens": tokens(0, 1, 2, 3, 4, 5),
+    }
 
 
 def test_a_replacement_without_signal_is_replaced_in_turn() -> None:
     ids, statistics, asked, _ = collect({0, 2, 3}, count=6, reserve=4)
     assert asked == [[0, 1], [2], [3], [4]]
     assert ids == [4, 1]
-    assert statistics == {"replaced_groups": 3.0, "discarded_tokens": 2 * (1 + 3 + 4)}
+    assert statistics == {
+        "replaced_groups": 3.0,
+        "discarded_tokens": tokens(0, 2, 3),
+        "rollout_tokens": tokens(0, 1, 2, 3, 4),
+    }
 
 
 def test_the_reserve_is_the_cap() -> None:
@@ -92,7 +105,7 @@ def test_the_reserve_is_the_cap() -> None:
 def test_nothing_to_replace() -> None:
     ids, statistics, asked, _ = collect(set(), count=3, reserve=1)
     assert (ids, asked) == ([0, 1], [[0, 1]])
-    assert statistics == {"replaced_groups": 0.0, "discarded_tokens": 0.0}
+    assert statistics == {"replaced_groups": 0.0, "discarded_tokens": 0.0, "rollout_tokens": tokens(0, 1)}
 
 
 class OnlyOdd(Reward):

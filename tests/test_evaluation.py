@@ -1,3 +1,5 @@
+import random
+
 import pytest
 import tiny
 import torch
@@ -5,6 +7,7 @@ import torch
 from lightning_lambdapo.config import EvaluationConfig
 from lightning_lambdapo.datatypes import Rollout
 from lightning_lambdapo.evaluation import Evaluation, judge
+from lightning_lambdapo.results import statistics
 from lightning_lambdapo.rewards import AccuracyReward, FormatReward, SemanticDensityReward
 from lightning_lambdapo.rollout import SamplingConfig
 
@@ -47,6 +50,25 @@ def test_accuracy_in_all_its_forms() -> None:
     evaluation.reset()
     evaluation.update(batch, sampled, judge(rewards, batch, sampled))
     assert evaluation.compute() == found  # nothing of the first round is left
+
+
+def test_outcomes_add_up_to_the_metrics() -> None:
+    """What reports are made of, against what is logged, over several batches."""
+    source = random.Random(4)
+    rewards = [AccuracyReward(), FormatReward(style="hash"), SemanticDensityReward()]
+    config = EvaluationConfig(num_samples=4, k=[1, 2, 4], sampling=SamplingConfig(temperature=1.0))
+    evaluation = Evaluation(config, rewards)
+    found = []
+    for _ in range(5):
+        batch = tiny.batch([[3], [4], [5]])._replace(answers=["7", "8", None], references=["a", None, None])
+        sampled = rollout([source.choice(["#### 7", "so 7.0", "#### 8", "8", "none"]) for _ in range(12)])
+        found += evaluation.update(batch, sampled, judge(rewards, batch, sampled))
+    logged = evaluation.compute()
+    assert 0 < logged["maj_at_4"] < logged["pass_at_4"]
+    expected = statistics(found, config.k)
+    assert len(expected) == 11
+    for name, estimate in expected.items():
+        assert estimate.value == pytest.approx(logged[name], abs=1e-6), name
 
 
 def test_without_an_accuracy_reward_there_is_no_accuracy() -> None:

@@ -12,14 +12,27 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if path.name not in ("__init_
 
 #: Package parts from the ground up; a part may import from earlier ones alone.
 LAYERS = [
-    {"functional", "attention", "kernels"},
-    {"datatypes"},
+    {"functional", "attention", "kernels", "estimates"},
+    {"datatypes", "results"},
     {"rewards", "rollout", "policy", "packing", "parallel", "metrics"},
-    {"config", "scoring", "tally", "data", "checkpoint_files", "interrupts", "seeding"},
+    {
+        "config",
+        "encoding",
+        "scoring",
+        "tally",
+        "data",
+        "checkpoint_files",
+        "interrupts",
+        "seeding",
+        "run_files",
+        "tables",
+    },
+    {"publishing"},
     {"checks", "checkpoints", "evaluation", "learning", "callbacks", "dynamic"},
-    {"updating"},
+    {"updating", "reports", "console"},
     {"module"},
     {"cli"},
+    {"compare", "score", "export", "inspect"},
 ]
 
 

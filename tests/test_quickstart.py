@@ -1,6 +1,7 @@
 """The quickstart learns, and would not with a wrong sign."""
 
 import csv
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import lightning_lambdapo.module
 from lightning_lambdapo.cli import main
 from lightning_lambdapo.functional import lambda_advantages
 from lightning_lambdapo.quickstart import __main__ as maker
+from lightning_lambdapo.quickstart.tasks import TASKS, steps_right, task_rows
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
@@ -52,13 +54,51 @@ def test_demonstrations_are_wrong_as_often_as_they_say() -> None:
     generator = random.Random(0)
     right = 0
     for _ in range(4000):
-        prompt, solution = maker.demonstration(generator)
+        prompt, solution = TASKS["sums"].demonstration(generator)
         steps, total = solution.split(";")
         a, b, c = map(int, prompt.rstrip("=").split("+"))
         assert steps.startswith(f"{a}+{b}=")
         assert steps.endswith(f"+{c}={total}")
         right += int(total) == a + b + c and f"={a + b}," in steps
     assert right / 4000 == pytest.approx(0.65**2, abs=0.03)
+
+
+def test_the_other_tasks_slip_as_often_as_they_say() -> None:
+    generator = random.Random(0)
+    chains, places = 0, 0
+    for _ in range(2000):
+        prompt, solution = TASKS["chain"].demonstration(generator)
+        terms = [int(term) for term in prompt.rstrip("=").split("+")]
+        totals = [sum(terms[: count + 1]) for count in range(len(terms))]
+        steps = [f"{totals[at]}+{terms[at + 1]}={totals[at + 1]}" for at in range(3)]
+        chains += solution == f"{','.join(steps)};{totals[-1]}"
+        prompt, solution = TASKS["sorting"].demonstration(generator)
+        right = sorted(prompt.rstrip("=").split(","))
+        places += sum(map(str.__eq__, solution.split(","), right))
+    assert chains / 2000 == pytest.approx(0.7**3, abs=0.03)
+    assert places / 2000 / 8 == pytest.approx(0.65 + 0.35 / 10, abs=0.02)
+
+
+def test_rows_of_a_task() -> None:
+    rows = task_rows("chain", 50, seed=3)
+    assert len({row["prompt"] for row in rows}) == 50
+    assert rows == task_rows("chain", 50, seed=3) != task_rows("chain", 50, seed=4)
+    for row in rows:
+        terms = [int(term) for term in row["prompt"].rstrip("=").split("+")]
+        assert int(row["answer"]) == sum(terms)
+        assert row["reference"].endswith(f"={sum(terms)};{sum(terms)}")
+        assert steps_right([row["reference"]], [row["reference"]]) == [1.0]
+    assert all(sorted(row["prompt"][:-1].split(",")) == row["answer"].split(",") for row in task_rows("sorting", 9))
+    with pytest.raises(ValueError, match="the tasks sums, sorting, chain; got 'chess'"):
+        task_rows("chess", 1)
+    with pytest.raises(ValueError, match="fewer than 7000 different problems"):
+        task_rows("sums", 7000)
+
+
+def test_levels_count_steps_in_their_places() -> None:
+    reference = "1+2=3,3+3=6,6+4=10;10"
+    completions = ["1+2=3,3+3=6,6+4=10;10", "1+2=3,3+3=7,7+4=11;11", "3+3=6,1+2=3", "1+2=3,3+3=6,6+4=10,1+1=2", ""]
+    assert steps_right(completions, [reference] * 5) == [1.0, 1 / 3, 0.0, 1.0, 0.0]
 
 
 def test_the_maker_trains_and_writes_over_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,3 +109,24 @@ def test_the_maker_trains_and_writes_over_nothing(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("sys.argv", ["quickstart", str(tmp_path)])
     with pytest.raises(SystemExit):
         maker.main()
+
+
+def test_the_maker_writes_policy_and_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = maker.train("chain", steps=2, rows=4)
+    asked: list[str] = []
+
+    def train(task: str, seed: int) -> Any:
+        asked.append(f"{task} {seed}")
+        return short
+
+    monkeypatch.setattr(maker, "train", train)
+    monkeypatch.setattr("sys.argv", ["quickstart", str(tmp_path / "new"), "--task", "chain", "--seed", "5"])
+    maker.main()
+    assert asked == ["chain 5"]
+    rows = {
+        name: [json.loads(line) for line in (tmp_path / "new" / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "test")
+    }
+    assert {name: len(part) for name, part in rows.items()} == {"train": 5000, "test": 600}
+    assert not {row["prompt"] for row in rows["train"]} & {row["prompt"] for row in rows["test"]}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "new").config.hidden_size == 96

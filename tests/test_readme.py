@@ -4,7 +4,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import nbclient
+import nbformat
 import pytest
 import yaml
 from jsonargparse import ArgumentParser
@@ -27,6 +30,22 @@ def test_python_runs_as_a_script(code: str, tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert 0.0 <= float(re.findall(r"[\d.]+", result.stdout)[-1]) <= 1.0
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_runs_in_a_notebook(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")  # jupyter warns of its own change to these directories
+    for name in ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR"):
+        monkeypatch.setenv(f"JUPYTER_{name}", str(tmp_path / name))
+    v4: Any = nbformat.v4
+    cells = [v4.new_code_cell(source) for source in (code, "import sys; print(sys.executable)")]
+    notebook = v4.new_notebook(cells=cells)
+    nbclient.NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    printed = ["".join(output.get("text", "") for output in cell.outputs) for cell in notebook.cells]
+    assert 0.0 <= float(re.findall(r"[\d.]+", printed[0])[-1]) <= 1.0
+    assert printed[1].strip() == sys.executable
+    assert not any(output.output_type == "error" for cell in notebook.cells for output in cell.outputs)
 
 
 @pytest.mark.parametrize("code", blocks("yaml"))

@@ -32,6 +32,9 @@ def test_means_are_over_rows_and_not_over_ranks(monkeypatch: pytest.MonkeyPatch)
     second.maximum("ratio_max", torch.tensor([1.5, 1.25]))
     first.maximum("ratio_max", torch.tensor([1.0]))
     third.mean("reward", torch.tensor([]))
+    second.total("tokens", 7)
+    third.total("tokens", 5)
+    second.total("tokens", 1)
     third.mean("nothing", torch.tensor([]))
     third.maximum("nothing_max", torch.tensor([]))
     values = ranks(monkeypatch, first, second, third)
@@ -41,6 +44,7 @@ def test_means_are_over_rows_and_not_over_ranks(monkeypatch: pytest.MonkeyPatch)
         "reward_std": pytest.approx(statistics.stdev(everything)),
         "kl": 0.3,
         "ratio_max": 1.5,
+        "tokens": 13,
     }
 
 

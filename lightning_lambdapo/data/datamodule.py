@@ -14,7 +14,9 @@ from lightning_lambdapo.data.sampler import PromptLoader, PromptSampler
 from lightning_lambdapo.data.sources import DataSource, Row, load_rows
 from lightning_lambdapo.data.templates import PromptTemplate
 from lightning_lambdapo.datatypes import PromptBatch
+from lightning_lambdapo.results import changed_settings
 
+_ABSENT = "\0absent"
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 
 
@@ -129,6 +131,15 @@ class LambdaPODataModule(LightningDataModule):
         """Batches of prompts to complete, in the data's order."""
         return self._loader("predict", self.eval_batch_size)
 
+    def describe(self, split: str) -> dict[str, Any]:
+        """Where a split's problems come from and how they are worded, as plain data for a report."""
+        source = self.sources[split]
+        return {
+            "data": {} if source is None else changed_settings(source),
+            "template": changed_settings(self.template),
+            "left_out_prompts": self.dropped.get(split) or None,
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """What the position in the training data, which the loader remembers, is a position in."""
         if self.trainer is None or not self.train_rows:
@@ -188,7 +199,7 @@ class LambdaPODataModule(LightningDataModule):
             rows,
             batch_size=batch_size,
             sampler=sampler,
-            collate_fn=self._collator(),
+            collate_fn=_PresentRows(self._collator()),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
@@ -206,7 +217,7 @@ class LambdaPODataModule(LightningDataModule):
 
 
 class _Rows(Dataset[Row]):
-    """A list as a Dataset."""
+    """A list as a Dataset; an index behind its end is a place where a rank has no row."""
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows
@@ -215,7 +226,18 @@ class _Rows(Dataset[Row]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Row:
-        return self.rows[index]
+        return self.rows[index] if index < len(self.rows) else self.rows[0] | {_ABSENT: True}
+
+
+class _PresentRows:
+    """``collate_fn`` that leaves the places without a row out, so that a batch may be empty."""
+
+    def __init__(self, collator: PromptCollator) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: list[Row]) -> PromptBatch:
+        present = [row for row in rows if _ABSENT not in row]
+        return self.collator(present) if present else self.collator(rows[:1]).select([])
 
 
 def _fingerprint(rows: list[Row]) -> str:

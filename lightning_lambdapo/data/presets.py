@@ -33,6 +33,7 @@ class Preset:
         config: configuration name on the hub.
         split: the split that the field reports on, or trains on where there is one.
         columns: our names -> the dataset's column names.
+        subjects: columns to break evaluations down by; the first that the data have becomes ``subject``.
         finish: turns the mapped columns (and the whole row) into ``prompt``, ``answer`` and ``reference``.
     """
 
@@ -40,6 +41,7 @@ class Preset:
     config: str | None = None
     split: str = "train"
     columns: dict[str, str] = field(default_factory=dict)
+    subjects: tuple[str, ...] = ("subject",)
     finish: Callable[[Fields, Mapping[str, Any]], Fields] = _as_is
 
 
@@ -158,12 +160,13 @@ def _question(question: str, choices: list[Any]) -> str:
 _COMPETITION = {"prompt": "problem", "answer": "answer", "reference": "solution"}
 
 PRESETS: dict[str, Preset] = {
-    "gsm8k": Preset("openai/gsm8k", "main", "train", {"prompt": "question", "answer": "answer"}, _gsm8k),
+    "gsm8k": Preset("openai/gsm8k", "main", "train", {"prompt": "question", "answer": "answer"}, finish=_gsm8k),
     "math": Preset(
         "DigitalLearningGmbH/MATH-lighteval",
         "default",
         "train",
         {"prompt": "problem", "reference": "solution"},
+        ("type",),
         _boxed_solution,
     ),
     "math500": Preset("HuggingFaceH4/MATH-500", None, "test", _COMPETITION),
@@ -171,15 +174,27 @@ PRESETS: dict[str, Preset] = {
     "aime25": Preset("math-ai/aime25", None, "test", {"prompt": "problem", "answer": "answer"}),
     "amc23": Preset("math-ai/amc23", None, "test", {"prompt": "question", "answer": "answer"}),
     "gpqa_diamond": Preset(
-        "Idavidrein/gpqa", "gpqa_diamond", "train", {"prompt": "Question", "reference": "Explanation"}, _gpqa
+        "Idavidrein/gpqa",
+        "gpqa_diamond",
+        "train",
+        {"prompt": "Question", "reference": "Explanation"},
+        ("High-level domain",),
+        _gpqa,
     ),
     "mmlu": Preset(
-        "cais/mmlu", "all", "test", {"prompt": "question", "choices": "choices", "answer": "answer"}, _choices
+        "cais/mmlu",
+        "all",
+        "test",
+        {"prompt": "question", "choices": "choices", "answer": "answer"},
+        ("subject", "type"),
+        _choices,
     ),
     "multiple_choice": Preset(
-        columns={"prompt": "question", "choices": "choices", "answer": "answer"}, finish=_choices
+        columns={"prompt": "question", "choices": "choices", "answer": "answer"},
+        subjects=("subject", "type"),
+        finish=_choices,
     ),
-    "mixture_of_thoughts": Preset("open-r1/Mixture-of-Thoughts", "math", "train", {"prompt": "messages"}, _chat),
+    "mixture_of_thoughts": Preset("open-r1/Mixture-of-Thoughts", "math", "train", {"prompt": "messages"}, finish=_chat),
     "mawps": Preset(columns={"prompt": "input", "answer": "target"}),
     "sat_math": Preset(columns={"prompt": "question", "answer": "Answer"}, finish=_lettered_options),
 }

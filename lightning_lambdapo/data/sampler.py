@@ -12,8 +12,9 @@ class PromptSampler(DistributedSampler[Any]):
 
     Global batch ``k`` of an epoch is the same set of prompts for any world size: position ``i`` of rank ``r`` is entry
     ``i * world + r`` of the epoch's order. In training the last, incomplete global batch of an epoch is left out (the
-    next epoch's shuffle deals its prompts again); in evaluation nothing is left out and nothing repeated, so ranks
-    may differ by one row. Lightning leaves a ``DistributedSampler`` as it is, and calls ``set_epoch``.
+    next epoch's shuffle deals its prompts again); in evaluation nothing is left out and nothing repeated, and a rank
+    with a row fewer than others ends with the index ``len(dataset)``, which stands for none, so that all ranks make
+    as many batches. Lightning leaves a ``DistributedSampler`` as it is, and calls ``set_epoch``.
 
     Args:
         dataset: anything with a length.
@@ -48,7 +49,7 @@ class PromptSampler(DistributedSampler[Any]):
             )
         self.batch_size = batch_size
         self.total_size = count // global_batch * global_batch if training else count
-        self.num_samples = len(range(rank, self.total_size, num_replicas))
+        self.num_samples = -(-self.total_size // num_replicas)
         self._resume: tuple[int, int] | None = None
 
     def resume(self, epoch: int, batches: int) -> None:
@@ -68,6 +69,7 @@ class PromptSampler(DistributedSampler[Any]):
         else:
             order = list(range(count))
         mine = order[self.rank : self.total_size : self.num_replicas]
+        mine += [count] * (self.num_samples - len(mine))
         return iter(mine[self.skipped * self.batch_size :])
 
     def __len__(self) -> int:

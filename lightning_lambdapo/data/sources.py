@@ -14,6 +14,7 @@ from lightning_lambdapo.data.presets import LONE_SURROGATE, PRESETS, Preset, Row
 Row = dict[str, Any]
 
 _FIELDS = ("prompt", "answer", "reference", "choices")
+_SUBJECT = "subject"
 _TERMS = range(1, 20)
 
 
@@ -29,7 +30,8 @@ class DataSource:
         config: the hub dataset's configuration name.
         split: the split; a preset knows its default.
         revision: branch, tag or commit of the hub dataset.
-        columns: our name (``prompt``, ``answer``, ``reference``, ``choices``) -> the data's column name.
+        columns: our name (``prompt``, ``answer``, ``reference``, ``choices``, ``subject``) -> the data's column name.
+            Evaluations are broken down by ``subject``.
         limit: keep the first this many rows.
         task: name of a reasoning-gym task.
         settings: that task's settings.
@@ -75,9 +77,11 @@ class DataSource:
         for name, is_idle in idle.items():
             if is_idle and getattr(self, name) not in (None, {}, 0):
                 raise ValueError(f"`{name}` = {getattr(self, name)!r} has no effect on this data source; drop it.")
-        strangers = set(self.columns) - set(_FIELDS)
+        strangers = set(self.columns) - {*_FIELDS, _SUBJECT}
         if strangers:
-            raise ValueError(f"`columns` maps {', '.join(_FIELDS)}; it cannot map {', '.join(sorted(strangers))}.")
+            raise ValueError(
+                f"`columns` maps {', '.join(_FIELDS)}, {_SUBJECT}; it cannot map {', '.join(sorted(strangers))}."
+            )
         for name in ("limit", "size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -111,7 +115,7 @@ def load_rows(source: DataSource) -> list[Row]:
         rows = _numbered(_reasoning_gym_rows(source))
     else:
         preset = PRESETS[source.preset] if source.preset is not None else Preset()
-        raw = _jsonl_rows(source.path) if source.path is not None else _hub_rows(source, preset)
+        raw = jsonl_rows(source.path) if source.path is not None else _hub_rows(source, preset)
         rows = (_convert(row, index, where, source, preset) for index, (where, row) in enumerate(raw))
     kept = [row for _, row in zip(range(source.limit), rows, strict=False)] if source.limit else list(rows)
     if not kept:
@@ -192,7 +196,12 @@ def _reasoning_gym_rows(source: DataSource) -> list[Row]:
     ]
 
 
-def _jsonl_rows(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def jsonl_rows(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Objects of a JSONL file, and where each stands.
+
+    Raises:
+        ValueError: naming the file and line that cannot be read.
+    """
     try:
         file = Path(path).expanduser().open("rb")
     except (OSError, ValueError, RuntimeError) as error:  # null bytes; no home directory
@@ -237,8 +246,10 @@ def _hub_rows(source: DataSource, preset: Preset) -> Iterator[tuple[str, Mapping
 
 
 def _convert(row: Mapping[str, Any], index: int, where: str, source: DataSource, preset: Preset) -> Row:
-    columns = {**preset.columns, **source.columns} or {name: name for name in _FIELDS if name in row}
-    missing = [name for name in columns.values() if name not in row]
+    own = {name: column for name, column in source.columns.items() if name != _SUBJECT}
+    columns = {**preset.columns, **own} or {name: name for name in _FIELDS if name in row}
+    subject = source.columns.get(_SUBJECT) or next((name for name in preset.subjects if name in row), None)
+    missing = [name for name in (*columns.values(), *([subject] if subject else [])) if name not in row]
     if missing or "prompt" not in columns:
         raise ValueError(
             f"{where} has no column {', '.join(map(repr, missing)) or repr('prompt')}; it has "
@@ -254,7 +265,8 @@ def _convert(row: Mapping[str, Any], index: int, where: str, source: DataSource,
             f"{where} does not fit{f' the preset {source.preset}' * bool(source.preset)}: {error}"
         ) from error
     others = {name: value for name, value in row.items() if name not in ("prompt", "answer", "reference", "prompt_id")}
-    return {**others, **result, "prompt_id": index}
+    labelled = {_SUBJECT: row[subject]} if subject else {}
+    return {**others, **labelled, **result, "prompt_id": index}
 
 
 def _prompt_of(value: object) -> str | list[dict[str, str]]:

@@ -6,6 +6,7 @@ from lightning_lambdapo.functional.advantages import (
     pairwise_weights,
     sequence_scores,
 )
+from lightning_lambdapo.functional.embedding_density import EmbeddingDensityScore, embedding_density
 from lightning_lambdapo.functional.logprobs import chunked_logprobs, logprobs_from_logits
 from lightning_lambdapo.functional.losses import LossOutput, policy_loss
 from lightning_lambdapo.functional.masking import completion_mask, masked_mean, masked_sum
@@ -17,10 +18,12 @@ from lightning_lambdapo.functional.semantic_density import (
 )
 
 __all__ = [
+    "EmbeddingDensityScore",
     "LossOutput",
     "SemanticDensityScore",
     "chunked_logprobs",
     "completion_mask",
+    "embedding_density",
     "group_advantages",
     "lambda_advantages",
     "logprobs_from_logits",

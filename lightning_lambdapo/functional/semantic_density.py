@@ -98,6 +98,11 @@ def check_density_settings(*, kind: Kind, n: int, beta: float) -> None:
         raise ValueError(f"`kind` must be one of token, rouge_l; got {kind!r}.")
     if n < 1 or (kind == "rouge_l" and n != 1):
         raise ValueError(f"`n` must be at least 1, and 1 with kind='rouge_l', got {n}; n-grams need kind='token'.")
+    check_beta(beta)
+
+
+def check_beta(beta: float) -> None:
+    """Raise ``ValueError`` for a weight of recall that no F can have."""
     if not 0 < beta < math.inf:
         raise ValueError(f"`beta` must be a finite number above 0, got {beta}.")
 

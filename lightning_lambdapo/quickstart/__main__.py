@@ -1,10 +1,11 @@
-"""Make the built-in tiny policy: ``python -m lightning_lambdapo.quickstart DIRECTORY``.
+"""Make a tiny policy: ``python -m lightning_lambdapo.quickstart DIRECTORY [--task sums|sorting|chain]``.
 
-Supervised training on demonstrations of three-term sums, each of whose two intermediate results is wrong with
-probability 0.35, so that the policy knows how, and gets about 0.65 squared of the sums right.
+Supervised training on demonstrations with slips. The built-in policy is that of the task ``sums``: three-term sums,
+each of whose two results is wrong with probability 0.35, so that the policy gets about 0.65 squared of them right.
 """
 
 import argparse
+import json
 import math
 import random
 from pathlib import Path
@@ -14,24 +15,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lightning_lambdapo.data.sources import arithmetic_prompt
+from lightning_lambdapo.quickstart.tasks import TASKS, task_rows
 
 SYMBOLS = "0123456789+=,;"
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
-ERROR_RATE = 0.35
-
-
-def demonstration(generator: random.Random) -> tuple[str, str]:
-    """A prompt and its worked solution, each result of which is off by one to three with probability 0.35."""
-    a, b, c = (generator.randint(1, 19) for _ in range(3))
-
-    def add(left: int, right: int) -> int:
-        slip = generator.choice((-3, -2, -1, 1, 2, 3)) if generator.random() < ERROR_RATE else 0
-        return max(left + right + slip, 0)
-
-    first = add(a, b)
-    total = add(first, c)
-    return arithmetic_prompt(a, b, c), f"{a}+{b}={first},{first}+{c}={total};{total}"
+TRAIN_ROWS, TEST_ROWS = 5000, 600
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -46,7 +34,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def train(*, steps: int = 1500, rows: int = 96, lr: float = 3e-3, seed: int = 0) -> LlamaForCausalLM:
+def train(
+    task: str = "sums", *, steps: int = 1500, rows: int = 96, lr: float = 3e-3, seed: int = 0
+) -> LlamaForCausalLM:
     """Train the tiny Llama from scratch on ``steps`` batches of fresh demonstrations."""
     tokenizer = build_tokenizer()
     generator = random.Random(seed)  # noqa: S311
@@ -69,7 +59,7 @@ def train(*, steps: int = 1500, rows: int = 96, lr: float = 3e-3, seed: int = 0)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 50) * (1 + math.cos(math.pi * step / steps)) / 2
         ids, labels = [], []
-        for prompt, solution in (demonstration(generator) for _ in range(rows)):
+        for prompt, solution in (TASKS[task].demonstration(generator) for _ in range(rows)):
             head, tail = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, solution))
             ids.append(torch.tensor([*head, *tail, tokenizer.eos_token_id]))
             labels.append(torch.tensor([*[-100] * len(head), *tail, tokenizer.eos_token_id]))
@@ -87,16 +77,21 @@ def train(*, steps: int = 1500, rows: int = 96, lr: float = 3e-3, seed: int = 0)
 
 
 def main() -> None:
-    """Train and save."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Train and save, with problems for training and test as JSONL."""
+    parser = argparse.ArgumentParser(prog="python -m lightning_lambdapo.quickstart", description=__doc__)
     parser.add_argument("directory", type=Path)
+    parser.add_argument("--task", choices=TASKS, default="sums")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.directory.exists() and any(arguments.directory.iterdir()):
         parser.error(f"{arguments.directory} is not empty; nothing is written over, choose another directory.")
-    model = train(seed=arguments.seed)
+    model = train(arguments.task, seed=arguments.seed)
     model.save_pretrained(arguments.directory)
     build_tokenizer().save_pretrained(arguments.directory)
+    rows = task_rows(arguments.task, TRAIN_ROWS + TEST_ROWS, seed=arguments.seed)
+    for name, part in (("train", rows[TEST_ROWS:]), ("test", rows[:TEST_ROWS])):
+        lines = "".join(json.dumps(row) + "\n" for row in part)
+        (arguments.directory / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
 if __name__ == "__main__":

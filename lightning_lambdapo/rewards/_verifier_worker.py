@@ -32,15 +32,35 @@ def load_verifier() -> Comparison:
     """Import math-verify (0.5 to 1 s) and return the comparison of a gold answer with an answer."""
     logging.disable(logging.CRITICAL)
     from math_verify import LatexExtractionConfig, parse, verify
+    from sympy import Expr, FiniteSet, I, MatrixBase  # type: ignore[import-untyped]
 
     extraction = [LatexExtractionConfig()]
 
     def read(text: str) -> Any:
         latex = " ".join(text.replace("$", " ").replace("**", "^").split())
-        return parse(f"${latex}$", extraction, fallback_mode="no_fallback", parsing_timeout=None, raise_on_error=True)
+        parsed = parse(f"${latex}$", extraction, fallback_mode="no_fallback", parsing_timeout=None, raise_on_error=True)
+        if not parsed and latex.count(r"\pm") == 1 and "," not in latex:  # a sign inside of a fraction, say
+            return read(latex.replace(r"\pm", "+") + "," + latex.replace(r"\pm", "-"))
+        return parsed
+
+    def same(gold: Any, answer: Any) -> bool:
+        return bool(verify(gold, answer, timeout_seconds=None, raise_on_error=True))
+
+    def complex_number(item: Any) -> Any:
+        """The symbol i as the imaginary unit, except in relations: with a real z, "z = i" would become false."""
+        terms = item if isinstance(item, FiniteSet) else [item]
+        if not all(isinstance(term, Expr | MatrixBase) for term in terms):
+            return item
+        return item.subs({symbol: I for symbol in item.free_symbols if symbol.name == "i"})
 
     def equal(gold: str, answer: str) -> bool:
-        return bool(verify(read(gold), read(answer), timeout_seconds=None, raise_on_error=True))
+        sides = read(gold), read(answer)
+        if same(*sides):
+            return True
+        with suppress(TypeError, ValueError):  # complex numbers have no order
+            complex_sides = [[complex_number(item) for item in side] for side in sides]
+            return complex_sides != list(sides) and same(*complex_sides)
+        return False
 
     equal(r"\frac{\sqrt{8}}{2}", r"\sqrt{2}")  # what is loaded lazily, children find loaded
     return equal

@@ -5,7 +5,17 @@ from collections import Counter
 from typing import get_args
 
 from lightning_lambdapo.rewards.base import Reward, RewardInputs
-from lightning_lambdapo.rewards.exact import canonical, clean, is_text, quantity, same_quantity, too_costly
+from lightning_lambdapo.rewards.exact import (
+    bracketing,
+    canonical,
+    clean,
+    is_text,
+    latex,
+    notation,
+    quantity,
+    same_quantity,
+    too_costly,
+)
 from lightning_lambdapo.rewards.extraction import (
     AnswerFormat,
     final_answer,
@@ -13,6 +23,7 @@ from lightning_lambdapo.rewards.extraction import (
     last_number,
     leading_letter,
     marked_answer,
+    only_option,
     trailing_letter,
 )
 from lightning_lambdapo.rewards.verifier import MathVerifier, Verdict
@@ -21,16 +32,16 @@ _MAX_CHARACTERS = 512
 _MIN_VERIFICATIONS = 20
 _FAILURES = (Verdict.FAILED, Verdict.TIMEOUT, Verdict.UNDECIDED)
 _GOLD_LETTER = re.compile(r"\(?([A-J])\)?")
-_WORD = re.compile(r"[^\W\d_]{4}")
+_WORD = re.compile(r"[^\W\d_]{4}|[A-Z][a-z]{2}")
 
 
 class AccuracyReward(Reward):
     r"""1 where the completion's final answer equals the gold answer, else 0; None where the data has no answer.
 
     :func:`~lightning_lambdapo.rewards.extraction.final_answer` finds the final answer. It is compared as a cleaned
-    string, then as an exact number (grouped digits, decimals, percentages, fractions, units), and what neither decides
-    goes to math-verify in a worker process, where it is killed at the deadline. Gold answers may be worked solutions
-    that end in ``#### N``, ``\boxed{N}`` or ``<answer>N</answer>``.
+    string, then as an exact number (grouped digits, decimals, percentages, fractions, units, ratios), and what neither
+    decides goes to math-verify in a worker process, where it is killed at the deadline. Gold answers may be worked
+    solutions that end in ``#### N``, ``\boxed{N}`` or ``<answer>N</answer>``.
 
     Answers that cannot be judged safely (over 512 characters, numbers over 64 digits, exponents over four digits, power
     towers, factorials of large numbers, brackets nested over 20 deep) count as wrong, and so do those on which
@@ -105,7 +116,7 @@ class AccuracyReward(Reward):
                 if _refused(gold_answer) or _refused(answer):
                     refused += 1
                 else:
-                    hard.setdefault((gold_answer, answer), []).append(row)
+                    hard.setdefault((latex(gold_answer), latex(answer)), []).append(row)
             verdicts.append(float(verdict or False))
         self._statistics = {"refused_share": refused / len(verdicts)} if refused else {}
         self._verify(hard, verdicts)
@@ -120,7 +131,8 @@ class AccuracyReward(Reward):
             return final_letter(completion)
         answer = marked_answer(completion, self.answer_format)
         if self.answer_format == "auto":
-            letter = trailing_letter(completion) if answer is None else leading_letter(answer, strict=True)
+            unmarked = trailing_letter(completion) or only_option(completion)
+            letter = unmarked if answer is None else leading_letter(answer, strict=True)
             answer = letter or answer or last_number(completion)
         return canonical(answer[:_MAX_CHARACTERS]) or None if answer else None
 
@@ -172,22 +184,25 @@ class AccuracyReward(Reward):
 
 
 def _cheap_verdict(gold: str, answer: str) -> bool | None:
-    """Compare as strings and as exact numbers; None where neither can tell."""
-    if gold.strip() == answer.strip():
-        return True
-    if max(len(gold), len(answer)) > _MAX_CHARACTERS:
-        return None
+    """Compare as strings, as exact numbers and by kind; None where none of these can tell."""
+    same = gold.strip() == answer.strip()
+    if same or max(len(gold), len(answer)) > _MAX_CHARACTERS:
+        return same or None
     gold, answer = clean(gold), clean(answer)
     if gold == answer or not answer:
         return bool(answer)
     wordy = is_text(gold), is_text(answer)
     if all(wordy) and (gold.casefold() == answer.casefold() or _WORD.search(gold + " " + answer)):
         return gold.casefold() == answer.casefold()  # math-verify would multiply the letters: "north" = "thorn"
+    written = notation(gold), notation(answer)
+    if written[0] and written[1]:
+        return written[0] == written[1]
     numbers = quantity(gold), quantity(answer)
     if numbers[0] and numbers[1]:
         return same_quantity(numbers[0], numbers[1])
-    return False if any(numbers) and any(wordy) else None
+    unlike = {bracketing(gold), bracketing(answer)} == {"set", "ordered"}  # which math-verify takes for equal
+    return False if unlike or (any(numbers) and any(wordy)) else None
 
 
 def _refused(text: str) -> bool:
-    return len(text) > _MAX_CHARACTERS or too_costly(text)
+    return len(text) > _MAX_CHARACTERS or too_costly(latex(text))

@@ -15,6 +15,9 @@ from torch import Tensor
 from lightning_lambdapo.datatypes import Scores
 from lightning_lambdapo.rewards.deadline import DeadlineError, deadline
 
+#: Texts -> embeddings of their tokens ``(N, S, D)``, and which of them count ``(N, S)`` bool.
+Encoder = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+
 _SHOWN_CHARACTERS = 80
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -57,9 +60,25 @@ class Reward(ABC):
     #: Fields of :class:`RewardInputs` without which this reward has nothing to say: ``"answers"``, ``"references"``.
     requires: ClassVar[tuple[str, ...]] = ()
 
+    #: Hidden state that the module's encoder gives where ``needs_encoder``: 0 is the input embedding, -1 the last.
+    encoder_layer: int = -1
+
     def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
         self.weight = weight
         self.name = name or type(self).__name__
+
+    @property
+    def needs_encoder(self) -> bool:
+        """True where the module is to hand over an encoder: the policy as it was before training."""
+        return False
+
+    def prepare_encoder(self, encoder: Encoder | None, device: torch.device) -> None:  # noqa: B027 -- most need none
+        """Take what reads texts; called by the module before a run, once its models are there.
+
+        Args:
+            encoder: of the policy before training; None unless ``needs_encoder``.
+            device: where the module computes, for a reward that brings a model of its own.
+        """
 
     @abstractmethod
     def __call__(self, inputs: RewardInputs) -> Sequence[float | None]:

@@ -11,11 +11,17 @@ from itertools import accumulate
 _MAX_DIGITS = 64
 _MAX_DEPTH = 20
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox)\s*\{([^{}]*)\}")
-_NOISE = re.compile(r"\\(?:left|right|displaystyle|qquad|quad)(?![A-Za-z])|\\[!,;:> ()\[\]]|[$~€£¥₹`]")
+_NOISE = re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|qquad|quad)(?![A-Za-z])|\\[!,;:> ()\[\]]|[$~€£¥₹`]")
 _GAP = re.compile(r"(?<!\w)\s+|\s+(?!\w)")
 _GROUPING = re.compile(r"(?<=\d)(?:,|\{,\})(?=\d{3})")
 _CHARACTERS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2044": "/", "\u00a0": " ", "\u202f": " ", "\u2009": " "})
 _TEXT = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)*")
+_SUPERSCRIPTS = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b"
+_RAISED = re.compile(f"[{_SUPERSCRIPTS}]+")
+_LOWERED = str.maketrans(_SUPERSCRIPTS, "0123456789-")
+_ROOT = re.compile(r"\u221a\s?(\d+|[A-Za-z]|\([^()]*\))")
+_PI = re.compile(r"(?<![\\A-Za-z])pi(?![A-Za-z])|\u03c0")
+_EMPTY = re.compile(r"\\varnothing(?![A-Za-z])|\u2205")
 
 _DIGITS = r"(?:\d{1,3}(?:[, ]\d{3})+|\d+)(?:\.\d*)?|\.\d+"
 _QUANTITY = re.compile(
@@ -23,7 +29,9 @@ _QUANTITY = re.compile(
     (?:(?P<whole>\d+)(?:[ ](?=\d+/\d)|(?=\\frac)))?
     (?:\\frac[ ]?(?:\{{(?P<top>-?(?:{_DIGITS}))\}}\{{(?P<bottom>{_DIGITS})\}}|(?P<top_digit>\d)[ ]?(?P<bottom_digit>\d))
       |(?P<over>{_DIGITS})/(?P<under>{_DIGITS})
-      |(?P<plain>{_DIGITS})(?:[eE](?P<exponent>[+-]?\d{{1,2}}))?)
+      |(?P<plain>{_DIGITS})(?:[eE](?P<exponent>[+-]?\d{{1,2}})
+        |[ ]?(?:\\times|\\cdot|\u00d7|\*)[ ]?10\^(?:\{{(?P<power>[+-]?\d{{1,2}})\}}|(?P<power_digit>\d))
+        |\\overline\{{(?P<recurring>\d+)\}})?)
     (?P<percent>[ ]?(?:%|percent|percentage|pct)(?![A-Za-z]))?
     (?P<unit>\D.*|[ ].*)?""",
     re.VERBOSE | re.ASCII | re.DOTALL,
@@ -46,7 +54,13 @@ _NOT_UNITS = frozenset(
 )
 _DEGREE = re.compile(r"\^?\{?\\(?:circ|degree)\}?|°")
 _ASSIGNED = re.compile(r"^[A-Za-z]=(?=[^=]+$)")
-_POWER = re.compile(r"(?<=[A-Za-z])(?:\^\{?[23]\}?|[²³])")  # of a unit, never of the number
+_POWER = re.compile(r"(?<=[A-Za-z])\^\{?[23]\}?")  # of a unit, never of the number
+_FIRST_POWER = re.compile(r"[A-Za-z]+\^\{?([23])")
+_SPEED = re.compile(r"(?<![A-Za-z])(?:miles?|(km|kilomet(?:er|re)s?))(?: per |/)h(?:r|our)?(?![A-Za-z])", re.IGNORECASE)
+_RATIO = re.compile(r"\d+(?:\.\d+)?(?::\d+(?:\.\d+)?)+", re.ASCII)
+_NUMERAL = re.compile(r"\(?(\d[\dA-Za-z]*)\)?_(?:\{(\d\d?)\}|(\d\d?))", re.ASCII)
+_LISTED = re.compile(r"\\?\{(?:[^<>=|:\\]|\\(?![lg][et]|in|mid))*\}")
+_ORDERED = re.compile(r"[(\[].*,.*[)\]]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +80,18 @@ class Quantity:
     decimals: int | None = 0
 
 
+def latex(text: str) -> str:
+    r"""A text with superscripts, roots, pi and the empty set as LaTeX writes them.
+
+    Example:
+        >>> latex("2*pi*r\u00b2"), latex("\u221a5"), latex("10\u207b\u00b3")
+        ('2*\\pi *r^{2}', '\\sqrt{5}', '10^{-3}')
+    """
+    text = _RAISED.sub(lambda match: f"^{{{match[0].translate(_LOWERED)}}}", text)
+    text = _ROOT.sub(lambda match: rf"\sqrt{{{match[1]}}}", text)
+    return _EMPTY.sub(r"\\emptyset ", _PI.sub(r"\\pi ", text))
+
+
 def clean(text: str) -> str:
     r"""A text without LaTeX spacing, dollar signs, text commands, needless blanks and final punctuation.
 
@@ -73,7 +99,7 @@ def clean(text: str) -> str:
         >>> clean(r"$ \left( 1,\, \dfrac{1}{2} \right) $."), clean(r"\text{ 18  dollars }")
         ('(1,\\frac{1}{2})', '18 dollars')
     """
-    text = text.translate(_CHARACTERS)
+    text = latex(text).translate(_CHARACTERS)
     text = (
         re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text).replace("{,}", ",").replace("\\%", "%").replace("\\$", "$")
     )
@@ -86,8 +112,9 @@ def clean(text: str) -> str:
 def quantity(text: str) -> Quantity | None:
     r"""Read a cleaned text as an exact number; None where it is not one.
 
-    Plain and grouped integers, decimals, ``1.5e3``, ``a/b``, ``\frac{a}{b}``, mixed numbers, percentages, scales ("2
-    million"), and any of these before a unit or a few words ("18 dollars a day").
+    Plain and grouped integers, decimals, ``0.1\overline{6}``, ``1.5e3``, ``1.5 \times 10^3``, ``a/b``, ``\frac{a}{b}``,
+    mixed numbers, percentages, scales ("2 million"), and any of these before a unit or a few words ("18 dollars a
+    day").
 
     Example:
         >>> quantity("1,200.50").value, quantity(r"-\frac12").value, quantity("18 dollars a day").value, quantity("5x")
@@ -103,13 +130,19 @@ def quantity(text: str) -> Quantity | None:
     if unit is None:
         return None
     scale, name = unit
-    if bottom is None:
-        value = _decimal(group["plain"]) * Fraction(10) ** int(group["exponent"] or 0)
+    decimals = len(group["plain"].partition(".")[2]) if bottom is None else None
+    if group["recurring"]:
+        if decimals is None or "." not in group["plain"]:
+            return None
+        period = Fraction(int(group["recurring"]), 10 ** len(group["recurring"]) - 1)
+        value, decimals = _decimal(group["plain"]) + period / 10**decimals, None
+    elif bottom is None:
+        exponent = int(group["exponent"] or group["power"] or group["power_digit"] or 0)
+        value = _decimal(group["plain"]) * Fraction(10) ** exponent
     elif _decimal(bottom) == 0:
         return None
     else:
         value = _decimal(top) / _decimal(bottom) + int(group["whole"] or 0)
-    decimals = len(group["plain"].partition(".")[2]) if bottom is None else None
     value = -value if group["sign"] == "-" else value
     return Quantity(value * scale, percent=bool(group["percent"]), unit=name, decimals=decimals)
 
@@ -132,6 +165,37 @@ def same_quantity(gold: Quantity, answer: Quantity) -> bool:
         return False
     share, number = (gold, answer) if gold.percent else (answer, gold)
     return share.value == 100 * number.value
+
+
+def notation(cleaned: str) -> tuple[Fraction | str, ...] | None:
+    r"""Read a cleaned ratio, such as 2:3:5, or a numeral with its base, such as ``1011_2``; None where it is neither.
+
+    A ratio comes divided by its first term. With a term that is 0 or written as 05 it may be a time of day, and stays
+    as it is.
+
+    Example:
+        >>> notation("6:8") == notation("3:4"), notation("9:05") == notation("18:10"), notation("1011_{2}")
+        (True, False, (Fraction(11, 1),))
+    """
+    if _RATIO.fullmatch(cleaned):
+        terms = [Fraction(term) for term in cleaned.split(":")]
+        as_it_is = not all(terms) or re.search(r"(?:^|:)0\d", cleaned)
+        return (cleaned,) if as_it_is else tuple(term / terms[0] for term in terms)
+    numeral = _NUMERAL.fullmatch(cleaned)
+    try:
+        return (Fraction(int(numeral[1], int(numeral[2] or numeral[3]))),) if numeral else None
+    except ValueError:  # no such base, or no such digit in it
+        return None
+
+
+def bracketing(cleaned: str) -> str:
+    r"""Whether a cleaned answer is a ``"set"`` given by its elements, or ``"ordered"``: a tuple or interval.
+
+    Example:
+        >>> [bracketing(text) for text in (r"\{1,2\}", "(1,2)", r"\{x|x>2\}", "(x+1)(x-1)")]
+        ['set', 'ordered', '', '']
+    """
+    return "set" if _LISTED.fullmatch(cleaned) else "ordered" if _ORDERED.fullmatch(cleaned) else ""
 
 
 def canonical(text: str) -> str:
@@ -209,7 +273,9 @@ def _rounds_to(ratio: Quantity, decimal: Quantity) -> bool:
 def _read_unit(tail: str, *, spaced: bool) -> tuple[int, str] | None:
     """Scale and canonical unit of what follows a number; None where it is not a unit or a few plain words."""
     spaced = spaced or tail.startswith(" ")
-    tail = _POWER.sub("", _DEGREE.sub(" degrees", tail)).strip()
+    tail = _SPEED.sub(lambda match: "kph" if match[1] else "mph", _DEGREE.sub(" degrees", tail)).strip()
+    power = _FIRST_POWER.match(tail)
+    tail = _POWER.sub("", tail)
     if not tail:
         return 1, ""
     if not re.fullmatch(r"[^\W\d_]+(?:[ ./'-]+[^\W\d_]+)*", tail):
@@ -222,4 +288,5 @@ def _read_unit(tail: str, *, spaced: bool) -> tuple[int, str] | None:
         plain = word in _SMALL_WORDS or (len(word) > 2 and word not in _NOT_UNITS and word not in _SCALES)
         if not (unit or (spaced and plain)):
             return None
-    return scale, (known[0] or "") if known else ""
+    name = known[0] if known else None
+    return scale, name + (power[1] if power else "") if name else ""

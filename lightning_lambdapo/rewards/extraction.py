@@ -30,6 +30,8 @@ _LETTER_START = re.compile(
 _OPTION_START = re.compile(r"\(\s?([A-Ja-j])\s?\)(?!\s?[-+*/^=,<>])|([A-J])(?:[.)](?:\s|$)|$)")
 _LETTER_MARKS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox)\s{0,4}\{|[$*_{}`]|\\[(\[\])]")
 _OPTION = re.compile(r"\(([A-J])\)")
+_SEVERAL = re.compile(r"\(?[A-J]\)?(?:\s?[,&/]\s?|,?\s(?:and|or)\s)\(?[A-J]\)?(?:[\s.,]?$|\s?[,&/]|\s(?:and|or)\s)")
+_OPTION_LINE = re.compile(r"^[ \t*]{0,4}([A-J])[.):]\*{0,2}[ \t]", re.MULTILINE)
 _LAST_LETTER = re.compile(r"(?:^|[\s*:(])([A-J])\)?[\s.*]*$")
 _PHRASE_WORDS = 6
 
@@ -86,18 +88,19 @@ def final_letter(text: str) -> str | None:
     r"""The option letter, A to J, that a text chooses; None without one.
 
     Looked for in the marked answers from the last to the first, then as the last ``(C)``, then as a bare letter at the
-    end.
+    end, then as the only option that a line starts with. A mark with several letters, "B and C", chooses none.
 
     Example:
         >>> final_letter(r"(A) is too small, so \boxed{\text{(C)}}"), final_letter("It must be\nB."), final_letter("12")
         ('C', 'B', None)
     """
-    marked = ((start, leading_letter(content)) for start, content in _marked(text, "auto"))
-    letters = [(start, letter) for start, letter in marked if letter]
+    marked = ((start, leading_letter(content), content) for start, content in _marked(text, "auto"))
+    letters = [(start, letter, content[:256]) for start, letter, content in marked if letter]
     if letters:
-        return max(letters)[1]
+        _, letter, content = max(letters)
+        return None if _SEVERAL.match(_unmarked(content)) else letter
     options: list[str] = _OPTION.findall(text)
-    return options[-1] if options else trailing_letter(text)
+    return options[-1] if options else trailing_letter(text) or only_option(text)
 
 
 def leading_letter(content: str, *, strict: bool = False) -> str | None:
@@ -113,9 +116,13 @@ def leading_letter(content: str, *, strict: bool = False) -> str | None:
         >>> leading_letter("A cat"), leading_letter("A cat", strict=True)
         ('A', None)
     """
-    content = " ".join(_LETTER_MARKS.sub(" ", content[:256]).split())
-    match = (_OPTION_START if strict else _LETTER_START).match(content)
+    match = (_OPTION_START if strict else _LETTER_START).match(_unmarked(content))
     return next(letter for letter in match.groups() if letter).upper() if match else None
+
+
+def _unmarked(content: str) -> str:
+    """The start of a marked answer, without commands and signs around letters."""
+    return " ".join(_LETTER_MARKS.sub(" ", content[:256]).split())
 
 
 def trailing_letter(text: str) -> str | None:
@@ -127,6 +134,17 @@ def trailing_letter(text: str) -> str | None:
     """
     match = _LAST_LETTER.search(text[-64:])
     return match[1] if match else None
+
+
+def only_option(text: str) -> str | None:
+    r"""The letter of the option that lines of a text start with, where it is the only one.
+
+    Example:
+        >>> only_option("C. spiral cleavage"), only_option("It is\nB) 12, since ..."), only_option("A. 1\nB. 2")
+        ('C', 'B', None)
+    """
+    letters = {match[1] for match in _OPTION_LINE.finditer(text)}
+    return letters.pop() if len(letters) == 1 else None
 
 
 def boxed(text: str) -> list[tuple[int, str]]:

@@ -3,35 +3,52 @@
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
+import torch
+from torch import Tensor
+
+from lightning_lambdapo.functional.embedding_density import embedding_density
+from lightning_lambdapo.functional.masking import check_choice
 from lightning_lambdapo.functional.semantic_density import (
-    Kind,
+    check_beta,
     check_density_settings,
     reasoning_trace,
     semantic_density,
     tokenize,
 )
-from lightning_lambdapo.rewards.base import Reward, RewardInputs
+from lightning_lambdapo.rewards.base import Encoder, Reward, RewardInputs
+from lightning_lambdapo.rewards.encoder import TokenEncoder
 
+DensityKind = Literal["token", "rouge_l", "embedding"]
 Measure = Literal["f", "precision", "recall"]
+
+_MOST_NUMBERS = 2**25
 
 
 class SemanticDensityReward(Reward):
     """Precision-recall alignment of the reasoning trace with the reference solution, in [0, 1]; None without reference.
 
     Both texts are cut before their last final-answer marker and compared by
-    :func:`~lightning_lambdapo.functional.semantic_density.semantic_density`.
+    :func:`~lightning_lambdapo.functional.semantic_density.semantic_density`, or with ``kind="embedding"`` by
+    :func:`~lightning_lambdapo.functional.embedding_density.embedding_density`, which knows other words of like meaning.
+    Its embeddings are hidden states of the policy as it was before training, which the module hands over, or of a model
+    of one's own, ``encoder``. Under strategies that shard the policy it takes the latter. Cosines of hidden states are
+    rarely small, so that its values lie closer together, and higher, than those of the other kinds; advantages are made
+    of differences, and ``weight`` makes up for the scale.
 
     Args:
         weight: coefficient in the total.
         name: key in logs.
-        kind: ``"rouge_l"`` (longest common subsequence) or ``"token"`` (clipped n-gram overlap).
-        n: length of the n-grams; 1 with ``"rouge_l"``.
+        kind: ``"rouge_l"`` (longest common subsequence), ``"token"`` (clipped n-gram overlap) or ``"embedding"``
+            (greedy matching of contextual token embeddings).
+        n: length of the n-grams; 1 with the other kinds.
         beta: weight of recall against precision in F.
         measure: ``"f"``, ``"precision"`` or ``"recall"``.
-        tokenizer: text to tokens, for both texts.
+        tokenizer: text to tokens, for both texts; an encoder brings its own.
+        encoder: with ``kind="embedding"``, hub id or directory of a transformers model; None: the frozen policy.
+        layer: which of the encoder's hidden states: 0 is the input embedding, -1 the last.
 
     Raises:
-        ValueError: a setting out of range.
+        ValueError: a setting out of range, or one that the kind has no use for.
 
     Example:
         >>> inputs = RewardInputs(
@@ -40,7 +57,7 @@ class SemanticDensityReward(Reward):
         >>> SemanticDensityReward(measure="precision")(inputs)
         [0.5, None]
 
-    Source: LambdaPO, arXiv 2605.19416; ROUGE, Lin 2004.
+    Source: LambdaPO, arXiv 2605.19416; ROUGE, Lin 2004; BERTScore, Zhang et al. 2020, arXiv 1904.09675.
     """
 
     requires = ("references",)
@@ -49,24 +66,58 @@ class SemanticDensityReward(Reward):
         self,
         weight: float = 0.2,
         name: str = "semantic_density",
-        kind: Kind = "rouge_l",
+        kind: DensityKind = "rouge_l",
         n: int = 1,
         beta: float = 1.0,
         measure: Measure = "f",
         tokenizer: Callable[[str], Sequence[str]] = tokenize,
+        encoder: str | None = None,
+        layer: int = -1,
     ) -> None:
         super().__init__(weight, name)
-        if measure not in get_args(Measure):
-            raise ValueError(f"`measure` must be one of {', '.join(get_args(Measure))}; got {measure!r}.")
-        check_density_settings(kind=kind, n=n, beta=beta)
+        check_choice("kind", kind, get_args(DensityKind))
+        check_choice("measure", measure, get_args(Measure))
+        if kind == "embedding":
+            check_beta(beta)
+            if n != 1:
+                raise ValueError(f"`n` must be 1 with kind='embedding', got {n}; n-grams need kind='token'.")
+            if tokenizer is not tokenize:
+                raise ValueError(
+                    f"`tokenizer` is {tokenizer!r} with kind='embedding': embeddings are of the encoder's tokens, "
+                    "which its own tokenizer makes; leave `tokenizer` out."
+                )
+        else:
+            check_density_settings(kind=kind, n=n, beta=beta)
+            if encoder is not None or layer != -1:
+                raise ValueError(
+                    f"`encoder` ({encoder!r}) and `layer` ({layer}) are for kind='embedding', got kind={kind!r}, which "
+                    "compares the tokens themselves; leave them out, or set kind='embedding'."
+                )
         self.kind = kind
         self.n = n
         self.beta = beta
         self.measure = measure
         self.tokenizer = tokenizer
+        self.encoder = encoder
+        self.encoder_layer = layer
+        self._encode: Encoder | None = None
+
+    @property
+    def needs_encoder(self) -> bool:
+        """True where embeddings are compared and no encoder is named."""
+        return self.kind == "embedding" and self.encoder is None
+
+    def prepare_encoder(self, encoder: Encoder | None, device: torch.device) -> None:
+        """Take the module's encoder, or load the one that ``encoder`` names."""
+        if self.needs_encoder:
+            self._encode = encoder
+        elif self.encoder is not None:
+            self._encode = TokenEncoder.from_pretrained(self.encoder, layer=self.encoder_layer, device=device)
 
     def __call__(self, inputs: RewardInputs) -> list[float | None]:
         """Judge every row."""
+        if self.kind == "embedding":
+            return self._by_meaning(inputs)
         tokens = {text: self._tokens(text) for text in set(inputs.references) if text}
         return [
             self._density(self._tokens(completion), tokens[reference]) if reference else None
@@ -77,5 +128,37 @@ class SemanticDensityReward(Reward):
         return self.tokenizer(reasoning_trace(text))
 
     def _density(self, generated: Sequence[str], reference: Sequence[str]) -> float:
-        density = semantic_density(generated, reference, kind=self.kind, n=self.n, beta=self.beta)
+        kind: Literal["token", "rouge_l"] = "token" if self.kind == "token" else "rouge_l"
+        density = semantic_density(generated, reference, kind=kind, n=self.n, beta=self.beta)
         return float(getattr(density, self.measure))
+
+    def _by_meaning(self, inputs: RewardInputs) -> list[float | None]:
+        rows = [
+            (reasoning_trace(completion).strip(), reasoning_trace(reference).strip()) if reference else None
+            for completion, reference in zip(inputs.completions, inputs.references, strict=True)
+        ]
+        # Each distinct text is read once, and rows of the same texts get exactly the same number.
+        pairs = list(dict.fromkeys(pair for pair in rows if pair is not None))
+        if not pairs:
+            return [None] * len(rows)
+        number = {text: index for index, text in enumerate(dict.fromkeys(text for pair in pairs for text in pair))}
+        embeddings, mask = self._encoded(list(number))
+        size, width = embeddings.shape[1:]
+        step = max(1, _MOST_NUMBERS // max(1, size * (size + 2 * width)))
+        values: list[float] = []
+        for start in range(0, len(pairs), step):
+            ours, theirs = ([number[text] for text in side] for side in zip(*pairs[start : start + step], strict=True))
+            density = embedding_density(embeddings[ours], mask[ours], embeddings[theirs], mask[theirs], beta=self.beta)
+            values += getattr(density, self.measure).tolist()
+        found = dict(zip(pairs, values, strict=True))
+        return [None if pair is None else found[pair] for pair in rows]
+
+    def _encoded(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        if self._encode is None and self.encoder is not None:
+            self.prepare_encoder(None, torch.device("cpu"))
+        if self._encode is None:
+            raise RuntimeError(
+                "kind='embedding' without `encoder` compares embeddings of the frozen policy, which LambdaPOModule "
+                "hands over when a run starts, and there is none; set `encoder` to a hub id or directory."
+            )
+        return self._encode(texts)

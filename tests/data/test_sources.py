@@ -194,6 +194,47 @@ def test_preset_gpqa_shuffles_the_same_way_every_time(tmp_path: Path) -> None:
     assert len(letters) > 2
 
 
+@pytest.mark.parametrize(
+    ("name", "extra", "subject"),
+    [
+        ("math", {"type": "Algebra", "level": "Level 2"}, "Algebra"),
+        ("math500", {"subject": "Geometry", "level": 3}, "Geometry"),
+        ("mmlu", {"subject": "anatomy"}, "anatomy"),
+        ("mmlu", {"type": "college_biology"}, "college_biology"),
+        ("mmlu", {"subject": "anatomy", "type": "x"}, "anatomy"),
+        ("multiple_choice", {"type": "college_biology"}, "college_biology"),
+        ("gpqa_diamond", {"High-level domain": "Physics", "Subdomain": "Optics"}, "Physics"),
+        ("gsm8k", {}, None),
+    ],
+)
+def test_subjects_of_presets(tmp_path: Path, name: str, extra: dict[str, Any], subject: str | None) -> None:
+    row: dict[str, Any] = {
+        "problem": "p",
+        "solution": r"\boxed{5}",
+        "question": "p",
+        "choices": ["5", "6"],
+        "answer": "#### 5",
+    }
+    row |= {"Question": "p", "Correct Answer": "5", "Explanation": "e"} | extra
+    row |= {f"Incorrect Answer {i}": str(i) for i in (1, 2, 3)} | ({"answer": 0} if name[0] == "m" else {})
+    found = preset(tmp_path, name, row)
+    assert found.get("subject") == subject
+    assert extra.items() <= found.items()  # what there was stays
+    first = next(iter(extra), None)
+    if first is not None:
+        columns = {"subject": list(extra)[-1]}
+        assert preset(tmp_path, name, row, columns=columns)["subject"] == list(extra.values())[-1]
+
+
+def test_subjects_of_files_without_a_preset(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", {"prompt": "p", "answer": 3, "topic": "sums", "subject": "x"})
+    assert load_rows(DataSource(path=path))[0]["subject"] == "x"
+    (row,) = load_rows(DataSource(path=path, columns={"subject": "topic"}))
+    assert (row["prompt"], row["answer"], row["subject"], row["topic"]) == ("p", "3", "sums", "sums")
+    with pytest.raises(ValueError, match=r"line 1 has no column 'area'"):
+        load_rows(DataSource(path=path, columns={"subject": "area"}))
+
+
 def test_preset_mixture_of_thoughts(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": r"<think>5</think> \boxed{5}"}]
     found = preset(tmp_path, "mixture_of_thoughts", {"messages": messages, "source": "m"})

@@ -9,7 +9,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lightning_lambdapo.rewards import FormatReward, RewardInputs
-from lightning_lambdapo.rewards.exact import canonical, clean, is_text, quantity, same_quantity, too_costly
+from lightning_lambdapo.rewards.exact import (
+    bracketing,
+    canonical,
+    clean,
+    is_text,
+    latex,
+    notation,
+    quantity,
+    same_quantity,
+    too_costly,
+)
 from lightning_lambdapo.rewards.extraction import (
     AnswerFormat,
     boxed,
@@ -109,6 +119,13 @@ def test_quantities_are_exact_and_compare_both_ways(first: str, second: str) -> 
             assert same_quantity(number, other) == same_quantity(other, number)
 
 
+@fuzz(300)
+@given(texts(20))
+def test_a_text_in_latex_stays_as_it_is(text: str) -> None:
+    assert latex(latex(text)) == latex(text)
+    assert len(latex(text)) <= 10 * len(text)
+
+
 @fuzz(150)
 @given(st.integers(-(10**60), 10**60), st.integers(1, 10**4), st.sampled_from(["{}/{}", "$\\frac{{{}}}{{{}}}$."]))
 def test_fractions_are_read_back(top: int, bottom: int, form: str) -> None:
@@ -160,10 +177,13 @@ READERS: list[Callable[[str], Any]] = [
     *(lambda text, form=form: final_answer(text, form) for form in FORMATS),
     last_number,
     leading_letter,
+    latex,
     clean,
     quantity,
     canonical,
     is_text,
+    lambda text: bracketing(text[:512]),
+    lambda text: notation(text[:512]),
     lambda text: too_costly(text[:10_000]),
     *(lambda text, style=style: FormatReward(style=style)(inputs(text)) for style in get_args(Style)),
 ]

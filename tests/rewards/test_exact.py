@@ -4,7 +4,16 @@ from fractions import Fraction
 
 import pytest
 
-from lightning_lambdapo.rewards.exact import canonical, clean, quantity, too_costly
+from lightning_lambdapo.rewards.exact import (
+    bracketing,
+    canonical,
+    clean,
+    latex,
+    notation,
+    quantity,
+    same_quantity,
+    too_costly,
+)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +39,12 @@ from lightning_lambdapo.rewards.exact import canonical, clean, quantity, too_cos
         ("2 1/2", Fraction(5, 2)),
         (r"-2\frac{1}{2}", Fraction(-5, 2)),
         ("1.5e3", Fraction(1500)),
+        (r"1.5 \times 10^{-2}", Fraction(3, 200)),
+        (r"15\cdot 10^2", Fraction(1500)),
+        ("4 \u00d7 10\u2076", Fraction(4_000_000)),
+        (r"0.\overline{3}", Fraction(1, 3)),
+        (r"-1.2\overline{27}", Fraction(-27, 22)),
+        ("15 miles per hour", Fraction(15)),
         ("2E-2", Fraction(1, 50)),
         ("5 million", Fraction(5_000_000)),
         ("2 dozen eggs", Fraction(24)),
@@ -52,7 +67,8 @@ def test_numbers_are_read_exactly(text: str, value: Fraction) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "x", "5x", "5 x", "5xy", "5abc", "5 pi", "5\\pi", "1,23", "12,3456", "3 5", "1/0", "1/2/3", "1.2.3",
-     "18 or 19", "5 and a half", "2 thirds", "(1,2)", "1e400", "5!", "2^3", "2²", "--5", "1" * 65, "3:45", "5%%"],
+     "18 or 19", "5 and a half", "2 thirds", "(1,2)", "1e400", "5!", "2^3", "2²", "--5", "1" * 65, "3:45", "5%%",
+     r"1\overline{3}", r"1/2\overline{3}", r"1/2\times 10^2", r"2\times 10^{400}", r"2\times 10^2 x", r"2\times 10"],
 )  # fmt: skip
 def test_anything_else_is_no_number(text: str) -> None:
     assert quantity(clean(text)) is None
@@ -73,6 +89,59 @@ def test_a_percentage_and_a_unit_are_kept_apart_from_the_value() -> None:
 )  # fmt: skip
 def test_bombs_are_refused(text: str) -> None:
     assert too_costly(text)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ("20 cm^2", "20 cm\u00b2", True), ("20 cm^2", "20 cm^3", False), ("20 cm^2", "20 cm", False),
+        ("20 square cm", "20 cm^2", True), ("15 mph", "15 miles per hour", True), ("80 km/h", "80 kph", True),
+        ("15 mph", "15 km/h", False), ("15 mph", "15 miles", False), (r"0.\overline{3}", "0.333333", True),
+    ],
+)  # fmt: skip
+def test_units_and_their_powers_are_compared(first: str, second: str, same: bool) -> None:
+    read = [quantity(clean(text)) for text in (first, second)]
+    assert read[0] is not None
+    assert read[1] is not None
+    assert same_quantity(read[0], read[1]) is same
+    assert same_quantity(read[1], read[0]) is same
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ("3:4", "6:8", True), ("0.5:1", "1:2", True), ("2:3:5", "2:5:3", False), ("3:00", "5:00", False),
+        ("1:05", "2:10", False), ("0:1", "0:2", False), ("1011_2", "11_{10}", True), ("1F_{16}", "31_{10}", True),
+        ("(101)_2", "101_{2}", True), ("101_2", "101_3", False), ("101_2", "5:1", False),
+    ],
+)  # fmt: skip
+def test_ratios_and_numerals_are_compared(first: str, second: str, same: bool) -> None:
+    assert notation(first) is not None
+    assert notation(second) is not None
+    assert (notation(first) == notation(second)) is same
+
+
+@pytest.mark.parametrize("text", ["", "3", "3:", ":4", "3:x", "x_2", "a_{16}", "12_1", "12_2", "12_{99}", "1_{100}"])
+def test_anything_else_is_neither_ratio_nor_numeral(text: str) -> None:
+    assert notation(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (r"\{1,2\}", "set"), ("{1}", "set"), (r"\{\frac{1}{2},\sqrt{2}\}", "set"), ("(1,2]", "ordered"),
+        (r"(0,1)\cup(2,3)", "ordered"), ("(5)", ""), ("5", ""), (r"\{x:1<x<2\}", ""), (r"\{x\mid x\in(1,2)\}", ""),
+        (r"\{x|1\leq x\leq 2\}", ""),
+    ],
+)  # fmt: skip
+def test_brackets_tell_sets_from_tuples(text: str, kind: str) -> None:
+    assert bracketing(text) == kind
+
+
+def test_a_bomb_in_superscripts_is_one() -> None:
+    assert too_costly(latex("9" + "\u2079" * 5))
+    assert too_costly(latex("9^{9\u2079}"))
+    assert not too_costly(latex("x\u00b2 + 2\u00b9\u2070"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,240 @@
+"""Which runs a comparison consists of: arms of settings, times seeds, each a configuration of its own."""
+
+import copy
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ESTIMATOR = "model.algorithm.estimator"
+_PAIRWISE = ("weighting", "temperature", "score", "reduction", "center", "scale")
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """One of the things that are compared.
+
+    Attributes:
+        label: short and unique.
+        settings: dotted key -> value, what is set over the base configuration.
+    """
+
+    label: str
+    settings: dict[str, Any]
+
+    @property
+    def slug(self) -> str:
+        """The label as the name of a directory."""
+        return re.sub(r"[^\w.=+-]+", "_", self.label).strip("_")
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One arm with one seed, in a directory of its own."""
+
+    arm: Arm
+    seed: int
+    directory: Path
+
+
+def parse_variation(text: str) -> list[dict[str, Any]]:
+    """The alternatives of a ``key=value,value`` text; ``key+key=value+value,...`` changes keys together.
+
+    Values are YAML; commas and pluses inside brackets, braces or quotes belong to the value.
+
+    Raises:
+        ValueError: no key, fewer than two values, or not one value for each of several keys.
+
+    Example:
+        >>> parse_variation("model.algorithm.temperature=group_std,0.1")
+        [{'model.algorithm.temperature': 'group_std'}, {'model.algorithm.temperature': 0.1}]
+        >>> parse_variation("a.size+b=[4, 2]+32,8+16")[0]
+        {'a.size': [4, 2], 'b': 32}
+    """
+    name, equals, values = text.partition("=")
+    keys = [key.strip() for key in name.split("+")]
+    if not equals or not all(keys):
+        raise ValueError(f"A variation is written key=value,value; got {text!r}.")
+    alternatives = []
+    for value in _split(values, ","):
+        parts = _split(value, "+") if len(keys) > 1 else [value]
+        if len(parts) != len(keys):
+            raise ValueError(f"{text!r} changes {len(keys)} keys together and needs as many values, got {value!r}.")
+        alternatives.append({key: _plain(part) for key, part in zip(keys, parts, strict=True)})
+    if len(alternatives) < 2:
+        raise ValueError(f"A variation needs at least two values, got {text!r}.")
+    return alternatives
+
+
+def plan_arms(estimators: Sequence[str], variations: Iterable[Sequence[Mapping[str, Any]]]) -> list[Arm]:
+    """Every estimator with every combination of alternatives, without those that could not differ.
+
+    Settings of the pairwise advantage are left out of the baselines' arms, and temperature and score out of those with
+    ``weighting: uniform``, which do not use them; arms that become equal stand once.
+
+    Args:
+        estimators: values of ``model.algorithm.estimator``; none leaves the base configuration's.
+        variations: of each variation its alternatives.
+    """
+    # None has no estimator key: the base configuration's estimator then decides what an arm uses.
+    choices = [[{ESTIMATOR: name} for name in estimators] or [{}], *variations]
+    found: dict[str, Arm] = {}
+    for combination in itertools.product(*choices):
+        settings: dict[str, Any] = {}
+        for part in combination:
+            settings.update(part)
+        used = {key: value for key, value in settings.items() if not _idle(key, settings)}
+        label = _label(used, settings)
+        found.setdefault(label, Arm(label, used))
+    return list(found.values())
+
+
+def plan_runs(arms: Sequence[Arm], seeds: Sequence[int], root: Path) -> list[Run]:
+    """All runs, seed by seed, so that an unfinished comparison has pairs to compare."""
+    return [Run(arm, seed, root / "runs" / arm.slug / f"seed_{seed}") for seed in seeds for arm in arms]
+
+
+def with_settings(base: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a configuration with dotted keys set; ``init_args`` may be left out, numbers index lists.
+
+    Raises:
+        ValueError: a key that leads through something that is neither a mapping nor a list, or past a list's end.
+
+    Example:
+        >>> base = {"model": {"class_path": "M", "init_args": {"rewards": [{"class_path": "R"}]}}}
+        >>> with_settings(base, {"model.rewards.0.weight": 2, "seed": 1})["model"]["init_args"]["rewards"]
+        [{'class_path': 'R', 'init_args': {'weight': 2}}]
+    """
+    config: dict[str, Any] = copy.deepcopy(dict(base))
+    for key, value in settings.items():
+        place: Any = config
+        *path, last = key.split(".")
+        for part in path:
+            place = _inside(place, part)
+            inner = place.get(part) if isinstance(place, dict) else _item(place, part, key)
+            if inner is None:
+                inner = place[part] = {}
+            place = inner
+        place = _inside(place, last)
+        if isinstance(place, dict):
+            place[last] = value
+        elif isinstance(place, list):
+            _item(place, last, key)
+            place[int(last)] = value
+        else:
+            raise ValueError(f"{key!r} leads through {place!r}, which has no parts to set.")
+    return config
+
+
+def same_key(one: str, other: str) -> bool:
+    """Whether two dotted keys name one setting, or one of them contains the other."""
+    first, second = ([part for part in key.split(".") if part != "init_args"] for key in (one, other))
+    shorter = min(len(first), len(second))
+    return first[:shorter] == second[:shorter]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A YAML configuration.
+
+    Raises:
+        ValueError: there is no such file, or it is not a YAML mapping.
+    """
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"The configuration {path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"The configuration {path} is not a mapping of settings.")
+    return config
+
+
+def _inside(place: Any, part: str) -> Any:
+    """Where ``part`` belongs: inside the ``init_args`` of a class where the class has them."""
+    if isinstance(place, dict) and part not in place and part not in ("class_path", "init_args"):
+        if "class_path" in place:
+            return place.setdefault("init_args", {})
+        return place.get("init_args", place)
+    return place
+
+
+def _item(place: Any, part: str, key: str) -> Any:
+    if not isinstance(place, list) or not part.isdecimal() or int(part) >= len(place):
+        size = f"a list of {len(place)}" if isinstance(place, list) else repr(place)
+        raise ValueError(f"{key!r} asks for {part!r} of {size}; give an existing key or index.")
+    return place[int(part)]
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split at separators that stand outside brackets, braces and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for symbol in text:
+        if quote:
+            quote = "" if symbol == quote else quote
+        elif symbol in "'\"":
+            quote = symbol
+        else:
+            depth += (symbol in "[{(") - (symbol in "]})")
+        if symbol == separator and depth == 0 and not quote:
+            parts.append("")
+        else:
+            parts[-1] += symbol
+    return [part.strip() for part in parts]
+
+
+def _plain(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML takes 1e-4 for a text
+        except ValueError:
+            return value
+    return value
+
+
+def _idle(key: str, settings: Mapping[str, Any]) -> bool:
+    parts = [part for part in key.split(".") if part != "init_args"]
+    if parts[:2] != ["model", "algorithm"] or parts[-1] not in _PAIRWISE:
+        return False
+    chosen = {_last(name): value for name, value in settings.items()}
+    if chosen.get("estimator", "lambda") != "lambda":
+        return True
+    return chosen.get("weighting") == "uniform" and parts[-1] in ("temperature", "score")
+
+
+def _label(used: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    names = _short_names(list(settings))
+    parts = [
+        str(value) if _last(key) in ("estimator", "weighting") else f"{names[key]}={_shown(value)}"
+        for key, value in used.items()
+    ]
+    if used.get(ESTIMATOR) == "lambda" and any(_last(key) == "weighting" for key in used):
+        parts.remove("lambda")  # the weighting says it
+    return " ".join(parts) or "base"
+
+
+def _short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Each key's shortest ending that no other key has."""
+
+    def endings(key: str) -> Iterator[str]:
+        parts = [part for part in key.split(".") if part != "init_args"]
+        return (".".join(parts[-length:]) for length in range(1, len(parts) + 1))
+
+    taken = {key: set(endings(key)) for key in keys}
+    return {
+        key: next((end for end in endings(key) if not any(end in taken[other] for other in keys if other != key)), key)
+        for key in keys
+    }
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict) and "class_path" in value:
+        return str(value["class_path"]).rpartition(".")[2]
+    return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]

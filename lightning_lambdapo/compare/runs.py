@@ -1,0 +1,144 @@
+"""Training runs in processes of their own: resumable, logged, ended with their parent."""
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext, SpawnContext
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_lambdapo.compare.plan import Run, with_settings
+
+_CSV = "lightning.pytorch.loggers.CSVLogger"
+_FINISHED = "finished.json"
+
+
+def finished(run: Run) -> bool:
+    """Whether a run has ended as it should; it is not repeated then."""
+    return (run.directory / _FINISHED).exists()
+
+
+def prepare(run: Run, base: Mapping[str, Any], arguments: Sequence[str]) -> list[str]:
+    """Write a run's configuration into its directory, and return the command line that makes or continues the run.
+
+    The run logs to CSV in its directory, beside the loggers of the base configuration, with the seed for sampling and,
+    where the data are this package's, for the order of the prompts.
+
+    Raises:
+        ValueError: the directory holds a run of other settings.
+    """
+    settings = run.arm.settings | {"seed_everything": run.seed, "trainer.default_root_dir": str(run.directory)}
+    data = base.get("data") or {}
+    if isinstance(data, dict) and data.get("class_path", "LambdaPODataModule").endswith("LambdaPODataModule"):
+        settings["data.seed"] = run.seed
+    config = with_settings(base, settings)
+    trainer = config["trainer"]
+    loggers = trainer.get("logger")
+    others = loggers if isinstance(loggers, list) else [loggers] if isinstance(loggers, dict | str) else []
+    own = {"class_path": _CSV, "init_args": {"save_dir": str(run.directory), "flush_logs_every_n_steps": 1}}
+    trainer["logger"] = [own, *others]
+    trainer["enable_progress_bar"] = False
+    file = run.directory / "config.yaml"
+    whole = yaml.safe_dump({"config": config, "arguments": list(arguments)}, sort_keys=False)
+    record = run.directory / "run.yaml"
+    if record.exists() and record.read_text(encoding="utf-8") != whole:
+        raise ValueError(
+            f"{run.directory} holds a run of other settings (see its run.yaml); choose another --output, or remove it."
+        )
+    run.directory.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    record.write_text(whole, encoding="utf-8")
+    return ["fit", f"--config={file}", *arguments, "--ckpt_path=last"]
+
+
+def train_all(
+    commands: Sequence[tuple[Run, list[str]]], *, workers: int, report: Callable[[Run, bool, float], None]
+) -> list[Run]:
+    """Make the runs in order, ``workers`` at a time.
+
+    Args:
+        commands: the runs with their command lines.
+        workers: processes at once. More than one share the cores evenly, and a GPU whole.
+        report: called as each run ends: the run, whether it succeeded, its seconds.
+
+    Returns:
+        Those that failed; ``train.log`` in their directories says how.
+    """
+    context = _context()
+    threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 else None
+    waiting = list(commands)
+    running: dict[Any, tuple[Run, Any, float]] = {}
+    failed = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                run, arguments = waiting.pop(0)
+                process = context.Process(target=_train, args=(arguments, str(run.directory / "train.log"), threads))
+                process.start()
+                running[process.sentinel] = run, process, time.monotonic()
+            for sentinel in wait(list(running)):
+                run, process, start = running.pop(sentinel)
+                process.join()
+                seconds = time.monotonic() - start
+                if process.exitcode == 0:
+                    (run.directory / _FINISHED).write_text(json.dumps({"seconds": round(seconds, 1)}))
+                else:
+                    failed.append(run)
+                report(run, process.exitcode == 0, seconds)
+    finally:
+        for _, process, _ in running.values():
+            _kill(process.pid)
+    return failed
+
+
+def _context() -> ForkServerContext | SpawnContext:
+    """Fresh processes that share nothing but the imports, where the system can do that."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning_lambdapo.cli", "lightning_lambdapo.compare.runs", "matplotlib.figure"])
+    return context
+
+
+def _train(arguments: list[str], log: str, threads: int | None) -> None:
+    """One run, in a process of its own."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # so that its own workers end with it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with Path(log).open("ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    import torch
+
+    from lightning_lambdapo.cli import main
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    main(arguments)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        _kill(os.getpid())
+
+
+def _kill(pid: int | None) -> None:
+    """End a process and what it has started. Nothing is lost: a run goes on from its last checkpoint."""
+    if pid is None:
+        return
+    try:
+        if hasattr(os, "killpg") and os.getpgid(pid) == pid:
+            os.killpg(pid, signal.SIGKILL)
+        else:
+            os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return

@@ -1,0 +1,115 @@
+"""Problems for tiny policies, with rewards of three shapes: right or wrong, dense, and a few levels."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of problem, and demonstrations of it that are often wrong: a policy to start from knows how, sometimes.
+
+    Attributes:
+        problem: draws a prompt, its answer and a worked reference solution.
+        demonstration: draws a prompt and a solution with slips.
+    """
+
+    problem: Callable[[random.Random], Row]
+    demonstration: Callable[[random.Random], tuple[str, str]]
+
+
+def steps_right(completions: Sequence[str], references: Sequence[str | None], **columns: Any) -> list[float | None]:
+    """Reward of a few levels: the share of the reference's steps that the completion has in their places.
+
+    Steps are separated by commas and end at a semicolon; a completion with more steps is judged by its first ones.
+
+    Example:
+        >>> steps_right(["1+2=3,3+3=7;7", "1+2=3"], ["1+2=3,3+3=6;6", None])
+        [0.5, None]
+    """
+    return [
+        None if reference is None else _share(completion.partition(";")[0], reference.partition(";")[0])
+        for completion, reference in zip(completions, references, strict=True)
+    ]
+
+
+def _share(steps: str, wanted: str) -> float:
+    places = wanted.split(",")
+    return sum(step == right for step, right in zip(steps.split(","), places, strict=False)) / len(places)
+
+
+def _sum(terms: Sequence[int], slip: Callable[[], int]) -> str:
+    """A sum worked out from left to right, each result off by a slip."""
+    steps, total = [], terms[0]
+    for term in terms[1:]:
+        result = max(total + term + slip(), 0)
+        steps.append(f"{total}+{term}={result}")
+        total = result
+    return f"{','.join(steps)};{total}"
+
+
+def _sums(count: int, error_rate: float) -> Task:
+    def terms(generator: random.Random) -> list[int]:
+        return [generator.randint(1, 19) for _ in range(count)]
+
+    def prompt(drawn: Sequence[int]) -> str:
+        return "+".join(map(str, drawn)) + "="
+
+    def problem(generator: random.Random) -> Row:
+        drawn = terms(generator)
+        return {"prompt": prompt(drawn), "answer": str(sum(drawn)), "reference": _sum(drawn, lambda: 0)}
+
+    def demonstration(generator: random.Random) -> tuple[str, str]:
+        drawn = terms(generator)
+
+        def slip() -> int:
+            return generator.choice((-3, -2, -1, 1, 2, 3)) if generator.random() < error_rate else 0
+
+        return prompt(drawn), _sum(drawn, slip)
+
+    return Task(problem, demonstration)
+
+
+def _sorting(count: int, error_rate: float) -> Task:
+    def digits(generator: random.Random) -> list[str]:
+        return [str(generator.randint(0, 9)) for _ in range(count)]
+
+    def problem(generator: random.Random) -> Row:
+        drawn = digits(generator)
+        solution = ",".join(sorted(drawn))
+        return {"prompt": ",".join(drawn) + "=", "answer": solution, "reference": solution}
+
+    def demonstration(generator: random.Random) -> tuple[str, str]:
+        drawn = digits(generator)
+        slipped = [
+            str(generator.randint(0, 9)) if generator.random() < error_rate else digit for digit in sorted(drawn)
+        ]
+        return ",".join(drawn) + "=", ",".join(slipped)
+
+    return Task(problem, demonstration)
+
+
+#: ``sums``: three terms, the task of the quickstart, right or wrong. ``sorting``: eight digits, for a dense reward such
+#: as :class:`~lightning_lambdapo.rewards.SemanticDensityReward`. ``chain``: four terms, for :func:`steps_right`.
+TASKS = {"sums": _sums(3, 0.35), "sorting": _sorting(8, 0.35), "chain": _sums(4, 0.3)}
+
+
+def task_rows(name: str, count: int, *, seed: int = 0) -> list[Row]:
+    """Different problems of a task, in a random order.
+
+    Raises:
+        ValueError: unknown task, or more problems than it has.
+    """
+    if name not in TASKS:
+        raise ValueError(f"There are the tasks {', '.join(TASKS)}; got {name!r}.")
+    generator = random.Random(seed)  # noqa: S311
+    rows: dict[str, Row] = {}
+    for _ in range(100 * count):
+        row = TASKS[name].problem(generator)
+        rows.setdefault(row["prompt"], row)
+        if len(rows) == count:
+            return list(rows.values())
+    raise ValueError(f"The task {name} has fewer than {count} different problems.")

@@ -1,0 +1,155 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_lambdapo.compare.plan import (
+    parse_variation,
+    plan_arms,
+    plan_runs,
+    read_config,
+    same_key,
+    with_settings,
+)
+
+WEIGHTING = "model.algorithm.weighting=confidence,agreement,lambdarank,uniform"
+TEMPERATURE = "model.algorithm.temperature=group_std,0.1,1"
+SCORE = "model.init_args.algorithm.score=mean,sum"
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("a=1,2.5,x", [1, 2.5, "x"]),
+        ("a=true,null", [True, None]),
+        ("a=1e-4,1", [1e-4, 1]),
+        ("a=[1, 2],{b: 3, c: 4}", [[1, 2], {"b": 3, "c": 4}]),
+        ("a='x,y',z", ["x,y", "z"]),
+        ("a=b=1,c", ["b=1", "c"]),
+    ],
+)
+def test_values_are_yaml(text: str, values: list[Any]) -> None:
+    assert parse_variation(text) == [{"a": value} for value in values]
+
+
+def test_keys_that_change_together() -> None:
+    assert parse_variation("a+b.c=1+[2, 3],4+5") == [{"a": 1, "b.c": [2, 3]}, {"a": 4, "b.c": 5}]
+    assert parse_variation("a=1+2,3") == [{"a": "1+2"}, {"a": 3}], "one key: a plus is part of the value"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a", "written key=value,value; got 'a'"),
+        ("=1,2", "written key=value,value"),
+        ("a=1", "at least two values"),
+        ("a+b=1+2,3", "changes 2 keys together and needs as many values, got '3'"),
+    ],
+)
+def test_mistakes_in_a_variation(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_variation(text)
+
+
+def test_arms_that_could_not_differ_stand_once() -> None:
+    variations = [parse_variation(text) for text in (WEIGHTING, TEMPERATURE, SCORE)]
+    arms = plan_arms(["lambda", "grpo", "dr_grpo", "rloo"], variations)
+    assert len(arms) == 3 * 3 * 2 + 1 + 3
+    assert len({arm.slug for arm in arms}) == len(arms)
+    by_label = {arm.label: arm.settings for arm in arms}
+    assert by_label["grpo"] == {"model.algorithm.estimator": "grpo"}
+    assert by_label["uniform"] == {"model.algorithm.estimator": "lambda", "model.algorithm.weighting": "uniform"}
+    assert by_label["agreement temperature=0.1 score=sum"] == {
+        "model.algorithm.estimator": "lambda",
+        "model.algorithm.weighting": "agreement",
+        "model.algorithm.temperature": 0.1,
+        "model.init_args.algorithm.score": "sum",
+    }
+
+
+def test_other_settings_apply_to_baselines_too() -> None:
+    arms = plan_arms(["lambda", "grpo"], [parse_variation("model.rollout.group_size+data.batch_size=4+32,16+8")])
+    assert [arm.label for arm in arms] == [
+        f"{name} group_size={group} batch_size={batch}"
+        for name in ("lambda", "grpo")
+        for group, batch in ((4, 32), (16, 8))
+    ]
+    # The temperature of sampling is not that of the pairs.
+    arms = plan_arms(["grpo"], [parse_variation("model.rollout.sampling.temperature=0.5,1")])
+    assert len(arms) == 2
+
+
+def test_labels_tell_keys_of_one_name_apart() -> None:
+    arms = plan_arms([], [parse_variation("model.rewards.0.weight=1,2"), parse_variation("model.rewards.1.weight=0,1")])
+    assert arms[1].label == "0.weight=1 1.weight=1"
+
+
+def test_without_estimators_the_base_decides() -> None:
+    arms = plan_arms([], [parse_variation("model.algorithm.kl_coef=0,0.01")])
+    assert [arm.settings for arm in arms] == [{"model.algorithm.kl_coef": 0}, {"model.algorithm.kl_coef": 0.01}]
+
+
+def test_runs_go_seed_by_seed(tmp_path: Path) -> None:
+    runs = plan_runs(plan_arms(["lambda", "grpo"], []), [1, 2], tmp_path)
+    assert [(run.arm.label, run.seed) for run in runs] == [("lambda", 1), ("grpo", 1), ("lambda", 2), ("grpo", 2)]
+    assert len({run.directory for run in runs}) == 4
+
+
+def test_settings_find_their_place() -> None:
+    base: dict[str, Any] = {
+        "trainer": {"max_steps": 1},
+        "model": {"class_path": "M", "init_args": {"algorithm": {"score": "mean"}, "rewards": [{"class_path": "R"}]}},
+        "data": {"class_path": "D"},
+    }
+    config = with_settings(
+        base,
+        {
+            "model.algorithm.score": "sum",
+            "model.init_args.algorithm.weighting": "uniform",
+            "model.rollout.group_size": 4,
+            "model.rewards.0.weight": 0.5,
+            "data.seed": 3,
+            "trainer.max_steps": 2,
+            "seed_everything": 7,
+        },
+    )
+    assert config == {
+        "trainer": {"max_steps": 2},
+        "model": {
+            "class_path": "M",
+            "init_args": {
+                "algorithm": {"score": "sum", "weighting": "uniform"},
+                "rewards": [{"class_path": "R", "init_args": {"weight": 0.5}}],
+                "rollout": {"group_size": 4},
+            },
+        },
+        "data": {"class_path": "D", "init_args": {"seed": 3}},
+        "seed_everything": 7,
+    }
+    assert base["trainer"] == {"max_steps": 1}
+    assert base["model"]["init_args"]["algorithm"] == {"score": "mean"}
+    assert with_settings({"model": {"init_args": {"a": 1}}}, {"model.a": 2}) == {"model": {"init_args": {"a": 2}}}
+    assert with_settings({"sizes": [1, 2]}, {"sizes.1": 5}) == {"sizes": [1, 5]}
+
+
+@pytest.mark.parametrize("key", ["model.rewards.1.weight", "model.rewards.first.weight", "model.rewards.1"])
+def test_settings_that_have_no_place(key: str) -> None:
+    with pytest.raises(ValueError, match=f"'{key}' asks for '.*' of a list of 1"):
+        with_settings({"model": {"init_args": {"rewards": [{"class_path": "R"}]}}}, {key: 1})
+    with pytest.raises(ValueError, match="leads through 3"):
+        with_settings({"a": 3}, {"a.b": 1})
+
+
+def test_same_key() -> None:
+    assert same_key("model.algorithm.score", "model.init_args.algorithm.score")
+    assert same_key("model.rewards.1.weight", "model.rewards"), "the one holds the other"
+    assert not same_key("model.rewards", "model.rollout")
+
+
+def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none\.yaml cannot be read"):
+        read_config(tmp_path / "none.yaml")
+    for text, message in {"a: [": "cannot be read", "- a": "not a mapping"}.items():
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_config(tmp_path / "bad.yaml")

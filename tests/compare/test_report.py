@@ -1,0 +1,142 @@
+import csv
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lightning_lambdapo.compare.plan import ESTIMATOR, Arm, Run
+from lightning_lambdapo.compare.report import Report
+
+Value = Callable[[int], float]
+
+
+def make(directory: Path, label: str, values: dict[int, Value], *, tokens: int = 10) -> list[Run]:
+    """Runs of an arm, 20 steps each: of each seed what ``train/accuracy`` is at a step; 1 less in validation."""
+    arm = Arm(label, {ESTIMATOR: label.split(maxsplit=1)[0]})
+    runs = []
+    for seed, value in values.items():
+        run = Run(arm, seed, directory / label / str(seed))
+        file = run.directory / "lightning_logs" / "version_0" / "metrics.csv"
+        file.parent.mkdir(parents=True)
+        names = "train/accuracy,train/rollout_tokens,train/entropy,train/completion_length,val/pass_at_1"
+        steps = [f"0,{step},{value(step)},{tokens},{step / 10},{7}," for step in range(20)]
+        lines = [f"epoch,step,{names}", *steps, f"0,19,,,,,{value(19) - 1}"]
+        file.write_text("\n".join(lines) + "\n")
+        runs.append(run)
+    return runs
+
+
+def level(value: float) -> Value:
+    return lambda step: value + step / 100
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Run]:
+    return [
+        *make(tmp_path, "lambda", {1: level(0.51), 2: level(0.62), 3: level(0.73)}),
+        *make(tmp_path, "grpo", {3: level(0.70), 1: level(0.50), 2: level(0.60)}, tokens=20),
+        *make(tmp_path, "rloo", {1: level(0.52), 2: level(0.58), 3: level(0.71)}),
+        *make(tmp_path, "dr_grpo", {1: level(0.4), 2: level(0.5), 3: level(0.6)}),
+    ]
+
+
+def rows(report: Report) -> dict[str, list[str]]:
+    table = [line.strip("| ").split(" | ") for line in report.markdown().splitlines() if line.startswith("| ")]
+    return {row[0]: row for row in table[1:]}
+
+
+def test_table(runs: list[Run]) -> None:
+    report = Report(runs, metric="train/accuracy")
+    table = rows(report)
+    assert list(table) == ["lambda", "rloo", "grpo", "dr_grpo"], "best first"
+    # The last tenth of 20 steps is two: level + 0.185.
+    mean = (0.51 + 0.62 + 0.73) / 3 + 0.185
+    half = 4.302652729911275 * 0.11 / math.sqrt(3)
+    gain = (0.01 + 0.02 + 0.03) / 3
+    gain_half = 4.302652729911275 * 0.01 / math.sqrt(3)
+    assert table["lambda"] == [
+        "lambda",
+        "3",
+        f"{mean:.4f}",
+        f"{mean - half:.4f} to {mean + half:.4f}",
+        f"{gain:+.4f}",
+        f"{gain - gain_half:+.4f} to {gain + gain_half:+.4f}",
+        "0.250",
+        "no difference shown",
+        "200",
+        "7",
+        "1.85",
+    ]
+    assert table["grpo"][4:9] == ["", "", "", "baseline", "400"]
+    assert table["dr_grpo"][7] == "worse", "0.1 less in every seed"
+    assert "better" not in report.markdown()
+    assert "**Budgets differ**: from 200 to 400 tokens per run." in report.markdown()
+    assert "Budgets" not in Report([run for run in runs if run.arm.label != "grpo"]).markdown()
+
+
+def test_better_is_said_where_the_interval_says_so(runs: list[Run]) -> None:
+    report = Report(runs, metric="train/accuracy", baseline="dr_grpo")
+    assert {label: row[7] for label, row in rows(report).items()} == {
+        "lambda": "better",
+        "rloo": "better",
+        "grpo": "better",
+        "dr_grpo": "baseline",
+    }
+    turned = Report(runs, metric="train/accuracy", baseline="dr_grpo", minimize=True)
+    assert list(rows(turned)) == ["dr_grpo", "grpo", "rloo", "lambda"]
+    assert rows(turned)["grpo"][7] == "worse"
+
+
+def test_evaluation_is_preferred_and_taken_from_the_end(runs: list[Run]) -> None:
+    report = Report(runs)
+    assert report.metric == "val/pass_at_1"
+    assert rows(report)["grpo"][2] == f"{0.6 + 0.19 - 1:.4f}"
+
+
+def test_files(runs: list[Run], tmp_path: Path) -> None:
+    Report(runs).write(tmp_path, command="lambdapo compare --x", missing=2)
+    text = (tmp_path / "report.md").read_text()
+    assert "    lambdapo compare --x\n" in text
+    assert "**2 runs are not in it**" in text
+    with (tmp_path / "runs.csv").open() as file:
+        records = list(csv.DictReader(file))
+    assert len(records) == 12
+    assert records[3] | {"val/pass_at_1": ""} == {
+        "arm": "grpo",
+        ESTIMATOR: "grpo",
+        "seed": "3",
+        "val/pass_at_1": "",
+        "rollout_tokens": "400",
+        "train/entropy": "1.85",
+        "train/completion_length": "7.0",
+    }
+    assert float(records[3]["val/pass_at_1"]) == pytest.approx(0.7 + 0.19 - 1)
+    with (tmp_path / "curves.csv").open() as file:
+        curve = [row for row in csv.DictReader(file) if (row["arm"], row["seed"]) == ("grpo", "3")]
+    assert [int(float(row["rollout_tokens"])) for row in curve] == [20 * step for step in range(1, 21)]
+    assert float(curve[4]["train/accuracy"]) == pytest.approx(0.74)
+    assert [bool(row["val/pass_at_1"]) for row in curve] == [False] * 19 + [True]
+    for name in ("curves", "finals"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (tmp_path / f"{name}.svg").read_text()
+
+
+def test_many_arms_leave_some_curves_out(tmp_path: Path) -> None:
+    runs = make(tmp_path, "grpo", {1: level(0.01)})
+    for number in range(12):
+        runs += make(tmp_path, f"lambda x={number}", {1: level(number / 20)})
+    report = Report(runs)
+    best = [f"lambda x={number}" for number in range(11, 5, -1)]
+    assert [arm.label for arm in report._shown()] == [*best, "grpo", "lambda x=0"]
+    report.write(tmp_path, command="")
+    assert "5 arms" in (tmp_path / "curves.svg").read_text()
+
+
+def test_mistakes(runs: list[Run]) -> None:
+    with pytest.raises(ValueError, match=r"no arm 'ppo' to hold others against; there are lambda, grpo"):
+        Report(runs, baseline="ppo")
+    with pytest.raises(ValueError, match=r"'val/maj_at_4' was not logged; there are"):
+        Report(runs, metric="val/maj_at_4")
+    with pytest.raises(ValueError, match="No run has finished"):
+        Report([])
