@@ -53,6 +53,8 @@ def overrides(config: dict[str, Any], base: Path, path: Path) -> list[str]:
             file = path / f"{split}.jsonl"
             file.write_text("".join(json.dumps(row) + "\n" for row in rows(source["preset"])))
             arguments.append(f"--data.{split}.path={file}")
+    if "task" in config["data"]["init_args"]["train"]:
+        arguments.append("--data.max_prompt_length=512")  # the tiny tokenizer's tokens are characters
     if "val_check_interval" in config["trainer"]:
         arguments.append("--trainer.val_check_interval=2")
     if "devices" in config["trainer"]:
