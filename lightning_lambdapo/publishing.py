@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from lightning_lambdapo.config import AlgorithmConfig, EvaluationConfig, from_mapping
 from lightning_lambdapo.data import PRESETS
 from lightning_lambdapo.policy import BUILTIN, Policy, PolicyConfig, causal_lm, eos_token_ids, locate, save_policy
+from lightning_lambdapo.results import table
 from lightning_lambdapo.rollout import RolloutConfig
 from lightning_lambdapo.run_files import first_and_last, read_metrics, section
 
@@ -257,9 +258,8 @@ def _results(metrics: Sequence[Mapping[str, float]]) -> str:
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headers, ["---"] * len(headers), *rows]
-    cells = [[cell.replace("|", "\\|").replace("\n", " ").strip() for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n"
+    stripped = [[cell.strip() for cell in row] for row in rows]
+    return "\n".join(table(headers, stripped, numbers=False)) + "\n"
 
 
 def cast_weights(policy: Policy, dtype: torch.dtype) -> None:

@@ -35,10 +35,6 @@ class EvaluationReport(Callback):
         """Forget an earlier stage."""
         self._outcomes = []
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same for the test set."""
-        self._outcomes = []
-
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -49,31 +45,17 @@ class EvaluationReport(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the outcomes of this rank's prompts."""
-        self._collect(outputs)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: PromptBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """The same for the test set."""
-        self._collect(outputs)
+        if isinstance(outputs, Mapping):
+            self._outcomes += outputs.get("outcomes", [])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the files, unless this is a validation inside ``fit``."""
         self._write(trainer, pl_module)
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the files."""
-        self._write(trainer, pl_module)
-
-    def _collect(self, outputs: Any) -> None:
-        if isinstance(outputs, Mapping):
-            self._outcomes += outputs.get("outcomes", [])
+    # The test set is treated alike.
+    on_test_start = on_validation_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_end = on_validation_end
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         stage = str(trainer.state.fn.value) if trainer.state.fn is not None else ""

@@ -168,11 +168,11 @@ def markdown(found: Results) -> str:
         ("prompts", f"{prompts:,}" if judged == prompts else f"{prompts:,}, of which {judged:,} could be judged"),
         ("samples per prompt", f"{few}" if few == many else f"{few} to {many}"),
     ]
-    lines = [f"# Results of {settings.get('stage', 'an evaluation')}", "", *_table(["", ""], facts), ""]
+    lines = [f"# Results of {settings.get('stage', 'an evaluation')}", "", *table(["", ""], facts), ""]
     shown = [name for name in found["metrics"] if name not in ("reward/accuracy", "avg_at_1")]
     percent = f"{100 * found['interval']['confidence']:g}% interval"
     rows = [(_label(name), *_value_and_interval(name, found["metrics"][name])) for name in shown]
-    lines += [*_table(["metric", "value", percent], rows), ""]
+    lines += [*table(["metric", "value", percent], rows), ""]
     if found["subjects"]:
         averaged = any(name.startswith("avg_at_") for name in shown)  # which is what pass@1 is, too
         hidden = ("pass_at_1",) if averaged else ()
@@ -181,7 +181,7 @@ def markdown(found: Results) -> str:
             (name, f"{some['prompts']:,}", *(_cell(column, some["metrics"].get(column)) for column in columns))
             for name, some in found["subjects"].items()
         ]
-        lines += ["## By subject", "", *_table(["subject", "prompts", *map(_label, columns)], rows), ""]
+        lines += ["## By subject", "", *table(["subject", "prompts", *map(_label, columns)], rows), ""]
     lines.append(_NOTE.format(resamples=found["interval"]["resamples"]))
     return "\n".join(lines) + "\n"
 
@@ -262,7 +262,9 @@ def _plain(value: object) -> str:
     return str(value)
 
 
-def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True) -> list[str]:
+    """Lines of a Markdown table; ``numbers`` aligns all columns but the first to the right, where there are headers."""
     escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    aligned = ["---", *(["---:"] * (len(headers) - 1) if headers[0] else ["---"])]
+    right = "---:" if numbers and headers[0] else "---"
+    aligned = ["---", *([right] * (len(headers) - 1))]
     return [f"| {' | '.join(line)} |" for line in (headers, aligned, *escaped)]

@@ -29,11 +29,11 @@ def find_run(path: Path, wanted: str) -> Path:
     """
     if not path.is_dir():
         raise RunFileError(f"There is no directory {path}; give that of a run, such as lightning_logs/version_0.")
-    versions = [*_versions(path), *_versions(path / "lightning_logs")]
-    for candidate in (path, *versions):
+    below = [*versions(path), *versions(path / "lightning_logs")]
+    for candidate in (path, *below):
         if next(candidate.glob(wanted), None) is not None:
             return candidate
-    places = f"{path} and its {len(versions)} versions have" if versions else f"{path} has"
+    places = f"{path} and its {len(below)} versions have" if below else f"{path} has"
     raise RunFileError(
         f"{places} no {wanted}; give the directory of a run that does, such as lightning_logs/version_0."
     )
@@ -56,9 +56,9 @@ def load_yaml(file: Path) -> Record:
     except OSError as error:
         raise RunFileError(f"{file} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RunFileError(f"{file} is not YAML: {str(error).splitlines()[0]}.") from error
+        raise RunFileError(f"{file} is not YAML and cannot be read: {str(error).splitlines()[0]}.") from error
     if not isinstance(found, dict):
-        raise RunFileError(f"{file} holds {type(found).__name__}, not the settings of a run.")
+        raise RunFileError(f"{file} holds {type(found).__name__}, not the settings of a run: it is not a mapping.")
     return found
 
 
@@ -115,7 +115,7 @@ def read_completions(file: Path) -> Iterator[tuple[int, Record]]:
             yield number, record
 
 
-def _versions(directory: Path) -> list[Path]:
+def versions(directory: Path) -> list[Path]:
     """The versions in a directory of runs, the newest first."""
     numbered = [(int(match[1]), path) for path in directory.glob("version_*") if (match := _VERSION.match(path.name))]
     return [path for _, path in sorted(numbered, reverse=True)]

@@ -27,7 +27,7 @@ LAYERS = [
         "run_files",
         "tables",
     },
-    {"publishing"},
+    {"publishing", "quickstart"},
     {"checks", "checkpoints", "evaluation", "learning", "callbacks", "dynamic"},
     {"updating", "reports", "console"},
     {"module"},

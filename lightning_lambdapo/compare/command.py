@@ -17,10 +17,10 @@ from lightning_lambdapo.compare.plan import (
     parse_variation,
     plan_arms,
     plan_runs,
-    read_config,
     same_key,
 )
 from lightning_lambdapo.compare.report import Report
+from lightning_lambdapo.run_files import load_yaml
 
 _DESCRIPTION = """\
 Train with several estimators or settings, each with several seeds, one run after another, and report which helps:
@@ -41,7 +41,7 @@ def main(args: list[str]) -> None:
     try:
         arms = _arms(options, arguments)
         runs = plan_runs(arms, list(range(1, options.seeds + 1)), options.output)
-        base = read_config(options.config)
+        base = load_yaml(options.config)
         commands = [(run, running.prepare(run, base, arguments)) for run in runs]
     except ValueError as error:
         parser.error(str(error))

@@ -137,21 +137,6 @@ def same_key(one: str, other: str) -> bool:
     return first[:shorter] == second[:shorter]
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A YAML configuration.
-
-    Raises:
-        ValueError: there is no such file, or it is not a YAML mapping.
-    """
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"The configuration {path} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"The configuration {path} is not a mapping of settings.")
-    return config
-
-
 def _inside(place: Any, part: str) -> Any:
     """Where ``part`` belongs: inside the ``init_args`` of a class where the class has them."""
     if isinstance(place, dict) and part not in place and part not in ("class_path", "init_args"):

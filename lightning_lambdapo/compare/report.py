@@ -57,9 +57,10 @@ class Report:
             arm: {seed: final_value(curves, self.metric) for seed, curves in seeds.items()}
             for arm, seeds in self.curves.items()
         }
-        self.baseline = by_label.get(baseline or _default_baseline(by_label.values()))
-        if self.baseline is None:
+        chosen = by_label.get(baseline or _default_baseline(by_label.values()))
+        if chosen is None:
             raise ValueError(f"There is no arm {baseline!r} to hold others against; there are {', '.join(by_label)}.")
+        self.baseline = chosen
 
     @property
     def ranked(self) -> list[Arm]:
@@ -73,7 +74,7 @@ class Report:
 
     def difference(self, arm: Arm) -> Difference:
         """Paired difference of an arm to the baseline."""
-        return paired_difference(self.finals[arm], self.finals[self._baseline])
+        return paired_difference(self.finals[arm], self.finals[self.baseline])
 
     def write(self, directory: Path, *, command: str, missing: int = 0) -> None:
         """Write all files."""
@@ -85,7 +86,7 @@ class Report:
 
     def markdown(self, *, command: str = "", missing: int = 0) -> str:
         """The table, how it came about, and what it does not say."""
-        other = self._baseline.label
+        other = self.baseline.label
         count = sum(map(len, self.finals.values()))
         lines = [f"# {self.metric} of {len(self.finals)} arms, {count} runs", ""]
         lines += [f"    {command}", ""] if command else []
@@ -108,16 +109,10 @@ class Report:
         )
         return "\n".join([*lines, "", notes, ""])
 
-    @property
-    def _baseline(self) -> Arm:
-        if self.baseline is None:
-            raise ValueError("There is no baseline.")
-        return self.baseline
-
     def _row(self, arm: Arm) -> list[str]:
         own, difference = self.interval(arm), self.difference(arm)
         cells = [arm.label, str(len(self.finals[arm])), f"{own.mean:.4f}", _bounds(own)]
-        if arm is self._baseline:
+        if arm is self.baseline:
             cells += ["", "", "", "baseline"]
         else:
             p = "" if math.isnan(difference.p) else f"{difference.p:.3f}"
@@ -210,7 +205,7 @@ class Report:
                 axes.plot([own.low, own.high], [height, height], color=color, linewidth=2)
             axes.plot(own.mean, height, "o", color=color)
             axes.plot(list(self.finals[arm].values()), [height] * len(self.finals[arm]), ".", color="0.6", markersize=4)
-        axes.axvline(self.interval(self._baseline).mean, color="0.5", linestyle=":", linewidth=1)
+        axes.axvline(self.interval(self.baseline).mean, color="0.5", linestyle=":", linewidth=1)
         axes.set_yticks(range(len(ranked)), [arm.label for arm in ranked])
         axes.grid(axis="x", alpha=0.3)
         _save(figure, directory / "finals")
@@ -220,7 +215,7 @@ class Report:
         ranked = self.ranked
         if len(ranked) <= _MOST_CURVES:
             return ranked
-        fixed = [arm for arm in ranked if not _pairwise(arm) or arm is self._baseline][: _MOST_CURVES - 2]
+        fixed = [arm for arm in ranked if not _pairwise(arm) or arm is self.baseline][: _MOST_CURVES - 2]
         pairwise = [arm for arm in ranked if arm not in fixed]
         best = pairwise[: _MOST_CURVES - len(fixed) - 1]
         return [arm for arm in ranked if arm in (*fixed, *best, pairwise[-1])]

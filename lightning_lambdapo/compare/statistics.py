@@ -1,6 +1,5 @@
 """Curves and final values of runs, with intervals over seeds and paired differences."""
 
-import csv
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from lightning_lambdapo.run_files import read_metrics, versions
 
 Array = npt.NDArray[np.float64]
 TOKENS = "train/rollout_tokens"
@@ -56,21 +57,18 @@ def read_curves(directory: Path) -> dict[str, tuple[Array, Array]]:
     Raises:
         ValueError: there is no log in ``directory``.
     """
-    files = sorted(directory.glob("lightning_logs/version_*/metrics.csv"), key=_version)
-    if not files:
+    attempts = [run for run in versions(directory / "lightning_logs") if (run / "metrics.csv").is_file()]
+    if not attempts:
         raise ValueError(f"{directory} holds no metrics.csv of a run.")
     points: defaultdict[str, dict[int, float]] = defaultdict(dict)
-    for file in files:
-        with file.open(newline="", encoding="utf-8") as lines:
-            rows = list(csv.DictReader(lines))
-        first = min((int(row["step"]) for row in rows), default=None)
-        for curve in points.values():
-            for step in [step for step in curve if first is not None and step >= first]:
-                del curve[step]
+    for run in reversed(attempts):
+        rows = read_metrics(run)
+        first = min((row["step"] for row in rows), default=math.inf)
+        for name, curve in points.items():
+            points[name] = {step: value for step, value in curve.items() if step < first}
         for row in rows:
-            for name, value in row.items():
-                if name not in ("step", "epoch") and value not in ("", None):
-                    points[name][int(row["step"])] = float(value)
+            for name in row.keys() - {"step", "epoch"}:
+                points[name][int(row["step"])] = row[name]
     return {
         name: (_array(sorted(curve)), _array(curve[step] for step in sorted(curve)))
         for name, curve in points.items()
@@ -170,7 +168,3 @@ def _running_mean(values: Array) -> Array:
 
 def _array(values: Any) -> Array:
     return np.asarray(values if isinstance(values, Sequence | np.ndarray) else list(values), dtype=np.float64)
-
-
-def _version(file: Path) -> int:
-    return int(file.parent.name.rpartition("_")[2])

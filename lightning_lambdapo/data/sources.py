@@ -4,7 +4,7 @@ import json
 import random
 import reprlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -123,24 +123,29 @@ def load_rows(source: DataSource) -> list[Row]:
     return kept
 
 
-def arithmetic_prompt(a: int, b: int, c: int) -> str:
+def arithmetic_prompt(*terms: int) -> str:
     """The built-in task's prompt.
 
     Example:
         >>> arithmetic_prompt(1, 2, 3)
         '1+2+3='
     """
-    return f"{a}+{b}+{c}="
+    return "+".join(map(str, terms)) + "="
 
 
-def arithmetic_solution(a: int, b: int, c: int) -> str:
-    """The built-in task's worked solution.
+def arithmetic_solution(*terms: int, slip: Callable[[], int] = lambda: 0) -> str:
+    """The built-in task's worked solution, from left to right; ``slip`` draws by how much each result is off.
 
     Example:
         >>> arithmetic_solution(1, 2, 3)
         '1+2=3,3+3=6;6'
     """
-    return f"{a}+{b}={a + b},{a + b}+{c}={a + b + c};{a + b + c}"
+    steps, total = [], terms[0]
+    for term in terms[1:]:
+        result = max(total + term + slip(), 0)
+        steps.append(f"{total}+{term}={result}")
+        total = result
+    return f"{','.join(steps)};{total}"
 
 
 def arithmetic_rows(split: str, *, size: int | None = None, seed: int = 0) -> list[Row]:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_lambdapo.data.sources import arithmetic_prompt, arithmetic_solution
+
 Row = dict[str, str]
 
 
@@ -41,26 +43,17 @@ def _share(steps: str, wanted: str) -> float:
     return sum(step == right for step, right in zip(steps.split(","), places, strict=False)) / len(places)
 
 
-def _sum(terms: Sequence[int], slip: Callable[[], int]) -> str:
-    """A sum worked out from left to right, each result off by a slip."""
-    steps, total = [], terms[0]
-    for term in terms[1:]:
-        result = max(total + term + slip(), 0)
-        steps.append(f"{total}+{term}={result}")
-        total = result
-    return f"{','.join(steps)};{total}"
-
-
 def _sums(count: int, error_rate: float) -> Task:
     def terms(generator: random.Random) -> list[int]:
         return [generator.randint(1, 19) for _ in range(count)]
 
-    def prompt(drawn: Sequence[int]) -> str:
-        return "+".join(map(str, drawn)) + "="
-
     def problem(generator: random.Random) -> Row:
         drawn = terms(generator)
-        return {"prompt": prompt(drawn), "answer": str(sum(drawn)), "reference": _sum(drawn, lambda: 0)}
+        return {
+            "prompt": arithmetic_prompt(*drawn),
+            "answer": str(sum(drawn)),
+            "reference": arithmetic_solution(*drawn),
+        }
 
     def demonstration(generator: random.Random) -> tuple[str, str]:
         drawn = terms(generator)
@@ -68,7 +61,7 @@ def _sums(count: int, error_rate: float) -> Task:
         def slip() -> int:
             return generator.choice((-3, -2, -1, 1, 2, 3)) if generator.random() < error_rate else 0
 
-        return prompt(drawn), _sum(drawn, slip)
+        return arithmetic_prompt(*drawn), arithmetic_solution(*drawn, slip=slip)
 
     return Task(problem, demonstration)
 

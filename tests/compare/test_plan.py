@@ -7,10 +7,10 @@ from lightning_lambdapo.compare.plan import (
     parse_variation,
     plan_arms,
     plan_runs,
-    read_config,
     same_key,
     with_settings,
 )
+from lightning_lambdapo.run_files import load_yaml
 
 WEIGHTING = "model.algorithm.weighting=confidence,agreement,lambdarank,uniform"
 TEMPERATURE = "model.algorithm.temperature=group_std,0.1,1"
@@ -148,8 +148,8 @@ def test_same_key() -> None:
 
 def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.yaml cannot be read"):
-        read_config(tmp_path / "none.yaml")
+        load_yaml(tmp_path / "none.yaml")
     for text, message in {"a: [": "cannot be read", "- a": "not a mapping"}.items():
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(ValueError, match=message):
-            read_config(tmp_path / "bad.yaml")
+            load_yaml(tmp_path / "bad.yaml")
