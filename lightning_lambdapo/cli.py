@@ -110,7 +110,11 @@ def main(args: ArgsType = None) -> None:
 
 def rehearse(args: list[str]) -> None:
     """Find what is wrong with a command line of ``fit`` before anything is computed: it ends as ``main`` would."""
-    _run(_Rehearsal, args)
+    logging.disable(logging.INFO)  # Lightning's words on seeds and devices, once more for every rehearsal
+    try:
+        _run(_Rehearsal, args)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _run(cli: type[LambdaPOCLI], args: ArgsType) -> None:

@@ -32,7 +32,8 @@ def prepare(run: Run, base: Mapping[str, Any], arguments: Sequence[str]) -> list
     where the data are this package's, for the order of the prompts.
 
     Raises:
-        ValueError: the directory holds a run of other settings.
+        ValueError: the directory holds logs or checkpoints of other settings. What a run left that ended before its
+            first, over a mistake that is mended now, is written over.
     """
     settings = run.arm.settings | {"seed_everything": run.seed, "trainer.default_root_dir": str(run.directory)}
     data = base.get("data") or {}
@@ -48,7 +49,7 @@ def prepare(run: Run, base: Mapping[str, Any], arguments: Sequence[str]) -> list
     file = run.directory / "config.yaml"
     whole = yaml.safe_dump({"config": config, "arguments": list(arguments)}, sort_keys=False)
     record = run.directory / "run.yaml"
-    if record.exists() and record.read_text(encoding="utf-8") != whole:
+    if record.exists() and record.read_text(encoding="utf-8") != whole and _has_learnt(run):
         raise ValueError(
             f"{run.directory} holds a run of other settings (see its run.yaml); choose another --output, or remove it."
         )
@@ -56,6 +57,10 @@ def prepare(run: Run, base: Mapping[str, Any], arguments: Sequence[str]) -> list
     file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     record.write_text(whole, encoding="utf-8")
     return ["fit", f"--config={file}", *arguments, "--ckpt_path=last"]
+
+
+def _has_learnt(run: Run) -> bool:
+    return any(path.name == "metrics.csv" or path.suffix == ".ckpt" for path in run.directory.rglob("*"))
 
 
 def train_all(

@@ -1,6 +1,7 @@
 """``lambdapo compare`` as a user runs it: it trains, goes on, reports, and finds mistakes before it computes."""
 
 import csv
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +127,35 @@ def test_mistakes_are_found_before_anything_is_computed(
 
 def test_a_directory_of_other_settings_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = plan_runs(plan_arms(["lambda", "grpo"], []), [1], tmp_path)[0]
-    prepare(run, {"trainer": {}}, ["--a=1"])
-    prepare(run, {"trainer": {}}, ["--a=1"])
-    for base, arguments in (({"trainer": {"max_steps": 1}}, ["--a=1"]), ({"trainer": {}}, ["--a=2"])):
-        with pytest.raises(ValueError, match=r"holds a run of other settings .*choose another --output"):
-            prepare(run, base, arguments)
+    for left in ("lightning_logs/version_0/metrics.csv", "lightning_logs/version_0/checkpoints/last.ckpt"):
+        prepare(run, {"trainer": {}}, ["--a=1"])
+        (run.directory / left).parent.mkdir(parents=True)
+        (run.directory / left).touch()
+        prepare(run, {"trainer": {}}, ["--a=1"])
+        for base, arguments in (({"trainer": {"max_steps": 1}}, ["--a=1"]), ({"trainer": {}}, ["--a=2"])):
+            with pytest.raises(ValueError, match=r"holds a run of other settings .*choose another --output"):
+                prepare(run, base, arguments)
+        shutil.rmtree(run.directory)
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "--model.algorithm.clip_low=-1",  # found in the rehearsal
+        "--data.train={preset: null, task: null, path: absent.jsonl}",  # found when the data are read, in the runs
+    ],
+)
+def test_a_mended_command_goes_on_in_the_same_directory(
+    tmp_path: Path, mistake: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--estimators=lambda,grpo", "--seeds=1", "--metric=train/reward"]
+    with pytest.raises((SystemExit, ValueError)):
+        compare(tmp_path, *arguments, mistake)
+    capfd.readouterr()
+    compare(tmp_path, *arguments)
+    said = capfd.readouterr().out
+    assert "run 2 of 2: grpo, seed 1: done" in said
+    assert "Seed set to" not in said, "rehearsals are silent"
 
 
 def test_a_run_logs_to_csv_beside_the_users_loggers(tmp_path: Path) -> None:
