@@ -296,7 +296,8 @@ class RolloutCheckpoint(ModelCheckpoint):
     ``train_time_interval``. ``ckpt_path="last"`` also finds the last checkpoint of the logger's earlier versions, so
     that the same command line takes up an interrupted run. With several ranks ``save_on_exception`` saves on SIGTERM,
     which all of them stop at together; another exception may be one rank's alone, and saving takes all of them.
-    Everything else, ``monitor``, ``save_top_k``, ``save_last``, is its parent's.
+    With a ``monitor`` that validation logs, the best are chosen, and saved, when a validation ends; the last is saved
+    when it is due. Everything else, ``save_top_k``, ``mode``, ``save_last``, is its parent's.
 
     Args:
         every_n_rollouts: save after every this many training steps.
@@ -315,6 +316,7 @@ class RolloutCheckpoint(ModelCheckpoint):
         self.every_n_rollouts = every_n_rollouts
         self.interval = train_time_interval
         self._saved_at = time.monotonic()
+        self._awaits_score = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
@@ -327,11 +329,25 @@ class RolloutCheckpoint(ModelCheckpoint):
             due = bool(trainer.strategy.broadcast(passed))  # clocks differ between ranks; saving is a collective
         if due and not self._should_skip_saving_checkpoint(trainer):
             candidates: dict[str, Tensor] = self._monitor_candidates(trainer)
-            if self.monitor is not None and self.monitor not in candidates:
-                return  # a validation metric before the first validation
-            self._save_topk_checkpoint(trainer, candidates)
+            self._awaits_score = trainer.enable_validation and not self._is_logged_in_training(trainer)
+            if not self._awaits_score:
+                self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
             self._saved_at = time.monotonic()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the weights that a validation's ``monitor`` is of, where a save has been due since the last one.
+
+        Raises:
+            MisconfigurationException: the validation did not log ``monitor``.
+        """
+        super().on_validation_end(trainer, pl_module)
+        if self._awaits_score and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._awaits_score = False
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _is_logged_in_training(self, trainer: Trainer) -> bool:
+        return self.monitor is None or self.monitor in {each.meta.name for each in (trainer._results or {}).values()}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save where all ranks can."""

@@ -5,7 +5,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jsonargparse.typing import PositiveInt
@@ -64,7 +64,7 @@ class LambdaPOCLI(LightningCLI):
         show the progress of ``fit``, where no other progress bar is named and none switched off.
         """
         trainer = self._get(self.config_init, "trainer")
-        if trainer.get("logger") in (None, True):
+        if trainer.get("logger") in (None, True) and not trainer.get("barebones"):
             root = trainer.get("default_root_dir") or Path.cwd()
             kwargs.setdefault("logger", CSVLogger(root, flush_logs_every_n_steps=1))
         given = trainer.get("callbacks") or []
@@ -78,6 +78,14 @@ class LambdaPOCLI(LightningCLI):
         if self.subcommand == "fit" and wants_bar and not any(isinstance(each, ProgressBar) for each in callbacks):
             kwargs.setdefault("callbacks", [*callbacks, TrainingConsole()])
         return super().instantiate_trainer(**kwargs)
+
+    def after_fit(self) -> None:
+        """Make the last validation, where a run that was killed in it is taken up and has nothing left to train."""
+        trainer, loop = self.trainer, self.trainer.fit_loop.epoch_loop
+        idle = trainer.global_step > 0 and not trainer.callback_metrics
+        timed = getattr(trainer, "_val_check_time_interval", None) is not None  # nothing says when it was due
+        if idle and not timed and loop._should_check_val_fx(cast(Any, None)):
+            trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: a checkpoint's hyper-parameters must not override file and command line."""

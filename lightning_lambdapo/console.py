@@ -241,7 +241,7 @@ class TrainingConsole(ProgressBar):
         return Text.assemble(_line(figures), f"  {_thousands(tokens / max(seconds, 1e-9))} tok/s")
 
     def _summary(self) -> Table:
-        count = max(1, len(self._steps) // 10)
+        count = math.ceil(len(self._steps) / 10)
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         table.add_column("")
         steps = f"{count} steps" if count > 1 else "step"

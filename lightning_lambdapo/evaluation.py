@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,6 +21,7 @@ from lightning_lambdapo.seeding import step_randomness
 from lightning_lambdapo.tally import Tally
 
 M = TypeVar("M", bound=Metric)
+_PROGRESS_BAR = ("reward", "accuracy", "density_f")
 
 
 def tally_rollout(tally: Tally, rollout: Rollout, scores: Scores) -> None:
@@ -101,6 +102,7 @@ class StepReport(nn.Module):
             weighting=algorithm.weighting if algorithm.estimator == "lambda" else None,
             temperature=algorithm.temperature,
         )
+        self.names: set[str] = set()
 
     def update(
         self,
@@ -133,6 +135,21 @@ class StepReport(nn.Module):
         self.groups.reset()
         self.density.reset()
         return values
+
+    def log(self, module: LightningModule, values: Mapping[str, float], **settings: Any) -> None:
+        """Log a step's values under ``train/``, ``settings`` as for ``LightningModule.log``.
+
+        What has no value this time is left out; Lightning alone would log its last value again.
+        """
+        trainer = module.trainer
+        for name in self.names - values.keys():
+            if trainer._results is not None:
+                trainer._results.pop(f"training_step.train/{name}", None)
+            for metrics in (trainer.callback_metrics, trainer.logged_metrics):
+                metrics.pop(f"train/{name}", None)
+        self.names |= values.keys()
+        for name, value in values.items():
+            module.log(f"train/{name}", value, prog_bar=name in _PROGRESS_BAR, **settings)
 
 
 class Evaluation(nn.Module):

@@ -117,6 +117,7 @@ def export(
     if dtype is not None:
         cast_weights(policy, getattr(torch, dtype))
     partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     partial.mkdir(parents=True)
     try:
         publish(

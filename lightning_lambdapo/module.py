@@ -58,7 +58,6 @@ _PLAIN = (
     "max_skipped_updates",
     "seed",
 )
-_PROGRESS_BAR = ("reward", "accuracy", "density_f")
 
 
 def _adamw(parameters: Iterable[Tensor]) -> Optimizer:
@@ -298,8 +297,7 @@ class LambdaPOModule(PolicyUpdates, EvaluationSteps, TrainableCheckpoint, Lightn
             self.learn(update, advantages, old_logprobs, tally)
         self.rollout_step += 1
         self.report.update(batch, rollout, scores, policy_scores, advantages, tally)
-        for name, value in self.report.finish(tally).items():
-            self.log(f"train/{name}", value, prog_bar=name in _PROGRESS_BAR, batch_size=len(batch.prompts))
+        self.report.log(self, self.report.finish(tally), batch_size=len(batch.prompts))
         return {
             "batch": batch,
             "rollout": rollout,

@@ -109,7 +109,7 @@ def model_card(
         "## Training\n",
         _table(("setting", "value"), [*_data_rows(config), *_training_rows(settings, algorithm, steps)]),
         "## Results\n",
-        _results([row for row in metrics if row.get("step", 0) <= steps]),
+        _results([row for row in metrics if row.get("step", 0) < steps]),
     ]
     if kind == "merged" and base is not None and base.quantization:
         parts.insert(3, _MERGED_QLORA.format(quantization=base.quantization))
@@ -152,9 +152,9 @@ def _is_hub_id(model: str) -> bool:
     return bool(_HUB_ID.fullmatch(model)) and not Path(model).exists()
 
 
-def _hub_dataset(source: Settings | None) -> str | None:
-    """Hub id of a data source that has one."""
-    if not source or source.get("path") or source.get("task"):
+def _hub_dataset(source: Any) -> str | None:
+    """Hub id of a data source that has one; a DataModule of the user's own may call anything a source."""
+    if not isinstance(source, Mapping) or source.get("path") or source.get("task"):
         return None
     named: str | None = source.get("dataset")
     if named is None and source.get("preset") in PRESETS:
@@ -181,7 +181,8 @@ def _data_rows(config: Settings | None) -> list[tuple[str, str]]:
     rows = [(f"data, {split}", _source(data[split])) for split in ("train", "val") if data.get(split)]
     if "batch_size" in data:
         rows.append(("prompts per step and rank", str(data["batch_size"])))
-    template = data.get("template") or {}
+    given = data.get("template")
+    template = given if isinstance(given, Mapping) else {}
     if template.get("system"):
         rows.append(("system prompt", template["system"]))
     if template.get("user", "{prompt}") != "{prompt}":
@@ -189,7 +190,9 @@ def _data_rows(config: Settings | None) -> list[tuple[str, str]]:
     return rows
 
 
-def _source(source: Settings) -> str:
+def _source(source: Any) -> str:
+    if not isinstance(source, Mapping):
+        return Path(str(source)).name
     named = _hub_dataset(source) or Path(str(source.get("path") or source.get("dataset") or "")).name
     parts = [named or source.get("task") or source.get("preset"), source.get("config")]
     parts += [source.get("split") and f"split {source['split']}", source.get("limit") and f"first {source['limit']}"]
@@ -248,7 +251,11 @@ def _results(metrics: Sequence[Mapping[str, float]]) -> str:
         last |= {key.removeprefix("val/"): value for key, value in row.items() if key.startswith("val/")}
     parts = []
     if rows:
-        parts.append("On the completions sampled in training, means over the first and the last tenth of the steps:\n")
+        steps = [int(row["step"]) + 1 for row in metrics if any(name.startswith("train/") for name in row)]
+        parts.append(
+            "On the completions sampled in training, means over the first and the last tenth of the rollout steps "
+            f"{min(steps)} to {max(steps)}:\n"
+        )
         parts.append(_table(("", "first", "last"), rows))
     if last:
         shown = {key: value for key, value in last.items() if re.fullmatch(r"reward|accuracy|\w+_at_\d+", key)}

@@ -65,7 +65,7 @@ def load_yaml(file: Path) -> Record:
 def section(config: Mapping[str, Any] | None, name: str) -> Record:
     """Arguments of ``model`` or ``data`` in a run's settings, with or without a ``class_path`` around them."""
     found = (config or {}).get(name) or {}
-    arguments = found.get("init_args") or {} if "class_path" in found else found
+    arguments = found.get("init_args") or {} if found.keys() & {"class_path", "init_args"} else found
     return dict(arguments)
 
 
@@ -79,18 +79,18 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
 
 
 def first_and_last(values: Sequence[float]) -> tuple[float, float] | None:
-    """Means over the first and the last tenth of the steps (at least one); None without a value.
+    """Means over the first and the last tenth of the steps, rounded up; None without a finite value.
 
     Example:
         >>> first_and_last([1.0, 2.0, 3.0])
         (1.0, 3.0)
-        >>> first_and_last([float(step) for step in range(20)])
-        (0.5, 18.5)
+        >>> first_and_last([float(step) for step in range(21)])
+        (1.0, 19.0)
     """
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return None
-    count = max(1, len(finite) // 10)
+    count = math.ceil(len(finite) / 10)
     return sum(finite[:count]) / count, sum(finite[-count:]) / count
 
 

@@ -2,10 +2,9 @@
 
 import argparse
 import importlib
-import inspect
 import reprlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,8 +15,6 @@ from lightning_lambdapo.data.sources import DataSource, Row, jsonl_rows, load_ro
 from lightning_lambdapo.results import Outcome, Results, changed_settings, markdown, outcome, results, write
 from lightning_lambdapo.rewards import (
     AccuracyReward,
-    FunctionReward,
-    LengthPenalty,
     Reward,
     RewardInputs,
     as_rewards,
@@ -244,17 +241,13 @@ def _check_group(rows: Sequence[Completion]) -> None:
 
 def _judge(rows: Sequence[Completion], judges: Sequence[Reward], groups: Sequence[Sequence[int]]) -> list[Outcome]:
     """The outcome of each group of rows."""
-    unknown = next((row for row in rows if row.length is None), None)
-    for judge in judges:
-        if unknown is not None and _needs_lengths(judge):
-            raise ValueError(f"{unknown.where} has no `completion_length`, which the reward {judge.name!r} is about.")
     inputs = RewardInputs(
         prompts=[row.prompt for row in rows],
         completions=[row.completion for row in rows],
         answers=[row.answer for row in rows],
         references=[row.reference for row in rows],
-        completion_lengths=[row.length or 0 for row in rows],
-        truncated=[bool(row.truncated) for row in rows],
+        completion_lengths=_known(rows, "completion_length", [row.length for row in rows]),
+        truncated=_known(rows, "truncated", [row.truncated for row in rows]),
         columns=[row.columns for row in rows],
     )
     parts = {name: part.flatten().tolist() for name, part in score(judges, inputs, group_size=1).parts.items()}
@@ -275,10 +268,25 @@ def _judge(rows: Sequence[Completion], judges: Sequence[Reward], groups: Sequenc
     return outcomes
 
 
-def _needs_lengths(judge: Reward) -> bool:
-    if isinstance(judge, FunctionReward):
-        return "completion_lengths" in inspect.signature(judge.function).parameters
-    return isinstance(judge, LengthPenalty)
+class _Unknown(list[Any]):
+    """What a file does not say of its rows: an error where a reward reads it."""
+
+    def __init__(self, where: str, column: str) -> None:
+        super().__init__()
+        self.missing = f"{where} has no `{column}`, which the reward reads"
+
+    def __copy__(self) -> "_Unknown":
+        return self
+
+    def __iter__(self) -> Iterator[Any]:
+        raise ValueError(self.missing)
+
+    def __getitem__(self, index: Any) -> Any:
+        raise ValueError(self.missing)
+
+
+def _known(rows: Sequence[Completion], column: str, values: list[Any]) -> list[Any]:
+    return _Unknown(rows[values.index(None)].where, column) if None in values else values
 
 
 def _load_reward(name: str) -> Any:

@@ -5,17 +5,19 @@ from typing import Any, cast
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from runs import FSDP1
 from safetensors.torch import load_file
-from test_module import ROWS, Digits, Rows, module, trainer
+from test_module import ROWS, Digits, Rows, equal, module, trainer, weights
 from torch.distributed.tensor import DTensor
 
 from lightning_lambdapo import (
     AdapterConfig,
     CompletionsLogger,
     LambdaPOModule,
+    PolicyConfig,
     PolicyExport,
     RewardPlot,
     RolloutCheckpoint,
@@ -101,6 +103,39 @@ def test_checkpoints_of_the_best(base: str, tmp_path: Path) -> None:
     run.fit(model, Rows(batch_size=4))
     assert callback.best_model_score is not None
     assert Path(callback.best_model_path).exists()
+
+
+class Falling(LambdaPOModule):
+    """Logs, in place of what validation measures, how many rollouts its weights come from."""
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val/rollouts", float(self.rollout_step))
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the resumed run saves elsewhere, on purpose
+def test_the_best_by_validation_are_the_weights_that_were_validated(base: str, tmp_path: Path) -> None:
+    """A save is due at every step, validation after every second of four; the first is the best."""
+
+    def fit(
+        name: str, ckpt_path: str | None = None, monitor: str = "val/rollouts"
+    ) -> tuple[LambdaPOModule, RolloutCheckpoint]:
+        callback = RolloutCheckpoint(every_n_rollouts=1, dirpath=tmp_path / name, monitor=monitor, mode="min")
+        every = {"val_check_interval": 2, "check_val_every_n_epoch": None, "limit_val_batches": 1}
+        model = Falling(policy=PolicyConfig(base), rollout=RolloutConfig(max_new_tokens=8), rewards=[Digits()], seed=3)
+        run = trainer(tmp_path, callbacks=[callback], enable_checkpointing=True, **every)
+        run.fit(model, Rows(batch_size=4), ckpt_path=ckpt_path)
+        return model, callback
+
+    model, callback = fit("whole")
+    best = torch.load(callback.best_model_path, weights_only=True)
+    assert best["global_step"] == best["callbacks"][callback.state_key]["best_model_score"] == 2
+    assert torch.load(tmp_path / "whole" / "last.ckpt", weights_only=True)["global_step"] == 4
+    resumed, _ = fit("resumed", callback.best_model_path)
+    assert equal(weights(resumed), weights(model))
+    with pytest.raises(MisconfigurationException, match=r"monitor='val/accuracy'\)` could not find the"):
+        fit("mistaken", monitor="val/accuracy")
+    last = torch.load(tmp_path / "mistaken" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 2, "saved before the first validation, which found the mistake"
 
 
 @pytest.mark.parametrize("lora", [None, AdapterConfig(r=4)], ids=["full", "lora"])

@@ -262,13 +262,22 @@ def test_the_card_of_hub_models_and_data() -> None:
     assert "| KL penalty | 0.01 (k3) |" in card
     assert "| optimizer | AdamW (lr 0.0001) |" in card
     assert "pairwise" not in card
-    assert "| reward | 0.050 | 1.850 |" in card  # of steps 0 to 19: means of 0, 0.1 and of 1.8, 1.9
+    assert "| reward | 0.050 | 1.750 |" in card  # of the 19 rollouts 0 to 18: means of 0, 0.1 and of 1.7, 1.8
+    assert "last tenth of the rollout steps 1 to 19:" in card
+    resumed = model_card(settings, config, metrics[10:], steps=19, kind="merged")
+    assert "last tenth of the rollout steps 11 to 19:" in resumed
     local = {"data": {"train": {"preset": "gsm8k", "path": "/home/someone/mine.jsonl"}}}
     card = model_card({}, local, [], steps=1, kind="full")
     assert "datasets" not in front_matter(card)
     assert "| data, train | mine.jsonl |" in card
     assert "/home/someone" not in card
     assert "None were recorded." in card
+    foreign = {
+        "data": {"class_path": "mine.Data", "init_args": {"train": "sets/train.jsonl", "template": "Q: {prompt}"}}
+    }
+    card = model_card({}, foreign, [], steps=1, kind="full")
+    assert "datasets" not in front_matter(card)
+    assert "| data, train | train.jsonl |" in card
 
 
 def test_the_tokenizer_keeps_its_chat_template(tmp_path: Path) -> None:
@@ -277,7 +286,10 @@ def test_the_tokenizer_keeps_its_chat_template(tmp_path: Path) -> None:
     tiny.model("llama").save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     _, run = train(tmp_path / "run", str(tmp_path / "base"))
+    (run / ".export.partial").mkdir()
+    (run / ".export.partial" / "model.safetensors").touch()  # an export was killed
     export(run)
+    assert not (run / ".export.partial").exists()
     assert AutoTokenizer.from_pretrained(run / "export").chat_template == tokenizer.chat_template
 
 

@@ -1,3 +1,4 @@
+import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,6 +116,33 @@ def fit(path: Path, model: LambdaPOModule, **settings: Any) -> list[dict[str, fl
     return recorder.steps
 
 
+def test_what_has_no_value_in_a_step_is_left_out(base: str, tmp_path: Path) -> None:
+    """Rows of the second and third step are right or wrong, those of the others nothing the reward could judge."""
+
+    class Sometimes(Same):
+        calls = 0
+
+        def __call__(self, inputs: RewardInputs) -> Sequence[float | None]:
+            self.calls += 1
+            return [float(self.calls) if self.calls in (2, 3) else None for _ in inputs.completions]
+
+    class Own(LambdaPOModule):
+        def training_step(self, batch: PromptBatch, batch_idx: int) -> Any:
+            if batch_idx != 3:
+                self.log("train/own", float(batch_idx))
+            return super().training_step(batch, batch_idx)
+
+    model = Own(PolicyConfig(base), rollout=RolloutConfig(max_new_tokens=4), rewards=[Digits(), Sometimes(name="some")])
+    run = trainer(tmp_path, logger=CSVLogger(tmp_path, flush_logs_every_n_steps=1))
+    run.fit(model, Rows(batch_size=4))
+    with (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["train/reward/some"] for row in rows] == ["", "2.0", "3.0", ""]
+    assert all(row["train/reward/digits"] for row in rows)
+    assert "train/reward/some" not in run.callback_metrics
+    assert run.callback_metrics["train/own"] == 2.0, "what a subclass logs is its own affair"
+
+
 def test_a_step_logs_everything_and_nothing_is_nan(base: str, tmp_path: Path) -> None:
     settings = AlgorithmConfig(kl_coef=0.05)
     model = module(base, algorithm=settings, rewards=[Digits(), SemanticDensityReward(weight=0.5)])
@@ -124,11 +152,13 @@ def test_a_step_logs_everything_and_nothing_is_nan(base: str, tmp_path: Path) ->
         *("reward", "reward_std", "reward/digits", "reward/digits_std", "reward/semantic_density", "entropy", "kl"),
         *("completion_length", "truncated", "valid", "loss", "grad_norm", "lr", "clip_fraction", "ratio_max"),
         *("sampling_drift", "sampling_drift_max", "weight_q05", "weight_q50", "weight_q95", "weight_extreme_share"),
-        *("group_auc", "group_sum", "advantage_length_correlation", "equal_reward_share", "skipped_updates"),
+        *("group_auc", "group_sum", "equal_reward_share", "skipped_updates"),
         *("density_precision", "density_recall", "density_f", "empty_updates"),
     }
     for step in steps:
         assert {f"train/{name}" for name in expected} <= step.keys()
+        has_spread = step["train/completion_length"] < step["train/completion_length_max"]
+        assert ("train/advantage_length_correlation" in step) == has_spread, "equal lengths correlate with nothing"
         assert all(math.isfinite(value) for value in step.values())
     first = steps[0]
     parts = first["train/reward/digits"] + 0.5 * first["train/reward/semantic_density"]

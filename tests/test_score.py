@@ -9,7 +9,7 @@ import pytest
 
 from lightning_lambdapo.cli import main
 from lightning_lambdapo.data import DataSource, load_rows
-from lightning_lambdapo.rewards import AccuracyReward
+from lightning_lambdapo.rewards import AccuracyReward, Reward, RewardInputs
 from lightning_lambdapo.score import score_file
 
 FOREIGN: list[dict[str, Any]] = [
@@ -36,6 +36,18 @@ def brief(completions: list[str], limit: list[int]) -> list[float]:
 
 def counted(completion_lengths: list[int]) -> list[float]:
     return [float(length) for length in completion_lengths]
+
+
+def cut(**columns: list[Any]) -> list[float]:
+    return [float(each) for each in columns["truncated"]]
+
+
+class Long(Reward):
+    def __init__(self) -> None:
+        super().__init__(1.0, "Long")
+
+    def __call__(self, inputs: RewardInputs) -> list[float]:
+        return [float(length > 3) for length in inputs.completion_lengths]
 
 
 def test_foreign_files_are_grouped_by_prompt(tmp_path: Path) -> None:
@@ -171,7 +183,12 @@ def test_answers_of_other_data_are_refused(tmp_path: Path, change: dict[str, Any
         (["--k", "0"], "--k must be at least 1, got 0"),
         (["--reward", "no_such_module.thing"], "cannot be imported"),
         (["--reward", "LengthPenalty"], "needs arguments"),
-        (["--reward", "test_score.counted"], "line 1 has no `completion_length`, which the reward 'counted' is about"),
+        (["--reward", "test_score.counted"], "'counted' raised ValueError: {file}, line 1 has no `completion_length`"),
+        (
+            ["--reward", "test_score.cut"],
+            "'cut' raised ValueError: {file}, line 1 has no `truncated`, which the reward",
+        ),
+        (["--reward", "test_score.Long"], "'Long' raised ValueError: {file}, line 1 has no `completion_length`"),
         (["--reward", "test_score.FOREIGN"], "must be a Reward object or a function"),
         (["--format", "letter"], "needs gold answers from A to J"),
     ],
@@ -180,7 +197,7 @@ def test_bad_arguments(tmp_path: Path, arguments: list[str], message: str, capsy
     with pytest.raises(SystemExit) as error:
         main(["score", str(write(tmp_path / "a.jsonl", *FOREIGN)), *arguments])
     assert error.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    assert message.format(file=tmp_path / "a.jsonl") in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("answer_format", ["auto", "letter"])

@@ -14,6 +14,7 @@ from lightning_lambdapo.compare.plan import (
     ESTIMATOR,
     Arm,
     Run,
+    option_keys,
     parse_variation,
     plan_arms,
     plan_runs,
@@ -39,9 +40,11 @@ def main(args: list[str]) -> None:
     parser = _parser()
     options, arguments = parser.parse_known_args(args)
     try:
+        if len(options.config) > 1:
+            raise ValueError(f"All runs share one --config, got {len(options.config)}; put them into one file.")
         arms = _arms(options, arguments)
         runs = plan_runs(arms, list(range(1, options.seeds + 1)), options.output)
-        base = load_yaml(options.config)
+        base = load_yaml(options.config[0])
         commands = [(run, running.prepare(run, base, arguments)) for run in runs]
     except ValueError as error:
         parser.error(str(error))
@@ -79,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, required=True, help="configuration that all runs share")
+    parser.add_argument("--config", type=Path, action="append", required=True, help="configuration that all runs share")
     parser.add_argument("--estimators", default="", help="comma-separated: lambda, grpo, dr_grpo, rloo")
     parser.add_argument(
         "--vary",
@@ -94,7 +97,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=_positive, default=1, help="runs at once (default 1)")
     parser.add_argument("--metric", help="logged key to compare (default: val/pass_at_1, else training's accuracy)")
     parser.add_argument("--minimize", action="store_true", help="a smaller metric is better")
-    parser.add_argument("--baseline", help="label of the arm to hold others against (default grpo, else the first)")
+    parser.add_argument(
+        "--baseline",
+        help="label of the arm to hold all others against (default: each against the GRPO arm whose other settings are "
+        "its own; all against the first, where there is no GRPO)",
+    )
     return parser
 
 
@@ -114,9 +121,8 @@ def _arms(options: argparse.Namespace, arguments: Sequence[str]) -> list[Arm]:
     estimators = [name.strip() for name in options.estimators.split(",") if name.strip()]
     variations = [parse_variation(text) for text in options.vary]
     varied = [key for variation in variations for key in variation[0]] + ([ESTIMATOR] if estimators else [])
-    fixed = [name.removeprefix("--").partition("=")[0].rstrip("+") for name in arguments if name.startswith("--")]
     for key in varied:
-        if any(same_key(key, name) for name in fixed):
+        if any(same_key(key, name) for name in option_keys(arguments)):
             raise ValueError(f"{key} is varied, and given a value besides; drop one of them.")
     for name, count in Counter(varied).items():
         if count > 1:

@@ -3,7 +3,7 @@
 import copy
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def parse_variation(text: str) -> list[dict[str, Any]]:
     Values are YAML; commas and pluses inside brackets, braces or quotes belong to the value.
 
     Raises:
-        ValueError: no key, fewer than two values, or not one value for each of several keys.
+        ValueError: no key, fewer than two values, not one value for each of several keys, or values that are not YAML.
 
     Example:
         >>> parse_variation("model.algorithm.temperature=group_std,0.1")
@@ -88,7 +88,9 @@ def plan_arms(estimators: Sequence[str], variations: Iterable[Sequence[Mapping[s
         for part in combination:
             settings.update(part)
         used = {key: value for key, value in settings.items() if not _idle(key, settings)}
-        label = _label(used, settings)
+        label = _label(used, settings, _shown)
+        if label in found and found[label].settings != used:
+            label = _label(used, settings, repr)
         found.setdefault(label, Arm(label, used))
     return list(found.values())
 
@@ -132,9 +134,23 @@ def with_settings(base: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[
 
 def same_key(one: str, other: str) -> bool:
     """Whether two dotted keys name one setting, or one of them contains the other."""
-    first, second = ([part for part in key.split(".") if part != "init_args"] for key in (one, other))
-    shorter = min(len(first), len(second))
-    return first[:shorter] == second[:shorter]
+    return is_part(one, other) or is_part(other, one)
+
+
+def is_part(key: str, whole: str) -> bool:
+    """Whether a dotted key names the setting ``whole`` or something in it."""
+    first, second = ([part for part in name.split(".") if part != "init_args"] for name in (key, whole))
+    return first[: len(second)] == second
+
+
+def option_keys(arguments: Iterable[str]) -> list[str]:
+    """The dotted keys that a command line sets.
+
+    Example:
+        >>> option_keys(["--trainer.max_steps=4", "--model.seed", "3", "--trainer.callbacks+=a.B"])
+        ['trainer.max_steps', 'model.seed', 'trainer.callbacks']
+    """
+    return [each.removeprefix("--").partition("=")[0].rstrip("+") for each in arguments if each.startswith("--")]
 
 
 def _inside(place: Any, part: str) -> Any:
@@ -171,7 +187,10 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def _plain(text: str) -> Any:
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"The value {text!r} of a variation is not YAML; close its brackets and quotes.") from error
     if isinstance(value, str):
         try:
             return float(value)  # YAML takes 1e-4 for a text
@@ -190,10 +209,10 @@ def _idle(key: str, settings: Mapping[str, Any]) -> bool:
     return chosen.get("weighting") == "uniform" and parts[-1] in ("temperature", "score")
 
 
-def _label(used: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+def _label(used: Mapping[str, Any], settings: Mapping[str, Any], shown: Callable[[Any], str]) -> str:
     names = _short_names(list(settings))
     parts = [
-        str(value) if _last(key) in ("estimator", "weighting") else f"{names[key]}={_shown(value)}"
+        str(value) if _last(key) in ("estimator", "weighting") else f"{names[key]}={shown(value)}"
         for key, value in used.items()
     ]
     if used.get(ESTIMATOR) == "lambda" and any(_last(key) == "weighting" for key in used):

@@ -2,9 +2,11 @@
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lightning_lambdapo.compare.plan import ESTIMATOR, Arm, Run
 from lightning_lambdapo.compare.statistics import (
@@ -16,7 +18,8 @@ from lightning_lambdapo.compare.statistics import (
     mean_interval,
     paired_difference,
     read_curves,
-    rollout_tokens,
+    tokens_at,
+    total_tokens,
 )
 
 Curves = dict[str, tuple[Array, Array]]
@@ -32,8 +35,9 @@ class Report:
     Args:
         runs: the runs that have finished.
         metric: what is compared; None: the first of ``val/pass_at_1``, ``val/reward``, ``train/accuracy``,
-            ``train/reward`` that was logged.
-        baseline: label of the arm that the others are held against; None: that of GRPO, else the first.
+            ``train/reward`` that all runs logged.
+        baseline: label of the arm that the others are held against; None: each against the GRPO arm whose other
+            settings are its own, or all against the first where no arm is GRPO.
         minimize: True where a smaller metric is better.
 
     Raises:
@@ -50,17 +54,17 @@ class Report:
         for run in runs:
             arm = by_label.setdefault(run.arm.label, run.arm)
             self.curves.setdefault(arm, {})[run.seed] = read_curves(run.directory)
-        some = next(iter(next(iter(self.curves.values())).values()))
-        self.metric = metric or next((name for name in _PREFERRED if name in some), "train/reward")
+        self.metric = metric or next(filter(self._in_all, _PREFERRED), "train/reward")
         self.minimize = minimize
         self.finals = {
             arm: {seed: final_value(curves, self.metric) for seed, curves in seeds.items()}
             for arm, seeds in self.curves.items()
         }
-        chosen = by_label.get(baseline or _default_baseline(by_label.values()))
-        if chosen is None:
+        if baseline is not None and baseline not in by_label:
             raise ValueError(f"There is no arm {baseline!r} to hold others against; there are {', '.join(by_label)}.")
-        self.baseline = chosen
+        self.baselines = (
+            _own_baselines(self.finals) if baseline is None else dict.fromkeys(self.finals, by_label[baseline])
+        )
 
     @property
     def ranked(self) -> list[Arm]:
@@ -73,8 +77,9 @@ class Report:
         return mean_interval(list(self.finals[arm].values()))
 
     def difference(self, arm: Arm) -> Difference:
-        """Paired difference of an arm to the baseline."""
-        return paired_difference(self.finals[arm], self.finals[self.baseline])
+        """Paired difference of an arm to its baseline; of no pairs, where it has none."""
+        baseline = self.baselines.get(arm)
+        return paired_difference(self.finals[arm], {} if baseline is None else self.finals[baseline])
 
     def write(self, directory: Path, *, command: str, missing: int = 0) -> None:
         """Write all files."""
@@ -86,7 +91,8 @@ class Report:
 
     def markdown(self, *, command: str = "", missing: int = 0) -> str:
         """The table, how it came about, and what it does not say."""
-        other = self.baseline.label
+        labels = {arm.label for arm in self.baselines.values()}
+        other = next(iter(labels)) if len(labels) == 1 else "its baseline"
         count = sum(map(len, self.finals.values()))
         lines = [f"# {self.metric} of {len(self.finals)} arms, {count} runs", ""]
         lines += [f"    {command}", ""] if command else []
@@ -107,13 +113,17 @@ class Report:
             f"At 95%, one in twenty arms that equal {other} would read otherwise. Tokens: sampled in training, per "
             "run. Length (tokens) and entropy (nats per token): last tenth of the steps."
         )
+        if len(labels) > 1:
+            notes += " The baseline of an arm is the GRPO arm whose other settings are the same."
         return "\n".join([*lines, "", notes, ""])
 
     def _row(self, arm: Arm) -> list[str]:
         own, difference = self.interval(arm), self.difference(arm)
         cells = [arm.label, str(len(self.finals[arm])), f"{own.mean:.4f}", _bounds(own)]
-        if arm is self.baseline:
+        if self.baselines.get(arm) is arm:
             cells += ["", "", "", "baseline"]
+        elif not difference.pairs:
+            cells += ["", "", "", "no pairs" if arm in self.baselines else "no baseline"]
         else:
             p = "" if math.isnan(difference.p) else f"{difference.p:.3f}"
             cells += [
@@ -127,7 +137,7 @@ class Report:
     def _tokens(self, arm: Arm) -> float:
         """Tokens that an arm's run sampled, mean over seeds."""
         seeds = self.curves[arm].values()
-        return sum(float(rollout_tokens(curves)[-1]) for curves in seeds) / len(seeds)
+        return sum(map(total_tokens, seeds)) / len(seeds)
 
     def _secondary(self, arm: Arm, name: str) -> str:
         values = [final_value(curves, name) for curves in self.curves[arm].values()]
@@ -137,7 +147,7 @@ class Report:
         keys = list(dict.fromkeys(key for arm in self.finals for key in arm.settings))
         rows: list[dict[str, Any]] = [
             {"arm": arm.label, **arm.settings, "seed": seed, self.metric: value}
-            | {"rollout_tokens": int(rollout_tokens(self.curves[arm][seed])[-1])}
+            | {"rollout_tokens": int(total_tokens(self.curves[arm][seed]))}
             | {name: final_value(self.curves[arm][seed], name) for name in _SECONDARY}
             for arm, seeds in self.finals.items()
             for seed, value in seeds.items()
@@ -149,13 +159,12 @@ class Report:
         rows = []
         for arm, seeds in self.curves.items():
             for seed, curves in seeds.items():
-                tokens = dict(zip(curves[self._curve][0], rollout_tokens(curves), strict=False))
                 columns = {name: dict(zip(*curves[name], strict=True)) for name in names if name in curves}
                 steps = sorted(set().union(*columns.values()))
                 rows += [
-                    {"arm": arm.label, "seed": seed, "step": int(step), "rollout_tokens": tokens.get(step)}
+                    {"arm": arm.label, "seed": seed, "step": int(step), "rollout_tokens": round(tokens)}
                     | {name: column.get(step) for name, column in columns.items()}
-                    for step in steps
+                    for step, tokens in zip(steps, tokens_at(curves, np.asarray(steps)), strict=True)
                 ]
         _write_csv(path, ["arm", "seed", "step", "rollout_tokens", *names], rows)
 
@@ -164,9 +173,11 @@ class Report:
         """What the learning curve shows: the metric itself, or what training logs of it at every step."""
         if self.metric.startswith("train/"):
             return self.metric
-        some = next(iter(next(iter(self.curves.values())).values()))
         own = f"train/{self.metric.partition('/')[2]}"
-        return next((name for name in (own, "train/accuracy") if name in some), "train/reward")
+        return next(filter(self._in_all, (own, "train/accuracy")), "train/reward")
+
+    def _in_all(self, name: str) -> bool:
+        return all(name in curves for seeds in self.curves.values() for curves in seeds.values())
 
     def _plot_curves(self, directory: Path) -> None:
         from matplotlib.figure import Figure
@@ -176,7 +187,7 @@ class Report:
         for place, name in enumerate((self._curve, *_SECONDARY)):
             axes = figure.add_subplot(1, 3, place + 1, xlabel="rollout tokens", ylabel=name)
             for color, arm in enumerate(shown):
-                seeds = [(rollout_tokens(curves), curves[name][1]) for curves in self.curves[arm].values()]
+                seeds = [(tokens_at(each, each[name][0]), each[name][1]) for each in self.curves[arm].values()]
                 x, mean, low, high = band(seeds)
                 axes.plot(x, mean, color=f"C{color}", label=arm.label, linestyle="-" if _pairwise(arm) else "--")
                 axes.fill_between(x, low, high, color=f"C{color}", alpha=0.15, linewidth=0)
@@ -205,7 +216,8 @@ class Report:
                 axes.plot([own.low, own.high], [height, height], color=color, linewidth=2)
             axes.plot(own.mean, height, "o", color=color)
             axes.plot(list(self.finals[arm].values()), [height] * len(self.finals[arm]), ".", color="0.6", markersize=4)
-        axes.axvline(self.interval(self.baseline).mean, color="0.5", linestyle=":", linewidth=1)
+        for baseline in set(self.baselines.values()):
+            axes.axvline(self.interval(baseline).mean, color="0.5", linestyle=":", linewidth=1)
         axes.set_yticks(range(len(ranked)), [arm.label for arm in ranked])
         axes.grid(axis="x", alpha=0.3)
         _save(figure, directory / "finals")
@@ -215,15 +227,23 @@ class Report:
         ranked = self.ranked
         if len(ranked) <= _MOST_CURVES:
             return ranked
-        fixed = [arm for arm in ranked if not _pairwise(arm) or arm is self.baseline][: _MOST_CURVES - 2]
+        fixed = [arm for arm in ranked if not _pairwise(arm) or self.baselines.get(arm) is arm][: _MOST_CURVES - 2]
         pairwise = [arm for arm in ranked if arm not in fixed]
         best = pairwise[: _MOST_CURVES - len(fixed) - 1]
         return [arm for arm in ranked if arm in (*fixed, *best, pairwise[-1])]
 
 
-def _default_baseline(arms: Any) -> str:
-    labels = [arm.label for arm in arms]
-    return "grpo" if "grpo" in labels else str(labels[0])
+def _own_baselines(arms: Collection[Arm]) -> dict[Arm, Arm]:
+    """Arm -> the GRPO arm all of whose other settings it shares; the first for all, where no arm is GRPO."""
+    baselines = [arm for arm in arms if arm.settings.get(ESTIMATOR) == "grpo"]
+    if not baselines:
+        return dict.fromkeys(arms, next(iter(arms)))
+    return {
+        arm: baseline
+        for arm in arms
+        for baseline in baselines
+        if all(key == ESTIMATOR or arm.settings.get(key) == value for key, value in baseline.settings.items())
+    }
 
 
 def _pairwise(arm: Arm) -> bool:

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from lightning_lambdapo.compare.plan import Run, with_settings
+from lightning_lambdapo.compare.plan import Run, is_part, option_keys, with_settings
+from lightning_lambdapo.run_files import section
 
 _CSV = "lightning.pytorch.loggers.CSVLogger"
 _FINISHED = "finished.json"
@@ -28,23 +30,33 @@ def finished(run: Run) -> bool:
 def prepare(run: Run, base: Mapping[str, Any], arguments: Sequence[str]) -> list[str]:
     """Write a run's configuration into its directory, and return the command line that makes or continues the run.
 
-    The run logs to CSV in its directory, beside the loggers of the base configuration, with the seed for sampling and,
-    where the data are this package's, for the order of the prompts.
+    The run logs every step to CSV in its directory, beside the loggers of the base configuration, with the seed for
+    sampling and, where the data are this package's, for the order of the prompts.
 
     Raises:
-        ValueError: the directory holds logs or checkpoints of other settings. What a run left that ended before its
-            first, over a mistake that is mended now, is written over.
+        ValueError: an option or a varied setting is one that a run needs to have of its own, or the directory holds
+            logs or checkpoints of other settings. What a run left that ended before its first, over a mistake that is
+            mended now, is written over.
     """
-    settings = run.arm.settings | {"seed_everything": run.seed, "trainer.default_root_dir": str(run.directory)}
+    own: dict[str, Any] = {
+        "seed_everything": run.seed,
+        "trainer.default_root_dir": str(run.directory),
+        "trainer.log_every_n_steps": 1,
+    }
     data = base.get("data") or {}
     if isinstance(data, dict) and data.get("class_path", "LambdaPODataModule").endswith("LambdaPODataModule"):
-        settings["data.seed"] = run.seed
-    config = with_settings(base, settings)
+        own["data.seed"] = run.seed
+    if section(base, "model").get("seed") is not None:
+        own["model.seed"] = None  # of sampling; follows seed_everything then
+    for name in (*own, "model.seed", "trainer.logger", "ckpt_path"):
+        if any(is_part(key, name) for key in (*option_keys(arguments), *run.arm.settings)):
+            raise ValueError(f"`compare` sets {name} for each run; drop it from the options.")
+    config = with_settings(base, run.arm.settings | own)
     trainer = config["trainer"]
     loggers = trainer.get("logger")
     others = loggers if isinstance(loggers, list) else [loggers] if isinstance(loggers, dict | str) else []
-    own = {"class_path": _CSV, "init_args": {"save_dir": str(run.directory), "flush_logs_every_n_steps": 1}}
-    trainer["logger"] = [own, *others]
+    csv = {"class_path": _CSV, "init_args": {"save_dir": str(run.directory), "flush_logs_every_n_steps": 1}}
+    trainer["logger"] = [csv, *others]
     trainer["enable_progress_bar"] = False
     file = run.directory / "config.yaml"
     whole = yaml.safe_dump({"config": config, "arguments": list(arguments)}, sort_keys=False)
@@ -121,12 +133,19 @@ def _train(arguments: list[str], log: str, threads: int | None) -> None:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     import torch
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+    from lightning_lambdapo import __main__ as program
     from lightning_lambdapo.cli import main
 
+    sys.modules["__main__"] = program  # what a strategy starts its other ranks as, with these arguments
+    sys.argv = [str(program.__file__), *arguments]
     if threads is not None:
         torch.set_num_threads(threads)
-    main(arguments)
+    try:
+        main(arguments)
+    except SIGTERMException as stop:  # a SystemExit that would count as success
+        raise SystemExit(128 + signal.SIGTERM) from stop
 
 
 def _end_with_parent() -> None:

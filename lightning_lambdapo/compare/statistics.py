@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_lambdapo.run_files import read_metrics, versions
+from lightning_lambdapo.run_files import first_and_last, read_metrics, versions
 
 Array = npt.NDArray[np.float64]
 TOKENS = "train/rollout_tokens"
@@ -44,7 +44,7 @@ class Difference(Interval):
         """
         if self.pairs < _FEWEST_PAIRS:
             return f"too few seeds ({self.pairs})"
-        if self.low <= 0 <= self.high:
+        if not (self.low > 0 or self.high < 0):  # NaN is no difference
             return "no difference shown"
         return "better" if (self.mean > 0) != minimize else "worse"
 
@@ -52,7 +52,7 @@ class Difference(Interval):
 def read_curves(directory: Path) -> dict[str, tuple[Array, Array]]:
     """All that a run logged: name -> steps and values, over the attempts that an interrupted run consists of.
 
-    A later attempt goes on from a checkpoint, so that its first step ends what counts of the earlier ones.
+    A later attempt goes on from a checkpoint, so that its first training step ends what counts of the earlier ones.
 
     Raises:
         ValueError: there is no log in ``directory``.
@@ -63,7 +63,7 @@ def read_curves(directory: Path) -> dict[str, tuple[Array, Array]]:
     points: defaultdict[str, dict[int, float]] = defaultdict(dict)
     for run in reversed(attempts):
         rows = read_metrics(run)
-        first = min((row["step"] for row in rows), default=math.inf)
+        first = min((row["step"] for row in rows if any(name.startswith("train/") for name in row)), default=math.inf)
         for name, curve in points.items():
             points[name] = {step: value for step, value in curve.items() if step < first}
         for row in rows:
@@ -83,14 +83,26 @@ def final_value(curves: Mapping[str, tuple[Array, Array]], metric: str) -> float
         ValueError: the run did not log it.
     """
     if metric not in curves:
-        raise ValueError(f"The metric {metric!r} was not logged; there are {', '.join(sorted(curves))}.")
+        raise ValueError(
+            f"The metric {metric!r} was not logged; there are {', '.join(sorted(curves))}. Choose one with --metric: "
+            "finished runs are not repeated."
+        )
     values = curves[metric][1]
-    return float(values[-1] if not metric.startswith("train/") else values[-math.ceil(len(values) / 10) :].mean())
+    if not metric.startswith("train/"):
+        return float(values[-1])
+    ends = first_and_last(values.tolist())
+    return math.nan if ends is None else ends[1]
 
 
-def rollout_tokens(curves: Mapping[str, tuple[Array, Array]]) -> Array:
-    """Tokens sampled up to and with each training step."""
-    return np.cumsum(curves[TOKENS][1])
+def total_tokens(curves: Mapping[str, tuple[Array, Array]]) -> float:
+    """Tokens sampled in the whole run."""
+    return float(curves[TOKENS][1].sum())
+
+
+def tokens_at(curves: Mapping[str, tuple[Array, Array]], steps: Array) -> Array:
+    """Tokens sampled up to and with each of ``steps``; every training step logs its own."""
+    places, tokens = curves[TOKENS]
+    return _array(np.interp(steps, places, np.cumsum(tokens)))
 
 
 def mean_interval(values: Sequence[float]) -> Interval:

@@ -31,6 +31,7 @@ class DataSource:
         split: the split; a preset knows its default.
         revision: branch, tag or commit of the hub dataset.
         columns: our name (``prompt``, ``answer``, ``reference``, ``choices``, ``subject``) -> the data's column name.
+            The first four, where neither this nor a preset maps them, are read from columns of the same name.
             Evaluations are broken down by ``subject``.
         limit: keep the first this many rows.
         task: name of a reasoning-gym task.
@@ -252,7 +253,9 @@ def _hub_rows(source: DataSource, preset: Preset) -> Iterator[tuple[str, Mapping
 
 def _convert(row: Mapping[str, Any], index: int, where: str, source: DataSource, preset: Preset) -> Row:
     own = {name: column for name, column in source.columns.items() if name != _SUBJECT}
-    columns = {**preset.columns, **own} or {name: name for name in _FIELDS if name in row}
+    columns = {**preset.columns, **own}
+    if source.preset is None:  # what is not mapped is found under its own name
+        columns |= {name: name for name in _FIELDS if name in row and name not in {*own, *own.values()}}
     subject = source.columns.get(_SUBJECT) or next((name for name in preset.subjects if name in row), None)
     missing = [name for name in (*columns.values(), *([subject] if subject else [])) if name not in row]
     if missing or "prompt" not in columns:

@@ -1,5 +1,6 @@
 """The reward interface, and how several rewards become one total."""
 
+import copy
 import dataclasses
 import inspect
 import math
@@ -155,7 +156,7 @@ class FunctionReward(Reward):
     def __call__(self, inputs: RewardInputs) -> Sequence[float | None]:
         """Call the function with the columns that it takes."""
         arguments: dict[str, Any] = {
-            field.name: list(getattr(inputs, field.name))
+            field.name: copy.copy(getattr(inputs, field.name))
             for field in dataclasses.fields(inputs)
             if field.name != "columns"
         }

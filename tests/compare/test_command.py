@@ -1,7 +1,11 @@
 """``lambdapo compare`` as a user runs it: it trains, goes on, reports, and finds mistakes before it computes."""
 
 import csv
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +71,17 @@ def test_runs_are_made_once_and_reported(tmp_path: Path, capfd: pytest.CaptureFi
     assert contents(tmp_path, "runs/*/seed_[12]/lightning_logs/*/metrics.csv") == logs
 
 
-def test_a_killed_run_continues(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("by", "at", "validates", "first"),
+    [
+        ("SIGKILL", 3, False, "2"),
+        ("SIGTERM", 3, False, "3"),  # the step is ended, and saved
+        ("SIGKILL", 5, True, "3"),  # in the validation after the last step
+    ],
+)
+def test_a_killed_run_continues(
+    tmp_path: Path, by: str, at: int, validates: bool, first: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     config: dict[str, Any] = yaml.safe_load(CONFIG.read_text())
     config["trainer"]["callbacks"][0]["init_args"]["every_n_rollouts"] = 1
     outputs = {}
@@ -76,11 +90,13 @@ def test_a_killed_run_continues(tmp_path: Path, capfd: pytest.CaptureFixture[str
         if name == "whole":
             flag.touch()
         config["model"]["init_args"]["rewards"] = [
-            {"class_path": "dying.DiesOnce", "init_args": {"flag": str(flag), "at": 3}}
+            {"class_path": "dying.DiesOnce", "init_args": {"flag": str(flag), "at": at, "by": by}}
         ]
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
         outputs[name] = tmp_path / name
         arguments = ["--vary=model.algorithm.score=mean,sum", "--seeds=1"]
+        if validates:
+            arguments += ["--trainer.limit_val_batches=1", "--trainer.val_check_interval=4"]
         if name == "killed":
             with pytest.raises(SystemExit) as stop:
                 compare(outputs[name], *arguments, config=tmp_path / "killed.yaml")
@@ -93,7 +109,7 @@ def test_a_killed_run_continues(tmp_path: Path, capfd: pytest.CaptureFixture[str
     run = outputs["killed"] / "runs" / "score=mean" / "seed_1" / "lightning_logs"
     assert {path.name for path in run.iterdir()} == {"version_0", "version_1"}
     with (run / "version_1" / "metrics.csv").open() as file:
-        assert next(csv.DictReader(file))["step"] == "2", "it went on after the two steps that were saved"
+        assert next(csv.DictReader(file))["step"] == first, "it went on after what was saved"
     assert contents(outputs["killed"], "runs.csv") == contents(outputs["whole"], "runs.csv")
     assert contents(outputs["killed"], "curves.csv") == contents(outputs["whole"], "curves.csv")
 
@@ -113,7 +129,15 @@ def test_a_killed_run_continues(tmp_path: Path, capfd: pytest.CaptureFixture[str
         (["--vary=model.algorithm.skore=mean,sum"], "skore"),
         (["--estimators=lambda,grpo", "--data.train.path=none.jsonl"], "takes no `path`"),
         (["--vary=model.rewards.7.weight=0,1"], "asks for '7' of a list of 2"),
-        (["--estimators=lambda,grpo", "--config=/nowhere.yaml"], "/nowhere.yaml cannot be read"),
+        (["--estimators=lambda,grpo", "--config=other.yaml"], "All runs share one --config, got 2"),
+        (["--estimators=lambda,grpo", "--seed_everything=7"], "`compare` sets seed_everything for each run"),
+        (["--estimators=lambda,grpo", "--model.init_args.seed", "7"], "`compare` sets model.seed for each run"),
+        (["--estimators=lambda,grpo", "--data.seed=7"], "`compare` sets data.seed for each run"),
+        (["--vary=data.seed=1,2"], "`compare` sets data.seed for each run"),
+        (["--estimators=lambda,grpo", "--trainer.logger.save_dir=x"], "`compare` sets trainer.logger for each run"),
+        (["--estimators=lambda,grpo", "--trainer.log_every_n_steps=5"], "`compare` sets trainer.log_every_n_steps"),
+        (["--estimators=lambda,grpo", "--ckpt_path=best"], "`compare` sets ckpt_path for each run"),
+        (["--vary=model.algorithm.score=[mean,sum"], "is not YAML; close its brackets"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_computed(
@@ -123,6 +147,12 @@ def test_mistakes_are_found_before_anything_is_computed(
         compare(tmp_path, *arguments)
     assert message in capsys.readouterr().err + str(stop.value)
     assert not list(tmp_path.glob("runs/*/*/train.log"))
+
+
+def test_an_absent_configuration_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        compare(tmp_path, "--estimators=lambda,grpo", config=Path("/nowhere.yaml"))
+    assert "/nowhere.yaml cannot be read" in capsys.readouterr().err
 
 
 def test_a_directory_of_other_settings_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,17 +193,21 @@ def test_a_run_logs_to_csv_beside_the_users_loggers(tmp_path: Path) -> None:
     board = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "logs"}}
     for number, (logger, others) in enumerate([(None, []), (True, []), (board, [board]), ([board], [board])]):
         run = Run(Arm("a", {}), number, tmp_path / str(number))
-        command = prepare(run, {"trainer": {"logger": logger}, "data": {"class_path": "mine.Data"}}, ["--x=1"])
+        base = {"trainer": {"logger": logger, "log_every_n_steps": 50}, "data": {"class_path": "mine.Data"}}
+        command = prepare(run, base, ["--x=1"])
         config = yaml.safe_load((run.directory / "config.yaml").read_text())
         assert [each["class_path"] for each in config["trainer"]["logger"]] == [own, *(o["class_path"] for o in others)]
         assert config["trainer"]["logger"][0]["init_args"]["save_dir"] == str(run.directory)
         assert config["trainer"]["default_root_dir"] == str(run.directory)
         assert config["seed_everything"] == number
+        assert config["trainer"]["log_every_n_steps"] == 1, "tokens are counted step by step"
         assert config["data"] == {"class_path": "mine.Data"}, "it may have no seed"
         assert command == ["fit", f"--config={run.directory / 'config.yaml'}", "--x=1", "--ckpt_path=last"]
-    prepare(Run(Arm("a", {}), 5, tmp_path / "5"), {"data": {"init_args": {"batch_size": 1}}}, [])
+    base = {"data": {"init_args": {"batch_size": 1}}, "model": {"init_args": {"seed": 3, "lora": None}}}
+    prepare(Run(Arm("a", {}), 5, tmp_path / "5"), base, [])
     config = yaml.safe_load((tmp_path / "5" / "config.yaml").read_text())
     assert config["data"]["init_args"] == {"batch_size": 1, "seed": 5}
+    assert config["model"]["init_args"] == {"seed": None, "lora": None}, "a fixed seed would make all runs alike"
 
 
 def test_progress_says_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,3 +220,23 @@ def test_progress_says_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
     assert first == "run 4 of 10: grpo, seed 4: done in 50 s; about 2 min 30 s left"
     assert second == "run 5 of 10: rloo, seed 4: FAILED in 1 min 10 s; about 2 min 30 s left"
     assert _clock(3 * 3600 + 125) == "3 h 02 min"
+
+
+def test_a_run_may_have_several_ranks(tmp_path: Path) -> None:
+    """Two ranks with half of the batch each sample what one with all of it does"""
+    arguments = ["--estimators=lambda,grpo", "--seeds=1", "--metric=train/reward"]
+    compare(tmp_path / "one", *arguments, "--data.batch_size=4")
+    command = [sys.executable, "-m", "lightning_lambdapo", "compare", f"--config={CONFIG}", "--output=two", *SMALL]
+    command += [*arguments, "--trainer.devices=2", "--trainer.strategy=ddp"]
+    with subprocess.Popen(command, cwd=tmp_path, start_new_session=True) as process:
+        try:
+            assert process.wait(120) == 0
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # its run ends with it
+    found = []
+    for name in ("one", "two"):
+        with (tmp_path / name / "curves.csv").open() as file:
+            found.append([(row["arm"], row["step"], row["rollout_tokens"]) for row in csv.DictReader(file)])
+    assert found[0] == found[1]
+    assert len(found[0]) == 8

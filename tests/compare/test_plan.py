@@ -79,6 +79,14 @@ def test_other_settings_apply_to_baselines_too() -> None:
     assert len(arms) == 2
 
 
+def test_arms_of_one_short_label_are_all_kept() -> None:
+    text = "o={class_path: a.W, init_args: {lr: 1e-4}},{class_path: a.W, init_args: {lr: 1e-5}},{class_path: a.S}"
+    arms = plan_arms([], [parse_variation(text)])
+    assert [arm.settings["o"].get("init_args") for arm in arms] == [{"lr": "1e-4"}, {"lr": "1e-5"}, None]
+    assert len({arm.label for arm in arms}) == len({arm.slug for arm in arms}) == 3
+    assert len(plan_arms([], [parse_variation("a=0.1234567,0.1234568")])) == 2
+
+
 def test_labels_tell_keys_of_one_name_apart() -> None:
     arms = plan_arms([], [parse_variation("model.rewards.0.weight=1,2"), parse_variation("model.rewards.1.weight=0,1")])
     assert arms[1].label == "0.weight=1 1.weight=1"

@@ -13,7 +13,8 @@ Value = Callable[[int], float]
 
 def make(directory: Path, label: str, values: dict[int, Value], *, tokens: int = 10) -> list[Run]:
     """Runs of an arm, 20 steps each: of each seed what ``train/accuracy`` is at a step; 1 less in validation."""
-    arm = Arm(label, {ESTIMATOR: label.split(maxsplit=1)[0]})
+    estimator, *others = label.split()
+    arm = Arm(label, {ESTIMATOR: estimator} | dict(other.split("=") for other in others))
     runs = []
     for seed, value in values.items():
         run = Run(arm, seed, directory / label / str(seed))
@@ -92,6 +93,50 @@ def test_evaluation_is_preferred_and_taken_from_the_end(runs: list[Run]) -> None
     report = Report(runs)
     assert report.metric == "val/pass_at_1"
     assert rows(report)["grpo"][2] == f"{0.6 + 0.19 - 1:.4f}"
+
+
+def test_each_arm_is_held_against_the_grpo_arm_of_its_own_settings(tmp_path: Path) -> None:
+    levels = {"lambda x=1": 0.5, "lambda x=2": 0.8, "grpo x=1": 0.4, "grpo x=2": 0.9, "rloo x=2": 0.9, "rloo x=3": 0.1}
+    runs = [
+        run for label, value in levels.items() for run in make(tmp_path, label, dict.fromkeys((1, 2, 3), level(value)))
+    ]
+    report = Report(runs)
+    gains = {label: row[4] for label, row in rows(report).items()}
+    assert gains == {
+        "lambda x=1": "+0.1000",
+        "lambda x=2": "-0.1000",
+        "rloo x=2": "+0.0000",
+        "rloo x=3": "",  # there is no such arm
+        "grpo x=1": "",
+        "grpo x=2": "",
+    }
+    assert rows(report)["rloo x=3"][7] == "no baseline"
+    assert "| minus its baseline |" in report.markdown()
+    assert "The baseline of an arm is the GRPO arm whose other settings are the same." in report.markdown()
+    report.write(tmp_path, command="")
+    one = Report(runs, baseline="grpo x=1")
+    assert rows(one)["lambda x=2"][4] == "+0.4000"
+    assert "| minus grpo x=1 |" in one.markdown()
+    assert "other settings are the same" not in one.markdown()
+    none = Report([run for run in runs if not run.arm.label.startswith("grpo")])
+    assert "| minus lambda x=1 |" in none.markdown()
+
+
+def test_what_only_some_runs_or_steps_logged(tmp_path: Path) -> None:
+    runs = [*make(tmp_path, "grpo", {1: level(0.5)}, tokens=10), *make(tmp_path, "lambda", {1: level(0.5)}, tokens=10)]
+    file = runs[1].directory / "lightning_logs" / "version_0" / "metrics.csv"
+    lines = [line.rstrip(",") for line in file.read_text().splitlines()[:21]]  # without the validation's line
+    lines[0] = lines[0].replace("val/pass_at_1", "train/group_auc")
+    lines = [f"{line},{number / 100}" if number % 7 == 3 else line for number, line in enumerate(lines)]
+    file.write_text("\n".join(lines) + "\n")
+    report = Report(runs)
+    assert report.metric == "train/accuracy", "not all runs were validated"
+    with pytest.raises(ValueError, match=r"'val/pass_at_1' was not logged.*Choose one with --metric"):
+        Report(runs, metric="val/pass_at_1")
+    Report(runs[1:], metric="train/group_auc").write(tmp_path, command="")
+    with (tmp_path / "curves.csv").open() as table:
+        found = {row["step"]: row["rollout_tokens"] for row in csv.DictReader(table) if row["train/group_auc"]}
+    assert found == {"2": "30", "9": "100", "16": "170"}
 
 
 def test_files(runs: list[Run], tmp_path: Path) -> None:

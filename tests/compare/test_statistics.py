@@ -11,7 +11,8 @@ from lightning_lambdapo.compare.statistics import (
     mean_interval,
     paired_difference,
     read_curves,
-    rollout_tokens,
+    tokens_at,
+    total_tokens,
 )
 
 T_975 = {2: 4.302652729911275, 4: 2.7764451051977987}  # Student's quantile by degrees of freedom, from a table
@@ -27,10 +28,11 @@ def test_attempts_become_one_curve(tmp_path: Path) -> None:
     attempt(tmp_path, 9, "epoch,step,train/a,val/b\n0,0,1.0,\n0,1,2.0,\n0,1,,7.0\n0,2,3.0,\n0,3,4.0,\n0,3,,8.0\n")
     attempt(tmp_path, 10, "epoch,step,train/a\n0,2,30.0\n0,3,40.0\n0,4,50.0\n")
     attempt(tmp_path, 11, "epoch,step\n")
+    attempt(tmp_path, 12, "epoch,step,val/b\n0,4,9.0\n")  # only the last validation was left to do
     curves = read_curves(tmp_path)
     assert {name: (x.tolist(), y.tolist()) for name, (x, y) in curves.items()} == {
         "train/a": ([0, 1, 2, 3, 4], [1, 2, 30, 40, 50]),
-        "val/b": ([1], [7]),  # what came after the checkpoint that the second attempt took up counts no more
+        "val/b": ([1, 4], [7, 9]),  # what came after the checkpoint that the second attempt took up counts no more
     }
 
 
@@ -50,7 +52,8 @@ def test_final_values() -> None:
 
 def test_tokens_add_up() -> None:
     curves = {"train/rollout_tokens": (np.arange(3.0), np.array([5.0, 7.0, 1.0]))}
-    assert rollout_tokens(curves).tolist() == [5, 12, 13]
+    assert total_tokens(curves) == 13
+    assert tokens_at(curves, np.array([0.0, 2.0])).tolist() == [5, 13]
 
 
 def test_student_interval() -> None:

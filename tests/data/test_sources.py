@@ -32,6 +32,15 @@ def test_columns_are_mapped_and_limits_kept(tmp_path: Path) -> None:
     ]
 
 
+def test_columns_that_are_not_mapped_keep_their_names(tmp_path: Path) -> None:
+    line = {"q": "1+1?", "answer": "2", "reference": "1+1=2", "prompt": "say"}
+    (row,) = load_rows(DataSource(path=write(tmp_path / "rows.jsonl", line), columns={"prompt": "q"}))
+    assert (row["prompt"], row["answer"], row["reference"]) == ("1+1?", "2", "1+1=2")
+    # A column that is mapped is not read under its own name too.
+    (row,) = load_rows(DataSource(path=write(tmp_path / "rows.jsonl", line), columns={"reference": "answer"}))
+    assert (row["prompt"], row["answer"], row["reference"]) == ("say", None, "2")
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
