@@ -346,6 +346,15 @@ class RolloutCheckpoint(ModelCheckpoint):
             self._awaits_score = False
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
+    def state_dict(self) -> dict[str, Any]:
+        """What its parent keeps, and whether a save waits for the validation that comes next."""
+        return {**super().state_dict(), "awaits_score": self._awaits_score}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on as ``state_dict`` left off."""
+        super().load_state_dict(state_dict)
+        self._awaits_score = state_dict.get("awaits_score", False)
+
     def _is_logged_in_training(self, trainer: Trainer) -> bool:
         return self.monitor is None or self.monitor in {each.meta.name for each in (trainer._results or {}).values()}
 

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
+from lightning_lambdapo import owed
 from lightning_lambdapo.checkpoint_files import IN_SHARDS, CheckpointError, Shapes, naming, read_header
 from lightning_lambdapo.parallel import flattens, plain_name, saves_shards
 
@@ -32,6 +33,7 @@ class TrainableCheckpoint(LightningModule):
     skipped_updates: int
     skipped_in_a_row: int
     updates_in_step: int
+    owes_validation = False
 
     @property
     @abstractmethod
@@ -53,6 +55,7 @@ class TrainableCheckpoint(LightningModule):
             "skipped_in_a_row": self.skipped_in_a_row,
             "updates_in_unfinished_step": updates,
             "seed": self.sampling_seed,
+            "owes_validation": self._trainer is not None and owed.is_owed(self.trainer),
         }
         if not updates:  # the step will be done again from its start
             _give_back(checkpoint, unfinished)
@@ -75,6 +78,7 @@ class TrainableCheckpoint(LightningModule):
         self.skipped_in_a_row = own.get("skipped_in_a_row", 0)
         if self._trainer is None:
             return
+        self.owes_validation = own.get("owes_validation", False)
         if own["seed"] != self.sampling_seed:
             warnings.warn(
                 f"The checkpoint's run sampled with seed {own['seed']}, this one with {self.sampling_seed}: training "

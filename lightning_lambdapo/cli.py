@@ -5,7 +5,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jsonargparse.typing import PositiveInt
@@ -81,11 +81,8 @@ class LambdaPOCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Make the last validation, where a run that was killed in it is taken up and has nothing left to train."""
-        trainer, loop = self.trainer, self.trainer.fit_loop.epoch_loop
-        idle = trainer.global_step > 0 and not trainer.callback_metrics
-        timed = getattr(trainer, "_val_check_time_interval", None) is not None  # nothing says when it was due
-        if idle and not timed and loop._should_check_val_fx(cast(Any, None)):
-            trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        if getattr(self.model, "owes_validation", False):
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: a checkpoint's hyper-parameters must not override file and command line."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_lambdapo import checks, parallel
+from lightning_lambdapo import checks, owed, parallel
 from lightning_lambdapo.checkpoint_files import guard_checkpoints
 from lightning_lambdapo.checkpoints import TrainableCheckpoint
 from lightning_lambdapo.config import AlgorithmConfig, EvaluationConfig, from_mapping
@@ -258,9 +258,12 @@ class LambdaPOModule(PolicyUpdates, EvaluationSteps, TrainableCheckpoint, Lightn
         checks.check_mini_batches(self.updates_per_rollout // self.epochs_per_rollout, prompts * parallel.world_size())
 
     def on_train_start(self) -> None:
-        """Let all ranks stop together when one is told to, and say what randomness comes from."""
+        """Let all ranks stop together, say what randomness comes from, make the validation that a resumed run owes."""
         self.interrupts.install(self.trainer)
         log_seeds(self.trainer, sampling=self.sampling_seed)
+        if self.owes_validation:
+            self.owes_validation = False
+            owed.make(self.trainer)
 
     def on_train_batch_end(self, outputs: Any, batch: PromptBatch, batch_idx: int) -> None:
         """Stop here, after callbacks have saved what they save, where a rank was told to."""

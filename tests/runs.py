@@ -257,7 +257,7 @@ def prepare_death(model: Any, moment: str, step: str, sent: str = "SIGKILL", ran
     tokens = [0]
 
     def sample(original: Any, *arguments: Any) -> Any:
-        if moment == "rollout" and model.rollout_step + 1 == at:
+        if moment == "rollout" and model.trainer.training and model.rollout_step + 1 == at:
             tokens[0] += 1
             if tokens[0] == 3:
                 die()

@@ -108,20 +108,28 @@ def test_checkpoints_of_the_best(base: str, tmp_path: Path) -> None:
 class Falling(LambdaPOModule):
     """Logs, in place of what validation measures, how many rollouts its weights come from."""
 
+    breaks = False
+
+    def on_validation_start(self) -> None:
+        if self.breaks:
+            raise RuntimeError("broken")
+
     def on_validation_epoch_end(self) -> None:
         self.log("val/rollouts", float(self.rollout_step))
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the resumed run saves elsewhere, on purpose
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # the broken one in its own place
 def test_the_best_by_validation_are_the_weights_that_were_validated(base: str, tmp_path: Path) -> None:
     """A save is due at every step, validation after every second of four; the first is the best."""
 
     def fit(
-        name: str, ckpt_path: str | None = None, monitor: str = "val/rollouts"
+        name: str, ckpt_path: str | None = None, monitor: str = "val/rollouts", breaks: bool = False
     ) -> tuple[LambdaPOModule, RolloutCheckpoint]:
         callback = RolloutCheckpoint(every_n_rollouts=1, dirpath=tmp_path / name, monitor=monitor, mode="min")
         every = {"val_check_interval": 2, "check_val_every_n_epoch": None, "limit_val_batches": 1}
         model = Falling(policy=PolicyConfig(base), rollout=RolloutConfig(max_new_tokens=8), rewards=[Digits()], seed=3)
+        model.breaks = breaks
         run = trainer(tmp_path, callbacks=[callback], enable_checkpointing=True, **every)
         run.fit(model, Rows(batch_size=4), ckpt_path=ckpt_path)
         return model, callback
@@ -132,6 +140,12 @@ def test_the_best_by_validation_are_the_weights_that_were_validated(base: str, t
     assert torch.load(tmp_path / "whole" / "last.ckpt", weights_only=True)["global_step"] == 4
     resumed, _ = fit("resumed", callback.best_model_path)
     assert equal(weights(resumed), weights(model))
+    # Interrupted before the first validation's end, and taken up.
+    with pytest.raises(RuntimeError, match="broken"):
+        fit("broken", breaks=True)
+    again, callback = fit("broken", str(tmp_path / "broken" / "last.ckpt"))
+    assert callback.best_model_score == 2
+    assert equal(weights(again), weights(model))
     with pytest.raises(MisconfigurationException, match=r"monitor='val/accuracy'\)` could not find the"):
         fit("mistaken", monitor="val/accuracy")
     last = torch.load(tmp_path / "mistaken" / "last.ckpt", weights_only=True)

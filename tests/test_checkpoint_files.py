@@ -274,7 +274,7 @@ def test_killed_while_writing(base: str, tmp_path: Path, how: str, death: str) -
     assert entries["lambdapo"]["rollout_step"] == 4
     succeed(on_ranks(1, runs.train, broken, base, resume="last", logs=tmp_path / "resumed", **start))
     if how == "one":
-        assert_same_run(tmp_path / "whole", broken)
+        assert_same_run(tmp_path / "whole", broken, 4)
     weights_of = [torch.load(path / "weights.pt", weights_only=True) for path in (tmp_path / "whole", broken)]
     assert same(*weights_of)
     assert {record["step"] for record in runs.completions(broken, 1)} == set(range(5, 13))

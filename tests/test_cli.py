@@ -46,6 +46,13 @@ def test_fit_validate_test_predict(arguments: list[str], tmp_path: Path) -> None
     assert all((run / "config.yaml").exists() for run in runs)
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")  # Lightning's word on what barebones means
+def test_barebones(arguments: list[str], tmp_path: Path) -> None:
+    kept = [each for each in arguments if "callbacks" not in each and "log_every" not in each]
+    main(["fit", *kept, "--trainer.barebones=true", "--trainer.max_steps=2", "--trainer.max_epochs=1"])
+    assert not (tmp_path / "lightning_logs").exists()
+
+
 @pytest.mark.filterwarnings("ignore:`loftq_config` specified but will be ignored")
 def test_peft_settings_and_plain_functions_by_name(arguments: list[str], tmp_path: Path) -> None:
     lora = "{class_path: peft.LoraConfig, init_args: {r: 3, target_modules: [q_proj], task_type: CAUSAL_LM}}"

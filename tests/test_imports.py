@@ -23,6 +23,7 @@ LAYERS = [
         "data",
         "checkpoint_files",
         "interrupts",
+        "owed",
         "seeding",
         "run_files",
         "tables",
@@ -31,7 +32,7 @@ LAYERS = [
     {"checks", "checkpoints", "evaluation", "learning", "callbacks", "dynamic"},
     {"updating", "reports", "console"},
     {"module"},
-    {"cli"},
+    {"cli", "__main__"},
     {"compare", "score", "export", "inspect"},
 ]
 

@@ -9,6 +9,7 @@ import torch
 from ranks import on_ranks, succeed
 
 pytestmark = pytest.mark.slow
+VALIDATES = {"val_check_interval": 2}  # within epochs too
 
 
 def same(first: Any, second: Any) -> bool:
@@ -22,8 +23,12 @@ def same(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
-def assert_same_run(whole: Path, resumed: Path, number: int = 1) -> None:
-    """The resumed part has the uninterrupted run's rollouts and metrics, and ends in the very same state."""
+def assert_same_run(whole: Path, resumed: Path, first: int) -> None:
+    """The resumed part has the uninterrupted run's rollouts and metrics, and ends in the very same state.
+
+    It begins with the validation after step ``first``, where there is one, which the checkpoint came before.
+    """
+    number = 1
     expected = {(record["step"], record["prompt_id"], record["sample"]): record for record in runs.completions(whole)}
     found = runs.completions(resumed, number)
     assert found
@@ -33,8 +38,9 @@ def assert_same_run(whole: Path, resumed: Path, number: int = 1) -> None:
     logged, known = runs.metrics(resumed, number), runs.metrics(whole)
     assert {step for step, _ in logged} == set(range(min(step for step, _ in logged), 12))
     assert {key: known.get(key) for key in logged} == logged
-    first = min(step for step, _ in logged)
-    assert {key for key in known if key[0] > first} <= logged.keys()
+    assert min(step for step, name in logged if name.startswith("train/")) == first
+    assert {key for key in known if key[0] >= first} <= logged.keys()
+    assert ((first - 1, "val/reward") in logged) == ((first - 1, "val/reward") in known)
     last, final = (
         torch.load(runs.checkpoint(path, number=n), weights_only=True) for path, n in ((whole, 0), (resumed, number))
     )
@@ -54,7 +60,8 @@ def whole(base: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
         if (how, kind) not in made:
             directory = tmp_path_factory.mktemp(f"{how}-{kind}")
             count = 1 if how == "one" else 2
-            succeed(on_ranks(count, runs.train, directory, base, how=how, kind=kind, logs=directory / "logs"))
+            options: dict[str, Any] = {"how": how, "kind": kind, "trainer": VALIDATES}
+            succeed(on_ranks(count, runs.train, directory, base, logs=directory / "logs", **options))
             made[how, kind] = directory
         return made[how, kind]
 
@@ -67,6 +74,7 @@ def whole(base: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
         ("one", "dropout", "rollout 4", 2),  # mid-epoch, in a rollout
         ("one", "full", "learning 7", 6),  # mid-epoch, gradients half accumulated
         ("one", "nf4", "update 6", 4),  # taken up exactly at an epoch's end
+        ("one", "dropout", "validation 6", 6),  # in the first of two batches
         ("one", "dropout", "validation 8", 8),
         ("one", "dropout", "epoch_end 8", 8),  # killed exactly at an epoch's end
         ("one", "dropout", "rollout 12", 10),  # in the third epoch, shuffled
@@ -82,7 +90,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(
     whole: Any, base: str, tmp_path: Path, how: str, kind: str, death: str, last: int
 ) -> None:
     count = 1 if how == "one" else 2
-    start: dict[str, Any] = {"how": how, "kind": kind}
+    start: dict[str, Any] = {"how": how, "kind": kind, "trainer": VALIDATES}
     ended = on_ranks(count, runs.train, tmp_path, base, death=death, logs=tmp_path / "killed", **start)
     killed = [each for each in ended if each.code == -9]
     assert len(killed) == (count if "SIGKILL" not in death else 1), [each.log[-2000:] for each in ended]
@@ -100,18 +108,40 @@ def test_killed_and_resumed_is_the_uninterrupted_run(
         assert found == [record for record in expected if record["step"] > last]
         assert same(*(torch.load(path / "weights.pt", weights_only=True) for path in (uninterrupted, tmp_path)))
     else:
-        assert_same_run(whole(how, kind), tmp_path)
+        assert_same_run(whole(how, kind), tmp_path, last)
 
 
-def test_sigterm_in_a_rollout_saves_at_the_end_of_the_step(whole: Any, base: str, tmp_path: Path) -> None:
+def test_killed_in_the_last_validation(whole: Any, base: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"trainer": VALIDATES}
+    (ended,) = on_ranks(1, runs.train, tmp_path, base, death="validation 12", logs=tmp_path / "killed", **options)
+    assert ended.code == -9
+    succeed(on_ranks(1, runs.train, tmp_path, base, resume="last", logs=tmp_path / "resumed", **options))
+    known = runs.metrics(whole("one", "dropout"))
+    last = {key: value for key, value in known.items() if key[0] == 11 and key[1].startswith("val/")}
+    assert runs.metrics(tmp_path, 1) == last
+    assert "val/reward" in {name for _, name in last}
+
+
+@pytest.mark.parametrize(("moment", "saved"), [("rollout 7", 7), ("validation 6", 6)])
+def test_sigterm_saves_at_the_end_of_the_step(whole: Any, base: str, tmp_path: Path, moment: str, saved: int) -> None:
+    """In validation at the end of the batch; all of it is made again."""
     (ended,) = on_ranks(
-        1, runs.train, tmp_path, base, death="rollout 7 SIGTERM", save_on_exception=True, logs=tmp_path / "killed"
+        1,
+        runs.train,
+        tmp_path,
+        base,
+        death=f"{moment} SIGTERM",
+        save_on_exception=True,
+        every=4,
+        logs=tmp_path / "killed",
+        trainer=VALIDATES,
     )
     assert ended.code != 0
     assert "SIGTERMException" in ended.log
-    assert torch.load(runs.checkpoint(tmp_path), weights_only=True)["lambdapo"]["rollout_step"] == 7
-    succeed(on_ranks(1, runs.train, tmp_path, base, resume="last", logs=tmp_path / "resumed"))
-    assert_same_run(whole("one", "dropout"), tmp_path)
+    assert torch.load(runs.checkpoint(tmp_path), weights_only=True)["lambdapo"]["rollout_step"] == saved
+    options: dict[str, Any] = {"resume": "last", "every": 4, "trainer": VALIDATES}
+    succeed(on_ranks(1, runs.train, tmp_path, base, logs=tmp_path / "resumed", **options))
+    assert_same_run(whole("one", "dropout"), tmp_path, saved)
 
 
 @pytest.mark.parametrize("rank", ["0", "1", "all"])
@@ -119,10 +149,11 @@ def test_sigterm_in_a_rollout_saves_at_the_end_of_the_step(whole: Any, base: str
 def test_sigterm_ends_both_ranks_after_the_same_step(
     whole: Any, base: str, tmp_path: Path, rank: str, save: bool
 ) -> None:
-    options: dict[str, Any] = {"how": "ddp", "death": f"rollout 7 SIGTERM {rank}", "save_on_exception": save}
-    ended = on_ranks(2, runs.train, tmp_path, base, logs=tmp_path / "killed", timeout=25, **options)
+    death: dict[str, Any] = {"death": f"rollout 7 SIGTERM {rank}", "save_on_exception": save}
+    options: dict[str, Any] = {"how": "ddp", "trainer": VALIDATES}
+    ended = on_ranks(2, runs.train, tmp_path, base, logs=tmp_path / "killed", timeout=25, **options, **death)
     assert all("SIGTERMException" in each.log for each in ended), [each.log[-2000:] for each in ended]
     held = torch.load(runs.checkpoint(tmp_path), weights_only=True)
     assert held["lambdapo"]["rollout_step"] == (7 if save else 6)
-    succeed(on_ranks(2, runs.train, tmp_path, base, how="ddp", resume="last", logs=tmp_path / "resumed"))
-    assert_same_run(whole("ddp", "dropout"), tmp_path)
+    succeed(on_ranks(2, runs.train, tmp_path, base, resume="last", logs=tmp_path / "resumed", **options))
+    assert_same_run(whole("ddp", "dropout"), tmp_path, 7 if save else 6)

@@ -216,7 +216,7 @@ class Report:
                 axes.plot([own.low, own.high], [height, height], color=color, linewidth=2)
             axes.plot(own.mean, height, "o", color=color)
             axes.plot(list(self.finals[arm].values()), [height] * len(self.finals[arm]), ".", color="0.6", markersize=4)
-        for baseline in set(self.baselines.values()):
+        for baseline in dict.fromkeys(self.baselines.values()):
             axes.axvline(self.interval(baseline).mean, color="0.5", linestyle=":", linewidth=1)
         axes.set_yticks(range(len(ranked)), [arm.label for arm in ranked])
         axes.grid(axis="x", alpha=0.3)
