@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 def is_owed(trainer: Trainer) -> bool:
     """Whether a checkpoint that is saved now lies between a training step and the end of the validation after it."""
     loop = trainer.fit_loop.epoch_loop
-    if trainer.sanity_checking or not trainer.enable_validation:
+    if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.enable_validation:
         return False
     if trainer.validating:
         batch: Any = loop.val_loop.batch_progress.current
