@@ -1,4 +1,3 @@
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,33 +113,6 @@ def fit(path: Path, model: LambdaPOModule, **settings: Any) -> list[dict[str, fl
     callbacks = [*settings.pop("callbacks", []), recorder]
     trainer(path, callbacks=callbacks, enable_checkpointing=True, **settings).fit(model, Rows(batch_size=4))
     return recorder.steps
-
-
-def test_what_has_no_value_in_a_step_is_left_out(base: str, tmp_path: Path) -> None:
-    """Rows of the second and third step are right or wrong, those of the others nothing the reward could judge."""
-
-    class Sometimes(Same):
-        calls = 0
-
-        def __call__(self, inputs: RewardInputs) -> Sequence[float | None]:
-            self.calls += 1
-            return [float(self.calls) if self.calls in (2, 3) else None for _ in inputs.completions]
-
-    class Own(LambdaPOModule):
-        def training_step(self, batch: PromptBatch, batch_idx: int) -> Any:
-            if batch_idx != 3:
-                self.log("train/own", float(batch_idx))
-            return super().training_step(batch, batch_idx)
-
-    model = Own(PolicyConfig(base), rollout=RolloutConfig(max_new_tokens=4), rewards=[Digits(), Sometimes(name="some")])
-    run = trainer(tmp_path, logger=CSVLogger(tmp_path, flush_logs_every_n_steps=1))
-    run.fit(model, Rows(batch_size=4))
-    with (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["train/reward/some"] for row in rows] == ["", "2.0", "3.0", ""]
-    assert all(row["train/reward/digits"] for row in rows)
-    assert "train/reward/some" not in run.callback_metrics
-    assert run.callback_metrics["train/own"] == 2.0, "what a subclass logs is its own affair"
 
 
 def test_a_step_logs_everything_and_nothing_is_nan(base: str, tmp_path: Path) -> None:

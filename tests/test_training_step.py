@@ -1,3 +1,4 @@
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -6,9 +7,17 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from test_module import Rows, fit, module, trainer
+from lightning.pytorch.loggers import CSVLogger
+from test_module import Digits, Rows, Same, fit, module, trainer
 
-from lightning_lambdapo import AdapterConfig, AlgorithmConfig, PolicyConfig, RolloutConfig
+from lightning_lambdapo import (
+    AdapterConfig,
+    AlgorithmConfig,
+    LambdaPOModule,
+    PolicyConfig,
+    PromptBatch,
+    RolloutConfig,
+)
 from lightning_lambdapo.functional import group_advantages, lambda_advantages
 from lightning_lambdapo.rewards import Reward, RewardInputs
 
@@ -118,3 +127,30 @@ def test_accuracy_is_over_the_rows_it_applies_to(base: str, tmp_path: Path) -> N
     assert run.callback_metrics["train/valid"] == 0.5
     assert run.callback_metrics["val/pass_at_1"] == 0.5
     assert run.callback_metrics["val/avg_at_1"] == 0.5
+
+
+def test_what_has_no_value_in_a_step_is_left_out(base: str, tmp_path: Path) -> None:
+    """Rows of the second and third step are right or wrong, those of the others nothing the reward could judge."""
+
+    class Sometimes(Same):
+        calls = 0
+
+        def __call__(self, inputs: RewardInputs) -> Sequence[float | None]:
+            self.calls += 1
+            return [float(self.calls) if self.calls in (2, 3) else None for _ in inputs.completions]
+
+    class Own(LambdaPOModule):
+        def training_step(self, batch: PromptBatch, batch_idx: int) -> Any:
+            if batch_idx != 3:
+                self.log("train/own", float(batch_idx))
+            return super().training_step(batch, batch_idx)
+
+    model = Own(PolicyConfig(base), rollout=RolloutConfig(max_new_tokens=4), rewards=[Digits(), Sometimes(name="some")])
+    run = trainer(tmp_path, logger=CSVLogger(tmp_path, flush_logs_every_n_steps=1))
+    run.fit(model, Rows(batch_size=4))
+    with (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["train/reward/some"] for row in rows] == ["", "2.0", "3.0", ""]
+    assert all(row["train/reward/digits"] for row in rows)
+    assert "train/reward/some" not in run.callback_metrics
+    assert run.callback_metrics["train/own"] == 2.0, "what a subclass logs is its own affair"
