@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -352,7 +353,10 @@ class RolloutCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on as ``state_dict`` left off."""
-        super().load_state_dict(state_dict)
+        with warnings.catch_warnings():
+            if self.monitor is None:  # there are no scores to lose
+                warnings.filterwarnings("ignore", message="The dirpath has changed")
+            super().load_state_dict(state_dict)
         self._awaits_score = state_dict.get("awaits_score", False)
 
     def _is_logged_in_training(self, trainer: Trainer) -> bool:

@@ -23,7 +23,6 @@ from lightning_lambdapo import AdapterConfig, LambdaPOModule, RolloutCheckpoint
 from lightning_lambdapo.checkpoint_files import CheckpointError, read_header
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
 

@@ -33,7 +33,6 @@ from lightning_lambdapo.rewards import FunctionReward, Reward, RewardInputs
 from lightning_lambdapo.rollout import sampling
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
 
