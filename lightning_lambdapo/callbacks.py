@@ -318,6 +318,7 @@ class RolloutCheckpoint(ModelCheckpoint):
         self.interval = train_time_interval
         self._saved_at = time.monotonic()
         self._awaits_score = False
+        self._trained: set[str] = set()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
@@ -328,10 +329,11 @@ class RolloutCheckpoint(ModelCheckpoint):
         else:
             passed = time.monotonic() - self._saved_at >= (self.interval or timedelta()).total_seconds()
             due = bool(trainer.strategy.broadcast(passed))  # clocks differ between ranks; saving is a collective
+        self._trained |= {each.meta.name for each in (trainer._results or {}).values()}
         if due and not self._should_skip_saving_checkpoint(trainer):
             candidates: dict[str, Tensor] = self._monitor_candidates(trainer)
-            self._awaits_score = trainer.enable_validation and not self._is_logged_in_training(trainer)
-            if not self._awaits_score:
+            self._awaits_score = self.monitor is not None and self.monitor not in self._trained
+            if self.monitor is None or (not self._awaits_score and self.monitor in candidates):
                 self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
             self._saved_at = time.monotonic()
@@ -344,8 +346,20 @@ class RolloutCheckpoint(ModelCheckpoint):
         """
         super().on_validation_end(trainer, pl_module)
         if self._awaits_score and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._awaits_score = False
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+            candidates: dict[str, Tensor] = self._monitor_candidates(trainer)
+            if self.monitor in candidates or str(self.monitor).startswith("val/"):
+                self._awaits_score = False
+                self._save_topk_checkpoint(trainer, candidates)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last where that has not been done, and warn where nothing could be the best."""
+        super().on_train_end(trainer, pl_module)
+        if self.monitor is not None and not self.best_model_path and trainer.is_global_zero:
+            warnings.warn(
+                f"RolloutCheckpoint(monitor={self.monitor!r}) saved no best checkpoint: nothing logged that when a "
+                f"save was due. There are {', '.join(sorted(trainer.callback_metrics))}.",
+                stacklevel=2,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What its parent keeps, and whether a save waits for the validation that comes next."""
@@ -358,9 +372,6 @@ class RolloutCheckpoint(ModelCheckpoint):
                 warnings.filterwarnings("ignore", message="The dirpath has changed")
             super().load_state_dict(state_dict)
         self._awaits_score = state_dict.get("awaits_score", False)
-
-    def _is_logged_in_training(self, trainer: Trainer) -> bool:
-        return self.monitor is None or self.monitor in {each.meta.name for each in (trainer._results or {}).values()}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save where all ranks can."""

@@ -55,7 +55,7 @@ class TrainableCheckpoint(LightningModule):
             "skipped_in_a_row": self.skipped_in_a_row,
             "updates_in_unfinished_step": updates,
             "seed": self.sampling_seed,
-            "owes_validation": self._trainer is not None and owed.is_owed(self.trainer),
+            "owes_validation": self._trainer is not None and owed.is_owed(self.trainer, so_far=self.owes_validation),
         }
         if not updates:  # the step will be done again from its start
             _give_back(checkpoint, unfinished)
@@ -78,7 +78,7 @@ class TrainableCheckpoint(LightningModule):
         self.skipped_in_a_row = own.get("skipped_in_a_row", 0)
         if self._trainer is None:
             return
-        self.owes_validation = own.get("owes_validation", False)
+        self.owes_validation = self.trainer.state.fn == "fit" and own.get("owes_validation", False)
         if own["seed"] != self.sampling_seed:
             warnings.warn(
                 f"The checkpoint's run sampled with seed {own['seed']}, this one with {self.sampling_seed}: training "

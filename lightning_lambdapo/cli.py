@@ -83,6 +83,7 @@ class LambdaPOCLI(LightningCLI):
         """Make the last validation, where a run that was killed in it is taken up and has nothing left to train."""
         if getattr(self.model, "owes_validation", False):
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+            self.model.owes_validation = False
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: a checkpoint's hyper-parameters must not override file and command line."""

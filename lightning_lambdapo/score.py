@@ -271,8 +271,8 @@ def _judge(rows: Sequence[Completion], judges: Sequence[Reward], groups: Sequenc
 class _Unknown(list[Any]):
     """What a file does not say of its rows: an error where a reward reads it."""
 
-    def __init__(self, where: str, column: str) -> None:
-        super().__init__()
+    def __init__(self, where: str, column: str, rows: int) -> None:
+        super().__init__([None] * rows)
         self.missing = f"{where} has no `{column}`, which the reward reads"
 
     def __copy__(self) -> "_Unknown":
@@ -284,9 +284,16 @@ class _Unknown(list[Any]):
     def __getitem__(self, index: Any) -> Any:
         raise ValueError(self.missing)
 
+    def __contains__(self, value: Any) -> bool:
+        raise ValueError(self.missing)
+
+    def count(self, value: Any) -> int:
+        """Raise as well."""
+        raise ValueError(self.missing)
+
 
 def _known(rows: Sequence[Completion], column: str, values: list[Any]) -> list[Any]:
-    return _Unknown(rows[values.index(None)].where, column) if None in values else values
+    return _Unknown(rows[values.index(None)].where, column, len(rows)) if None in values else values
 
 
 def _load_reward(name: str) -> Any:

@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +26,7 @@ from lightning_lambdapo import (
     Throughput,
 )
 from lightning_lambdapo.functional import lambda_advantages
+from lightning_lambdapo.rewards import Reward, RewardInputs
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -150,6 +152,32 @@ def test_the_best_by_validation_are_the_weights_that_were_validated(base: str, t
         fit("mistaken", monitor="val/accuracy")
     last = torch.load(tmp_path / "mistaken" / "last.ckpt", weights_only=True)
     assert last["global_step"] == 2, "saved before the first validation, which found the mistake"
+
+
+def test_the_best_by_what_few_steps_log(base: str, tmp_path: Path) -> None:
+    """Saves are due after the second and the fourth of four steps."""
+
+    class Some(Reward):
+        """Has a value in every second call."""
+
+        def __init__(self, name: str, first: bool) -> None:
+            super().__init__(1.0, name)
+            self.next = first
+
+        def __call__(self, inputs: RewardInputs) -> list[float | None]:
+            self.next = not self.next
+            return [None if self.next else 1.0 for _ in inputs.completions]
+
+    every: dict[str, Any] = {"val_check_interval": 4, "check_val_every_n_epoch": None, "limit_val_batches": 1}
+    for name, saves in (("odd", False), ("even", True), ("none", False)):
+        monitor = f"train/reward/{name}"
+        callback = RolloutCheckpoint(every_n_rollouts=2, dirpath=tmp_path / monitor, monitor=monitor, mode="max")
+        model = module(base, rewards=[Digits(), Some("odd", True), Some("even", False)])
+        run = trainer(tmp_path, callbacks=[callback], enable_checkpointing=True, **every)
+        with nullcontext() if saves else pytest.warns(UserWarning, match=f"monitor='{monitor}'\\) saved no best"):
+            run.fit(model, Rows(batch_size=4))
+        assert bool(callback.best_model_path) == saves
+        assert (tmp_path / monitor / "last.ckpt").exists()
 
 
 @pytest.mark.parametrize("lora", [None, AdapterConfig(r=4)], ids=["full", "lora"])

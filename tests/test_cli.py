@@ -46,6 +46,17 @@ def test_fit_validate_test_predict(arguments: list[str], tmp_path: Path) -> None
     assert all((run / "config.yaml").exists() for run in runs)
 
 
+def test_a_finished_run_without_validation_data_may_be_run_again(arguments: list[str], tmp_path: Path) -> None:
+    kept = [each for each in arguments if not each.startswith("--data.val")]
+    saves = ["--trainer.callbacks+=lightning_lambdapo.RolloutCheckpoint", "--trainer.callbacks.every_n_rollouts=1"]
+    limits = ["--trainer.max_steps=4", "--trainer.val_check_interval=2"]
+    for number, more in enumerate(([], ["--ckpt_path=last"])):
+        main(["fit", *kept, *saves, *limits, *more])
+        assert (tmp_path / "lightning_logs" / f"version_{number}" / "config.yaml").exists()
+    held = torch.load(tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert held["lambdapo"]["owes_validation"] is False
+
+
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")  # Lightning's word on what barebones means
 def test_barebones(arguments: list[str], tmp_path: Path) -> None:
     kept = [each for each in arguments if "callbacks" not in each and "log_every" not in each]

@@ -122,25 +122,21 @@ def test_killed_in_the_last_validation(whole: Any, base: str, tmp_path: Path) ->
     assert "val/reward" in {name for _, name in last}
 
 
-@pytest.mark.parametrize(("moment", "saved"), [("rollout 7", 7), ("validation 6", 6)])
-def test_sigterm_saves_at_the_end_of_the_step(whole: Any, base: str, tmp_path: Path, moment: str, saved: int) -> None:
-    """In validation at the end of the batch; all of it is made again."""
-    (ended,) = on_ranks(
-        1,
-        runs.train,
-        tmp_path,
-        base,
-        death=f"{moment} SIGTERM",
-        save_on_exception=True,
-        every=4,
-        logs=tmp_path / "killed",
-        trainer=VALIDATES,
-    )
+@pytest.mark.parametrize("limit", [{}, {"max_epochs": -1, "max_steps": 24}], ids=["epochs", "steps"])
+@pytest.mark.parametrize(
+    ("moment", "saved"), [("rollout 7", 7), ("rollout 8", 8), ("validation 6", 6), ("validation 8", 8)]
+)
+def test_sigterm_saves_at_the_end_of_the_step(
+    whole: Any, base: str, tmp_path: Path, moment: str, saved: int, limit: dict[str, int]
+) -> None:
+    """In validation, and in an epoch's last step, at the end of a validation batch; all of it is made again."""
+    options: dict[str, Any] = {"every": 12, "trainer": VALIDATES | limit}
+    start: dict[str, Any] = {"death": f"{moment} SIGTERM", "save_on_exception": True} | options
+    (ended,) = on_ranks(1, runs.train, tmp_path, base, logs=tmp_path / "killed", **start)
     assert ended.code != 0
     assert "SIGTERMException" in ended.log
     assert torch.load(runs.checkpoint(tmp_path), weights_only=True)["lambdapo"]["rollout_step"] == saved
-    options: dict[str, Any] = {"resume": "last", "every": 4, "trainer": VALIDATES}
-    succeed(on_ranks(1, runs.train, tmp_path, base, logs=tmp_path / "resumed", **options))
+    succeed(on_ranks(1, runs.train, tmp_path, base, resume="last", logs=tmp_path / "resumed", timeout=60, **options))
     assert_same_run(whole("one", "dropout"), tmp_path, saved)
 
 

@@ -39,7 +39,7 @@ def counted(completion_lengths: list[int]) -> list[float]:
 
 
 def cut(**columns: list[Any]) -> list[float]:
-    return [float(each) for each in columns["truncated"]]
+    return [float(True in columns["truncated"]) for _ in columns["completions"]]
 
 
 class Long(Reward):

@@ -143,14 +143,38 @@ def is_part(key: str, whole: str) -> bool:
     return first[: len(second)] == second
 
 
-def option_keys(arguments: Iterable[str]) -> list[str]:
-    """The dotted keys that a command line sets.
+def option_keys(arguments: Sequence[str]) -> list[str]:
+    """The dotted keys that a command line sets, those inside of mappings too.
 
     Example:
         >>> option_keys(["--trainer.max_steps=4", "--model.seed", "3", "--trainer.callbacks+=a.B"])
         ['trainer.max_steps', 'model.seed', 'trainer.callbacks']
+        >>> option_keys(["--data={class_path: mine.Data, init_args: {seed: 1}}"])
+        ['data.class_path', 'data.init_args.seed']
     """
-    return [each.removeprefix("--").partition("=")[0].rstrip("+") for each in arguments if each.startswith("--")]
+    found = []
+    for index, argument in enumerate(arguments):
+        if argument.startswith("--"):
+            name, equals, value = argument.removeprefix("--").partition("=")
+            if not equals and index + 1 < len(arguments):
+                value = arguments[index + 1]
+            found += _leaves(name.rstrip("+"), value)
+    return found
+
+
+def _leaves(key: str, text: str) -> list[str]:
+    """The keys of a value: its own, or, of a mapping, those inside of it."""
+    try:
+        value = yaml.safe_load(text) if text.lstrip().startswith("{") else None
+    except yaml.YAMLError:
+        value = None
+
+    def below(prefix: str, part: Any) -> list[str]:
+        if not isinstance(part, dict) or not part:
+            return [prefix]
+        return [leaf for name, inner in part.items() for leaf in below(f"{prefix}.{name}", inner)]
+
+    return below(key, value)
 
 
 def _inside(place: Any, part: str) -> Any:

@@ -132,6 +132,8 @@ def test_a_killed_run_continues(
         (["--estimators=lambda,grpo", "--config=other.yaml"], "All runs share one --config, got 2"),
         (["--estimators=lambda,grpo", "--seed_everything=7"], "`compare` sets seed_everything for each run"),
         (["--estimators=lambda,grpo", "--model.init_args.seed", "7"], "`compare` sets model.seed for each run"),
+        (["--estimators=lambda,grpo", "--model={init_args: {seed: 7}}"], "`compare` sets model.seed for each run"),
+        (["--estimators=lambda,grpo", "--trainer", "{logger: false}"], "`compare` sets trainer.logger for each run"),
         (["--estimators=lambda,grpo", "--data.seed=7"], "`compare` sets data.seed for each run"),
         (["--vary=data.seed=1,2"], "`compare` sets data.seed for each run"),
         (["--estimators=lambda,grpo", "--trainer.logger.save_dir=x"], "`compare` sets trainer.logger for each run"),
