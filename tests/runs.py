@@ -312,7 +312,7 @@ def completions(directory: Path, number: int = 0) -> list[dict[str, Any]]:
 
 
 def metrics(directory: Path, number: int = 0) -> dict[tuple[int, str], float]:
-    """What was logged, by (step, name)."""
+    """What was logged, the epoch among it, by (step, name)."""
     import csv
 
     with (version(directory, number) / "metrics.csv").open() as file:
@@ -320,5 +320,5 @@ def metrics(directory: Path, number: int = 0) -> dict[tuple[int, str], float]:
             (int(row["step"]), name): float(value)
             for row in csv.DictReader(file)
             for name, value in row.items()
-            if value and name not in ("step", "epoch")
+            if value and name != "step"
         }
