@@ -189,13 +189,7 @@ class TrainingConsole(ProgressBar):
         """Advance the prediction's bar."""
         self._show("predict", trainer.num_predict_batches[dataloader_idx], completed=batch_idx + 1)
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the bar away."""
-        self._stop()
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the bar away."""
-        self._stop()
+    on_test_end = on_predict_end = on_train_end
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 

@@ -121,8 +121,9 @@ def _arms(options: argparse.Namespace, arguments: Sequence[str]) -> list[Arm]:
     estimators = [name.strip() for name in options.estimators.split(",") if name.strip()]
     variations = [parse_variation(text) for text in options.vary]
     varied = [key for variation in variations for key in variation[0]] + ([ESTIMATOR] if estimators else [])
+    fixed = option_keys(arguments)
     for key in varied:
-        if any(same_key(key, name) for name in option_keys(arguments)):
+        if any(same_key(key, name) for name in fixed):
             raise ValueError(f"{key} is varied, and given a value besides; drop one of them.")
     for name, count in Counter(varied).items():
         if count > 1:

@@ -21,6 +21,7 @@ from lightning_lambdapo.compare.statistics import (
     tokens_at,
     total_tokens,
 )
+from lightning_lambdapo.results import table
 
 Curves = dict[str, tuple[Array, Array]]
 _PREFERRED = ("val/pass_at_1", "val/reward", "train/accuracy", "train/reward")
@@ -101,8 +102,7 @@ class Report:
         interval = "95% interval"
         titles = ["arm", "seeds", self.metric, interval, f"minus {other}", interval, "p", "reading", "tokens"]
         titles += ["length", "entropy"]
-        lines += ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-        lines += ["| " + " | ".join(self._row(arm)) + " |" for arm in self.ranked]
+        lines += table(titles, [self._row(arm) for arm in self.ranked], numbers=False)
         budgets = [self._tokens(arm) for arm in self.finals]
         if max(budgets) > _UNLIKE * min(budgets):
             lines += ["", f"**Budgets differ**: from {min(budgets):,.0f} to {max(budgets):,.0f} tokens per run."]

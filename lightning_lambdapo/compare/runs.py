@@ -48,8 +48,9 @@ def prepare(run: Run, base: Mapping[str, Any], arguments: Sequence[str]) -> list
         own["data.seed"] = run.seed
     if section(base, "model").get("seed") is not None:
         own["model.seed"] = None  # of sampling; follows seed_everything then
+    given = [*option_keys(arguments), *run.arm.settings]
     for name in (*own, "model.seed", "trainer.logger", "ckpt_path"):
-        if any(is_part(key, name) for key in (*option_keys(arguments), *run.arm.settings)):
+        if any(is_part(key, name) for key in given):
             raise ValueError(f"`compare` sets {name} for each run; drop it from the options.")
     config = with_settings(base, run.arm.settings | own)
     trainer = config["trainer"]
