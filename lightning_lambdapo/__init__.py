@@ -6,6 +6,10 @@ lightning nor transformers.
 
 import importlib
 import logging
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -14,25 +18,25 @@ __version__ = "0.1.0"
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in str(record.msg))
 
 _HOMES = {
-    "AdapterConfig": "policy",
+    "AdapterConfig": "config",
     "AlgorithmConfig": "config",
     "CompletionsLogger": "callbacks",
     "DataSource": "data",
     "EvaluationConfig": "config",
-    "EvaluationReport": "reports",
+    "EvaluationReport": "callbacks",
     "LambdaPODataModule": "data",
     "LambdaPOModule": "module",
-    "PolicyConfig": "policy",
+    "PolicyConfig": "config",
     "PolicyExport": "callbacks",
     "PromptBatch": "datatypes",
     "PromptCollator": "data",
     "PromptTemplate": "data",
     "RewardPlot": "callbacks",
     "RolloutCheckpoint": "callbacks",
-    "RolloutConfig": "rollout",
-    "SamplingConfig": "rollout",
+    "RolloutConfig": "config",
+    "SamplingConfig": "config",
     "Throughput": "callbacks",
-    "TrainingConsole": "console",
+    "TrainingConsole": "callbacks",
 }
 
 __all__ = [
@@ -60,19 +64,24 @@ __all__ = [
 if TYPE_CHECKING:
     from lightning_lambdapo.callbacks import (
         CompletionsLogger,
+        EvaluationReport,
         PolicyExport,
         RewardPlot,
         RolloutCheckpoint,
         Throughput,
+        TrainingConsole,
     )
-    from lightning_lambdapo.config import AlgorithmConfig, EvaluationConfig
-    from lightning_lambdapo.console import TrainingConsole
+    from lightning_lambdapo.config import (
+        AdapterConfig,
+        AlgorithmConfig,
+        EvaluationConfig,
+        PolicyConfig,
+        RolloutConfig,
+        SamplingConfig,
+    )
     from lightning_lambdapo.data import DataSource, LambdaPODataModule, PromptCollator, PromptTemplate
     from lightning_lambdapo.datatypes import PromptBatch
     from lightning_lambdapo.module import LambdaPOModule
-    from lightning_lambdapo.policy import AdapterConfig, PolicyConfig
-    from lightning_lambdapo.reports import EvaluationReport
-    from lightning_lambdapo.rollout import RolloutConfig, SamplingConfig
 
 
 def __getattr__(name: str) -> Any:
@@ -83,3 +92,23 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Lets class paths and imports of release 0.1 find the modules that have moved since."""
+
+    homes = {  # noqa: RUF012 -- never changed
+        f"{__name__}.cli": f"{__name__}.commands.main",
+        f"{__name__}.console": f"{__name__}.callbacks.console",
+        f"{__name__}.reports": f"{__name__}.callbacks.evaluation_report",
+    }
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname in self.homes else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        home = importlib.import_module(self.homes[module.__name__])
+        vars(module)["__getattr__"] = lambda name: getattr(home, name)
+
+
+sys.meta_path.append(_Moved())

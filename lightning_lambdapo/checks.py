@@ -1,7 +1,7 @@
 """Everything that can be found wrong before a rollout is paid for."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -10,10 +10,10 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import PreTrainedModel
 
-from lightning_lambdapo.config import AlgorithmConfig
-from lightning_lambdapo.parallel import flattens, is_sharded
+from lightning_lambdapo.config import AlgorithmConfig, SamplingConfig
+from lightning_lambdapo.distributed.fsdp1 import flattens
+from lightning_lambdapo.distributed.parallel import is_sharded
 from lightning_lambdapo.rewards import Reward
-from lightning_lambdapo.rollout import SamplingConfig
 
 
 def check_schedule(*, updates_per_rollout: int, epochs_per_rollout: int, max_tokens_per_micro_batch: int) -> None:
@@ -128,6 +128,17 @@ def check_context(model: PreTrainedModel, prompt_length: int, max_new_tokens: in
         raise ValueError(message)
     if not quiet:
         rank_zero_info(message)
+
+
+def check_data(
+    trainer: Trainer, rewards: Sequence[Reward], model: PreTrainedModel, longest_completion: Callable[[str], int]
+) -> None:
+    """Refuse data, as far as they are known beforehand, that do not fit the rewards or the model's positions."""
+    data = getattr(trainer, "datamodule", None)
+    if rows := getattr(data, "train_rows", None):
+        check_fields(rewards, rows)
+    for split, length in getattr(data, "longest", {}).items():
+        check_context(model, length, longest_completion("train" if split == "train" else "val"))
 
 
 def check_reserve(reserve: int, prompts: int) -> int:

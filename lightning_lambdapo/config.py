@@ -1,18 +1,219 @@
-"""Settings of the algorithm and of evaluation, checked when they are made."""
+"""Every settings dataclass that a user writes in YAML, checked when it is made."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
-from lightning_lambdapo.functional.advantages import Reduction, Scale, Temperature, Weighting
-from lightning_lambdapo.functional.losses import Aggregation, KLEstimator, Level
-from lightning_lambdapo.rollout import SamplingConfig
+import torch
+
+from lightning_lambdapo.functional.advantages import Reduction, Scale, Score, Temperature, Weighting, check_weighting
+from lightning_lambdapo.functional.losses import Aggregation, KLEstimator, Level, check_clipping
+from lightning_lambdapo.functional.masking import check_choice
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 Estimator = Literal["lambda", "grpo", "dr_grpo", "rloo"]
-Score = Literal["mean", "sum"]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Where the policy comes from and how it is held in memory.
+
+    Attributes:
+        model: a hub id, a local directory, the path of a ``.gguf`` file, or ``builtin:arithmetic`` (the tiny policy
+            of the quickstart).
+        revision: branch, tag or commit of the hub repository.
+        tokenizer: hub id or directory of the tokenizer, where it is not the model's own.
+        adapter: hub id or directory of a PEFT adapter to continue training from; the reference is then that adapter.
+        dtype: type of the base weights; adapters are float32 whatever the base is.
+        quantization: hold the frozen base in 4 bits (``"nf4"``, ``"fp4"``) or 8 bits (``"int8"``) by bitsandbytes.
+        double_quantization: quantise the 4-bit scales too.
+        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+        attn_implementation: transformers' name of the attention implementation; None lets transformers choose. It
+            serves where prompts are not shared: the ``hf`` engine, padded rows.
+    """
+
+    model: str
+    revision: str | None = None
+    tokenizer: str | None = None
+    adapter: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    quantization: Literal["nf4", "fp4", "int8"] | None = None
+    double_quantization: bool = True
+    gradient_checkpointing: bool = False
+    attn_implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ValueError("`policy.model` is empty; give a hub id, a directory or the path of a .gguf file.")
+        if self.model.endswith(".gguf") and not Path(self.model).expanduser().is_file():
+            raise ValueError(f"`policy.model` names a GGUF file that does not exist: {self.model}.")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """``dtype`` as torch has it."""
+        return cast(torch.dtype, getattr(torch, self.dtype))
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """A LoRA adapter. Everything that peft's ``LoraConfig`` takes beyond the four usual settings goes to ``options``.
+
+    Attributes:
+        r: rank.
+        alpha: the update is scaled by ``alpha / r``.
+        dropout: dropout on the adapter's input while learning (never during rollouts).
+        target_modules: ``"all-linear"``, a regular expression, or module name endings.
+        options: further arguments of ``peft.LoraConfig``, such as ``use_dora``, ``use_rslora``, ``rank_pattern``.
+    """
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def to_peft(self) -> "LoraConfig":
+        """The same as a ``peft.LoraConfig`` for causal language models."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.target_modules,
+            task_type="CAUSAL_LM",
+            **self.options,
+        )
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are drawn from the policy's logits.
+
+    The filters are applied in the order repetition penalty, temperature, top-k, top-p, min-p.
+
+    Attributes:
+        temperature: divisor of the logits; 0 decodes greedily.
+        top_p: keep the smallest set of tokens whose probability reaches this; 1 keeps all.
+        top_k: keep this many most likely tokens; 0 keeps all.
+        min_p: drop tokens below this share of the most likely token's probability; 0 keeps all.
+        repetition_penalty: divide positive (multiply negative) logits of the tokens seen so far; 1 does nothing.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "temperature": (0 <= self.temperature < math.inf, "a finite number, at least 0 (0 decodes greedily)"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "top_k": (self.top_k >= 0, "at least 0 (0 keeps all tokens)"),
+            "min_p": (0 <= self.min_p < 1, "in [0, 1)"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "a finite number above 0"),
+        }
+        for name, (good, wanted) in ranges.items():
+            if not good:
+                raise ValueError(f"`sampling.{name}` must be {wanted}, got {getattr(self, name)}.")
+
+    @property
+    def greedy(self) -> bool:
+        """True where the most likely token is always taken."""
+        return self.temperature == 0
+
+    @property
+    def logprob_temperature(self) -> float:
+        """Divisor of the logits in every log-probability: ``temperature``, or 1 under greedy decoding."""
+        return self.temperature or 1.0
+
+    @property
+    def filters(self) -> list[str]:
+        """Names of the settings that make the drawing distribution differ from the one log-probs are taken of."""
+        neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+        return [name for name, value in neutral.items() if getattr(self, name) != value]
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How completions are generated for training.
+
+    Attributes:
+        engine: ``"grouped"`` (prompts stored once, finished rows dropped) or ``"hf"`` (transformers' ``generate``, also
+            what ``"grouped"`` falls back to for architectures it cannot decode).
+        group_size: rollouts per prompt, G. At least 2.
+        max_new_tokens: longest completion, in tokens.
+        sampling: how tokens are drawn.
+        reserve_prompts: of each training batch hold back this many prompts, which then take the places of groups whose
+            rewards are all equal (dynamic sampling). A step trains on the others' number; what is left of the reserve
+            waits for the next epoch. 0 switches it off. With several ranks each has a reserve of its own.
+        max_live_tokens: tokens for which the grouped engine holds keys and values at once, each row counting with its
+            longest possible completion; further prompts come in as rows end. None decodes all prompts together.
+    """
+
+    engine: Literal["grouped", "hf"] = "grouped"
+    group_size: int = 8
+    max_new_tokens: int = 256
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    reserve_prompts: int = 0
+    max_live_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2:
+            raise ValueError(
+                f"`group_size` must be at least 2, got {self.group_size}; a pairwise advantage needs a peer."
+            )
+        if self.max_new_tokens < 1:
+            raise ValueError(f"`max_new_tokens` must be at least 1, got {self.max_new_tokens}.")
+        if self.reserve_prompts < 0:
+            raise ValueError(f"`reserve_prompts` must be at least 0, got {self.reserve_prompts}.")
+        if self.max_live_tokens is not None and self.max_live_tokens < 1:
+            raise ValueError(f"`max_live_tokens` must be at least 1, got {self.max_live_tokens}.")
+        if self.sampling.greedy:
+            raise ValueError(
+                "`rollout.sampling.temperature` is 0: greedy decoding makes all rollouts of a group the same, so there "
+                "is nothing to compare; set it above 0."
+            )
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How validation, test and prediction decode; training's sampling settings have no say in it.
+
+    Attributes:
+        num_samples: completions per prompt.
+        k: pass@k and maj@k are logged for each of these; at most ``num_samples``.
+        max_new_tokens: longest completion; None takes that of training.
+        sampling: how tokens are drawn; greedy unless told otherwise.
+    """
+
+    num_samples: int = 1
+    k: list[int] = field(default_factory=lambda: [1])
+    max_new_tokens: int | None = None
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise ValueError(f"`validation.num_samples` must be at least 1, got {self.num_samples}.")
+        if not self.k or not all(1 <= k <= self.num_samples for k in self.k):
+            raise ValueError(
+                f"`validation.k` must list numbers from 1 to num_samples = {self.num_samples}, got {list(self.k)}; "
+                "pass@k needs k samples."
+            )
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"`validation.max_new_tokens` must be at least 1, got {self.max_new_tokens}.")
+        if self.num_samples > 1 and self.sampling.greedy:
+            raise ValueError(
+                f"`validation.num_samples` is {self.num_samples} and `validation.sampling.temperature` is 0: greedy "
+                "decoding gives the same completion every time; set a temperature above 0, or num_samples to 1."
+            )
 
 
 @dataclass(frozen=True)
@@ -57,32 +258,15 @@ class AlgorithmConfig:
     mask_truncated: bool = False
 
     def __post_init__(self) -> None:
-        choices = {
-            "estimator": Estimator,
-            "weighting": Weighting,
-            "score": Score,
-            "reduction": Reduction,
-            "scale": Scale,
-            "importance_level": Level,
-            "kl_estimator": KLEstimator,
-            "aggregation": Aggregation,
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(
-                    f"`algorithm.{name}` must be one of {', '.join(get_args(allowed))}; got {getattr(self, name)!r}."
-                )
-        if self.temperature != "group_std" and not (
-            isinstance(self.temperature, int | float) and 0 < self.temperature < math.inf
-        ):
-            raise ValueError(
-                f'`algorithm.temperature` must be a finite number above 0 or "group_std", got {self.temperature!r}.'
-            )
-        if not 0 <= self.clip_low <= 1 or not 0 <= self.clip_high < math.inf:
-            raise ValueError(
-                f"`clip_low` must be in [0, 1] and `clip_high` finite and at least 0, got {self.clip_low} and "
-                f"{self.clip_high}."
-            )
+        check_choice("algorithm.estimator", self.estimator, get_args(Estimator))
+        check_choice("algorithm.score", self.score, get_args(Score))
+        check_weighting(self.weighting, self.temperature, prefix="algorithm.")
+        check_choice("algorithm.reduction", self.reduction, get_args(Reduction))
+        check_choice("algorithm.scale", self.scale, get_args(Scale))
+        check_choice("algorithm.importance_level", self.importance_level, get_args(Level))
+        check_choice("algorithm.kl_estimator", self.kl_estimator, get_args(KLEstimator))
+        check_choice("algorithm.aggregation", self.aggregation, get_args(Aggregation))
+        check_clipping(self.clip_low, self.clip_high)
         if not 0 <= self.kl_coef < math.inf:
             raise ValueError(f"`kl_coef` must be finite and at least 0, got {self.kl_coef}.")
 
@@ -93,36 +277,30 @@ class AlgorithmConfig:
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
-    """How validation, test and prediction decode; training's sampling settings have no say in it.
+class PerformanceConfig:
+    """Ways of doing less work. They change speed and memory, and results by rounding alone.
+
+    The defaults are the fast ways. Switch one off to measure what it is worth, or to rule it out as a cause.
 
     Attributes:
-        num_samples: completions per prompt.
-        k: pass@k and maj@k are logged for each of these; at most ``num_samples``.
-        max_new_tokens: longest completion; None takes that of training.
-        sampling: how tokens are drawn; greedy unless told otherwise.
+        share_prompts_in_rollouts: the grouped engine computes and stores a prompt once for all rows of its group.
+        compaction: the grouped engine drops a row as soon as it has ended.
+        merge_adapter: decode with a merged copy of the LoRA-adapted weights; None does so on the CPU.
+        share_prompts_in_learning: score all rows of a group in a micro-batch with one copy of their prompt.
+        recompute_logits: compute each chunk of logits once more in the backward pass. False uses each chunk for the
+            gradient while it exists, which needs an output head that is not trained.
+        fused_lora: compute base and LoRA adapter of a linear layer as one operation.
+        onednn: compute float32 linear layers on the CPU by oneDNN instead of torch's usual library (MKL). None does so
+            on processors with AVX-512, which MKL leaves unused on AMD's.
     """
 
-    num_samples: int = 1
-    k: list[int] = field(default_factory=lambda: [1])
-    max_new_tokens: int | None = None
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
-
-    def __post_init__(self) -> None:
-        if self.num_samples < 1:
-            raise ValueError(f"`validation.num_samples` must be at least 1, got {self.num_samples}.")
-        if not self.k or not all(1 <= k <= self.num_samples for k in self.k):
-            raise ValueError(
-                f"`validation.k` must list numbers from 1 to num_samples = {self.num_samples}, got {list(self.k)}; "
-                "pass@k needs k samples."
-            )
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise ValueError(f"`validation.max_new_tokens` must be at least 1, got {self.max_new_tokens}.")
-        if self.num_samples > 1 and self.sampling.greedy:
-            raise ValueError(
-                f"`validation.num_samples` is {self.num_samples} and `validation.sampling.temperature` is 0: greedy "
-                "decoding gives the same completion every time; set a temperature above 0, or num_samples to 1."
-            )
+    share_prompts_in_rollouts: bool = True
+    compaction: bool = True
+    merge_adapter: bool | None = None
+    share_prompts_in_learning: bool = True
+    recompute_logits: bool = False
+    fused_lora: bool = True
+    onednn: bool | None = None
 
 
 def from_mapping(cls: type[T], value: T | Mapping[str, Any]) -> T:
@@ -136,3 +314,45 @@ def from_mapping(cls: type[T], value: T | Mapping[str, Any]) -> T:
             for name, item in value.items()
         }
     )
+
+
+#: Where release 0.1 had the settings that are now in ``performance``, by their path among the module's arguments.
+MOVED_SETTINGS = {
+    "share_prompts": "share_prompts_in_learning",
+    "recompute_logits": "recompute_logits",
+    "rollout.share_prompts": "share_prompts_in_rollouts",
+    "rollout.compaction": "compaction",
+    "rollout.merge_adapter": "merge_adapter",
+    "policy.fused_lora": "fused_lora",
+    "policy.onednn": "onednn",
+}
+
+
+def upgraded(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the module as this release has them, from those of a configuration or checkpoint of release 0.1.
+
+    Args:
+        settings: arguments of the module, as plain data; they are not changed.
+
+    Example:
+        >>> upgraded({"rollout": {"group_size": 8, "compaction": False}, "share_prompts": True})
+        {'rollout': {'group_size': 8}, 'performance': {'compaction': False, 'share_prompts_in_learning': True}}
+    """
+    found = {name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
+    moved = {}
+    for path, name in MOVED_SETTINGS.items():
+        section, _, key = path.rpartition(".")
+        owner = found.get(section) if section else found
+        if isinstance(owner, dict) and key in owner:
+            moved[name] = owner.pop(key)
+    return found | ({"performance": moved | dict(found.get("performance") or {})} if moved else {})
+
+
+def changed_settings(config: Any) -> dict[str, Any]:
+    """The settings of a dataclass instance whose values are not their defaults, as plain data."""
+    found = dataclasses.asdict(config)
+    for each in dataclasses.fields(config):
+        default = each.default_factory() if callable(each.default_factory) else each.default
+        if found[each.name] == default:
+            del found[each.name]
+    return found

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_lambdapo.functional.losses import LossOutput
 
-__all__ = ["LossOutput", "PromptBatch", "Rollout", "Scores"]
+__all__ = ["LossOutput", "PromptBatch", "RewardOutcome", "Rollout"]
 
 _ROLLOUT_TENSORS = ("completion_ids", "completion_mask", "sampling_logprobs", "entropy", "truncated")
 
@@ -128,7 +128,7 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class RewardOutcome:
     """What the rewards said of one rollout.
 
     Attributes:
@@ -141,16 +141,16 @@ class Scores:
     parts: dict[str, Tensor]
     valid: Tensor
 
-    def select(self, groups: Sequence[int]) -> "Scores":
+    def select(self, groups: Sequence[int]) -> "RewardOutcome":
         """These groups, in this order."""
         index = list(groups)
         parts = {name: part[index] for name, part in self.parts.items()}
-        return Scores(self.total[index], parts, self.valid[index])
+        return RewardOutcome(self.total[index], parts, self.valid[index])
 
-    def join(self, other: "Scores") -> "Scores":
+    def join(self, other: "RewardOutcome") -> "RewardOutcome":
         """These groups and then the other's."""
         parts = {name: torch.cat([part, other.parts[name]]) for name, part in self.parts.items()}
-        return Scores(torch.cat([self.total, other.total]), parts, torch.cat([self.valid, other.valid]))
+        return RewardOutcome(torch.cat([self.total, other.total]), parts, torch.cat([self.valid, other.valid]))
 
 
 def _widen(values: Tensor, width: int) -> Tensor:

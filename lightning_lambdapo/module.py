@@ -1,70 +1,60 @@
 """The LightningModule: one ``training_step`` from a batch of prompts all the way to the optimizer."""
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, Self, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_lambdapo import checks, owed, parallel
-from lightning_lambdapo.checkpoint_files import guard_checkpoints
-from lightning_lambdapo.checkpoints import TrainableCheckpoint
-from lightning_lambdapo.config import AlgorithmConfig, EvaluationConfig, from_mapping
-from lightning_lambdapo.datatypes import PromptBatch, Rollout, Scores
-from lightning_lambdapo.dynamic import collect_groups
-from lightning_lambdapo.encoding import prepare_encoders
-from lightning_lambdapo.evaluation import Evaluation, EvaluationSteps, StepReport, judge
-from lightning_lambdapo.functional import group_advantages, lambda_advantages, sequence_scores
-from lightning_lambdapo.interrupts import Interrupts
-from lightning_lambdapo.learning import Learner, plan_updates
-from lightning_lambdapo.policy import (
+from lightning_lambdapo import checks
+from lightning_lambdapo.checkpointing import pending_validation, state
+from lightning_lambdapo.checkpointing.files import guard_checkpoints, naming
+from lightning_lambdapo.config import (
     AdapterConfig,
-    Policy,
+    AlgorithmConfig,
+    EvaluationConfig,
+    PerformanceConfig,
     PolicyConfig,
-    causal_lm,
-    eos_token_ids,
-    evaluating,
-    frozen_reference,
-    load_policy,
-    load_tokenizer,
-    with_causal_lm,
+    RolloutConfig,
+    from_mapping,
 )
+from lightning_lambdapo.datatypes import PromptBatch, RewardOutcome, Rollout
+from lightning_lambdapo.distributed import parallel
+from lightning_lambdapo.distributed.interrupts import Interrupts
+from lightning_lambdapo.distributed.lightning_internals import attached_trainer, built_by_cli
+from lightning_lambdapo.distributed.seeding import log_seeds, step_randomness, with_step_randomness
+from lightning_lambdapo.distributed.tally import Tally
+from lightning_lambdapo.evaluation.evaluator import Evaluator
+from lightning_lambdapo.evaluation.judging import judge_rollout
+from lightning_lambdapo.functional import group_advantages, lambda_advantages, sequence_scores
+from lightning_lambdapo.learning.learner import Learner
+from lightning_lambdapo.learning.optimizer import PolicyOptimizer
+from lightning_lambdapo.learning.training_log import TrainingLog
+from lightning_lambdapo.policy.loading import eos_token_ids, load_policy, load_tokenizer
+from lightning_lambdapo.policy.model import Policy, causal_lm, with_causal_lm
+from lightning_lambdapo.policy.reference import answering_as_reference, frozen_reference
 from lightning_lambdapo.rewards import AccuracyReward, Reward, as_rewards
-from lightning_lambdapo.rollout import GroupedEngine, HFEngine, RolloutConfig, RolloutEngine, SamplingConfig
-from lightning_lambdapo.rollout.sampling import row_uniforms
-from lightning_lambdapo.seeding import log_seeds, with_step_randomness
-from lightning_lambdapo.tally import Tally
-from lightning_lambdapo.updating import PolicyUpdates
+from lightning_lambdapo.rewards.encoder import TokenEncoder, prepare_encoders
+from lightning_lambdapo.rollout import GroupedEngine, HFEngine, RolloutEngine
+from lightning_lambdapo.rollout.sampler import RolloutSampler
 
 RewardLike = Reward | Callable[..., Any]
-_PLAIN = (
-    "max_grad_norm",
-    "updates_per_rollout",
-    "epochs_per_rollout",
-    "max_tokens_per_micro_batch",
-    "logprob_chunk_size",
-    "share_prompts",
-    "recompute_logits",
-    "max_skipped_updates",
-    "seed",
-)
 
 
 def _adamw(parameters: Iterable[Tensor]) -> Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-5)
 
 
-class LambdaPOModule(PolicyUpdates, EvaluationSteps, TrainableCheckpoint, LightningModule):
+class LambdaPOModule(LightningModule):
     r"""Reinforcement learning from verifiable rewards with pairwise, confidence-weighted advantages.
 
     One training step samples a group of ``G`` completions per prompt, rewards them, and turns rewards into advantages
@@ -93,10 +83,8 @@ class LambdaPOModule(PolicyUpdates, EvaluationSteps, TrainableCheckpoint, Lightn
         max_tokens_per_micro_batch: tokens, padding included, that go through the learning pass at once. It bounds
             memory and changes no gradient.
         logprob_chunk_size: positions whose logits exist at once.
-        share_prompts: in the learning pass, compute a prompt once for all rows of its group in the micro-batch.
-        recompute_logits: compute each chunk of logits once more in the backward pass, instead of using it for the
-            gradient while it exists (which needs an output head that is not trained).
         max_skipped_updates: updates in a row whose gradient may be non-finite (they are skipped) before an error.
+        performance: switches of ways to do less work, for benchmarks.
         seed: of the sampling streams; None takes that of ``seed_everything``, else 0.
 
     Attributes:
@@ -122,9 +110,8 @@ class LambdaPOModule(PolicyUpdates, EvaluationSteps, TrainableCheckpoint, Lightn
         epochs_per_rollout: int = 1,
         max_tokens_per_micro_batch: int = 16384,
         logprob_chunk_size: int = 1024,
-        share_prompts: bool = True,
-        recompute_logits: bool = False,
         max_skipped_updates: int = 3,
+        performance: PerformanceConfig = PerformanceConfig(),
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -133,6 +120,7 @@ class LambdaPOModule(PolicyUpdates, EvaluationSteps, TrainableCheckpoint, Lightn
         self.rollout_config = from_mapping(RolloutConfig, rollout)
         self.validation_config = from_mapping(EvaluationConfig, validation)
         self.algorithm = from_mapping(AlgorithmConfig, algorithm)
+        self.performance = from_mapping(PerformanceConfig, performance)
         checks.check_schedule(
             updates_per_rollout=updates_per_rollout,
             epochs_per_rollout=epochs_per_rollout,
@@ -147,30 +135,19 @@ class LambdaPOModule(PolicyUpdates, EvaluationSteps, TrainableCheckpoint, Lightn
         self.updates_per_rollout = updates_per_rollout
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self.logprob_chunk_size = logprob_chunk_size
-        self.share_prompts = share_prompts
-        self.recompute_logits = recompute_logits
         self.max_skipped_updates = max_skipped_updates
         self.seed = seed
         self.automatic_optimization = False
-        self.rollout_step = 0
+        self.strict_loading = False  # frozen tensors are absent; `load_state_dict` sees that all the others are there
+        self.run_state = state.RunState()
         self.interrupts = Interrupts()
+        self.tally = Tally()
         self.reference: PreTrainedModel | None = None
         self.tokenizer = self.build_tokenizer()
-        self.report = StepReport(self.algorithm, self.rewards)
-        self.evaluations = nn.ModuleDict(
-            {stage: Evaluation(self.validation_config, self.rewards) for stage in ("val", "test")}
-        )
-        if _given_hyperparameters.get() is not None:
-            self.save_hyperparameters()  # under LightningCLI: the parsed config, plain data already
-            return
-        plain = {name: getattr(self, name) for name in _PLAIN}  # live objects (rewards, factories) stay out
-        configs: dict[str, Any] = {
-            "policy": self.policy_config,
-            "rollout": self.rollout_config,
-            "validation": self.validation_config,
-            "algorithm": self.algorithm,
-        } | ({"lora": self.lora} if isinstance(self.lora, AdapterConfig) else {})
-        self.save_hyperparameters(plain | {name: dataclasses.asdict(config) for name, config in configs.items()})
+        self.training_log = TrainingLog(self.algorithm, self.rewards)
+        self.evaluator = Evaluator(self.validation_config, self.rewards)
+        # Under LightningCLI the parsed configuration is kept, which is plain data already.
+        self.save_hyperparameters(*([] if built_by_cli() else [state.plain_settings(self)]))
 
     # -- what a subclass may replace ------------------------------------------------------------------------------
 
@@ -180,17 +157,118 @@ class LambdaPOModule(PolicyUpdates, EvaluationSteps, TrainableCheckpoint, Lightn
 
     def build_policy(self) -> Policy:
         """Hook: the policy, with ``requires_grad`` set on what is to be trained; called once, when a run starts."""
-        return load_policy(self.policy_config, self.lora, seed=self.sampling_seed, reference=self.needs_reference)
+        return load_policy(
+            self.policy_config,
+            self.lora,
+            seed=self.sampling_seed,
+            reference=self.needs_reference,
+            performance=self.performance,
+        )
 
     def build_engine(self, model: PreTrainedModel) -> RolloutEngine:
         """Hook: what generates the rollouts; called once, when a run starts."""
         eos_ids = eos_token_ids(model, self.tokenizer)
         pad_id = self.tokenizer.pad_token_id
-        config = self.rollout_config
         arguments = self.tokenizer, eos_ids, eos_ids[0] if pad_id is None else pad_id
-        return GroupedEngine(*arguments, config) if config.engine == "grouped" else HFEngine(*arguments)
+        if self.rollout_config.engine == "hf":
+            return HFEngine(*arguments)
+        return GroupedEngine(*arguments, self.rollout_config, self.performance)
 
-    # -- set-up ---------------------------------------------------------------------------------------------------
+    # -- one training step ----------------------------------------------------------------------------------------
+
+    @with_step_randomness
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """From prompts to optimizer: sample groups, judge, compare, learn, report."""
+        batch, rollout, rewards = self.sample_and_judge(batch)  # G completions for each prompt; R_i
+        confidence = self.confidence(rollout, rewards)  # s_i under the policy that sampled
+        advantages = self.advantages(rewards, confidence)  # A_i = 1/(G-1) sum_j w_ij (R_i - R_j)
+        for update in self.learner.updates(
+            batch, rollout, advantages, rewards.valid.flatten()
+        ):  # mini-batches x passes
+            self.learner.step(update)  # clipped surrogate, KL, one optimizer step
+        self.run_state.rollout_step += 1
+        return self.report(batch, rollout, rewards, confidence, advantages)
+
+    def sample_and_judge(self, batch: PromptBatch) -> tuple[PromptBatch, Rollout, RewardOutcome]:
+        """Sample and judge the groups of one training step; dynamic sampling may leave prompts out."""
+        self.tally.clear()
+        judge = partial(judge_rollout, self.rewards, mask_truncated=self.algorithm.mask_truncated, tally=self.tally)
+        return self.sampler.training_groups(
+            batch, seed=self.sampling_seed, step=self.rollout_step, judge=judge, tally=self.tally
+        )
+
+    def confidence(self, rollout: Rollout, rewards: RewardOutcome) -> Tensor:
+        """The policy's confidence in each completion, ``(B, G)``: its mean or summed log-probability."""
+        scores = sequence_scores(rollout.sampling_logprobs, rollout.completion_mask, score=self.algorithm.score)
+        return scores.view_as(rewards.total)
+
+    def advantages(self, rewards: RewardOutcome, confidence: Tensor) -> Tensor:
+        """Advantage of each row, ``(N,)``, from rewards and confidence, ``(B, G)`` both."""
+        settings = self.algorithm
+        if settings.estimator != "lambda":
+            return group_advantages(rewards.total, estimator=settings.estimator, valid=rewards.valid).flatten()
+        return lambda_advantages(
+            rewards.total,
+            confidence,
+            weighting=settings.weighting,
+            temperature=settings.temperature,
+            reduction=settings.reduction,
+            center=settings.center,
+            scale=settings.scale,
+            valid=rewards.valid,
+            reward_std=parallel.global_std(rewards.total[rewards.valid]) if settings.scale == "batch" else None,
+        ).flatten()
+
+    def report(
+        self, batch: PromptBatch, rollout: Rollout, rewards: RewardOutcome, confidence: Tensor, advantages: Tensor
+    ) -> dict[str, Any]:
+        """Log ``train/...``, and return what callbacks get of the step."""
+        self.training_log.update(batch, rollout, rewards, confidence, advantages, self.tally)
+        self.training_log.log(self, self.training_log.finish(self.tally), batch_size=len(batch.prompts))
+        return {
+            "batch": batch,
+            "rollout": rollout,
+            "rewards": rewards,
+            "confidence": confidence,
+            "advantages": advantages,
+        }
+
+    # -- validation, test, prediction -----------------------------------------------------------------------------
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """Sample with ``validation``'s own settings and measure; callbacks get all of it."""
+        with step_randomness(self.sampling_seed, batch_idx):  # a function of the batch: evaluations repeat
+            rollout = self.sampler.sample(batch, self._stage, seed=self.sampling_seed)
+            return self.evaluator.judge(batch, rollout, self._stage)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the metrics anew."""
+        self.evaluator.start(self._stage)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/...`` or ``test/...``."""
+        self.evaluator.log(self, self._stage)
+
+    # The test set is treated alike.
+    test_step = validation_step
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Complete each prompt; one record per completion, with all that judging it again takes."""
+        rollout = self.sampler.sample(batch, "predict", seed=self.sampling_seed)
+        return rollout.records(batch, columns=True) if batch.prompts else []
+
+    def evaluation_settings(self) -> dict[str, Any]:
+        """What the results of validation and test depend on, as plain data for a report."""
+        longest = self.sampler.longest_completion("test")
+        return self.evaluator.settings(self.policy_config, max_new_tokens=longest, seed=self.sampling_seed)
+
+    @property
+    def _stage(self) -> str:
+        return "test" if self.trainer.testing else "val"
+
+    # -- a run, from its start to its end -------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[Callback]:
         """Refuse ``Trainer`` settings that cannot work, before Lightning's own check and before weights are loaded."""
@@ -200,26 +278,36 @@ class LambdaPOModule(PolicyUpdates, EvaluationSteps, TrainableCheckpoint, Lightn
             quantized=self.policy_config.quantization is not None,
         )
         checks.check_encoders(self.trainer, self.rewards)
-        guard_checkpoints(self.trainer.strategy, self.check_checkpoint)
+        guard_checkpoints(self.trainer.strategy, partial(state.check, self))
         return []
 
     def configure_model(self) -> None:
-        """Build policy, reference and engine, once."""
+        """Build policy, reference, engine and sampler, once."""
         if hasattr(self, "policy"):
             return
-        # In train mode as Lightning expects; rollouts and reference scoring switch to eval mode themselves.
+        # In train mode as Lightning expects; rollouts and reference passes switch to eval mode themselves.
         self.policy = self.build_policy().train()
         if self.needs_reference:
             self.reference = frozen_reference(self.policy)
-        self.engine = self.build_engine(self.causal_lm)
-        if self._trainer is not None:
-            shard = partial(parallel.shard, strategy=self.trainer.strategy, device_mesh=self.device_mesh)
+        engine = self.build_engine(self.causal_lm)
+        trainer = attached_trainer(self)
+        if trainer is not None:
+            shard = partial(parallel.shard, strategy=trainer.strategy, device_mesh=self.device_mesh)
             self.policy = with_causal_lm(self.policy, shard(self.causal_lm))
             self.reference = None if self.reference is None else cast(PreTrainedModel, shard(self.reference))
-        device = self.device if self._trainer is None else self.trainer.strategy.root_device
-        prepare_encoders(
-            self.rewards, self.policy, self.reference, self.tokenizer, device, self.max_tokens_per_micro_batch
+        self.sampler = RolloutSampler(
+            self.policy, engine, training=self.rollout_config, evaluation=self.validation_config
         )
+        device = self.device if trainer is None else trainer.strategy.root_device
+        owner = self.policy if self.reference is None else self.reference
+        encoder = partial(
+            TokenEncoder,
+            causal_lm(owner).get_decoder(),
+            self.tokenizer,
+            max_tokens=self.max_tokens_per_micro_batch,
+            reading=partial(answering_as_reference, self.policy, self.reference),
+        )
+        prepare_encoders(self.rewards, lambda layer: encoder(layer=layer), device)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build optimizer and schedule over all the policy's parameters (frozen ones get no gradient)."""
@@ -233,13 +321,10 @@ class LambdaPOModule(PolicyUpdates, EvaluationSteps, TrainableCheckpoint, Lightn
 
     def on_fit_start(self) -> None:
         """Check the data against the rewards, and set up learning on the device where it runs."""
-        data = getattr(self.trainer, "datamodule", None)
-        if rows := getattr(data, "train_rows", None):
-            checks.check_fields(self.rewards, rows)
-        for split, length in getattr(data, "longest", {}).items():
-            checks.check_context(
-                self.causal_lm, length, self.longest_completion("train" if split == "train" else "val")
-            )
+        checks.check_data(self.trainer, self.rewards, self.causal_lm, self.sampler.longest_completion)
+        optimizer = PolicyOptimizer(
+            self, self.run_state, max_grad_norm=self.max_grad_norm, max_skipped_updates=self.max_skipped_updates
+        )
         self.learner = Learner(
             self.policy,
             self.reference if self.algorithm.needs_reference else None,
@@ -248,26 +333,33 @@ class LambdaPOModule(PolicyUpdates, EvaluationSteps, TrainableCheckpoint, Lightn
             max_new_tokens=self.rollout_config.max_new_tokens,
             max_tokens=self.max_tokens_per_micro_batch,
             chunk_size=self.logprob_chunk_size,
-            share_prompts=self.share_prompts,
-            recompute_logits=self.recompute_logits,
+            performance=self.performance,
+            mini_batches=self.updates_per_rollout // self.epochs_per_rollout,
+            passes=self.epochs_per_rollout,
+            tally=self.tally,
+            optimizer=optimizer,
         )
+
+    def on_train_start(self) -> None:
+        """Let all ranks stop together, log the seeds, repeat the validation that a resumed run was killed in."""
+        self.interrupts.install(self.trainer)
+        log_seeds(self.trainer, sampling=self.sampling_seed)
+        if self.run_state.pending_validation:
+            self.run_state.pending_validation = False
+            pending_validation.repeat(self.trainer)
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
         """Refuse a batch that has too few prompts to hold some back, or to make the mini-batches of."""
         prompts = checks.check_reserve(self.rollout_config.reserve_prompts, len(batch.prompts))
         checks.check_mini_batches(self.updates_per_rollout // self.epochs_per_rollout, prompts * parallel.world_size())
 
-    def on_train_start(self) -> None:
-        """Let all ranks stop together, say what randomness comes from, make the validation that a resumed run owes."""
-        self.interrupts.install(self.trainer)
-        log_seeds(self.trainer, sampling=self.sampling_seed)
-        if self.owes_validation:
-            self.owes_validation = False
-            owed.make(self.trainer)
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip the gradient, or drop it where it is not finite."""
+        self.learner.optimizer.clip(optimizer)
 
     def on_train_batch_end(self, outputs: Any, batch: PromptBatch, batch_idx: int) -> None:
         """Stop here, after callbacks have saved what they save, where a rank was told to."""
-        self.updates_in_step = 0
+        self.run_state.updates_in_step = 0
         self.interrupts.stop_together()
 
     def teardown(self, stage: str) -> None:
@@ -275,111 +367,41 @@ class LambdaPOModule(PolicyUpdates, EvaluationSteps, TrainableCheckpoint, Lightn
         for reward in self.rewards:
             reward.close()
 
-    # -- one training step ----------------------------------------------------------------------------------------
+    # -- checkpoints ----------------------------------------------------------------------------------------------
 
-    @with_step_randomness
-    def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
-        """From prompts to optimizer: sample groups, reward, compare, learn, report."""
-        tally = Tally()
-        batch, rollout, scores = self.collect(batch, tally)
-        policy_scores = sequence_scores(
-            rollout.sampling_logprobs, rollout.completion_mask, score=self.algorithm.score
-        ).view_as(scores.total)
-        advantages = self.advantages(scores, policy_scores)
-        updates = plan_updates(
-            batch,
-            rollout,
-            advantages,
-            scores.valid.flatten(),
-            algorithm=self.algorithm,
-            mini_batches=self.updates_per_rollout // self.epochs_per_rollout,
-        )
-        on_policy = self.updates_per_rollout == 1
-        old_logprobs = None if on_policy else self.learner.old_logprobs(updates, self.trainer.strategy, tally)
-        for update in updates * self.epochs_per_rollout:
-            self.learn(update, advantages, old_logprobs, tally)
-        self.rollout_step += 1
-        self.report.update(batch, rollout, scores, policy_scores, advantages, tally)
-        self.report.log(self, self.report.finish(tally), batch_size=len(batch.prompts))
-        return {
-            "batch": batch,
-            "rollout": rollout,
-            "scores": scores,
-            "policy_scores": policy_scores,
-            "advantages": advantages,
-        }
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is trained, and what a resume needs."""
+        state.save(self, self.run_state, checkpoint, seed=self.sampling_seed)
 
-    def collect(self, batch: PromptBatch, tally: Tally) -> tuple[PromptBatch, Rollout, Scores]:
-        """Sample and judge the groups of one training step; see :func:`~lightning_lambdapo.dynamic.collect_groups`."""
-        config = self.rollout_config
-        return collect_groups(
-            batch,
-            self.streams(batch, "train"),
-            config.reserve_prompts,
-            complete=partial(self.complete, sampling=config.sampling),
-            judge=partial(judge, self.rewards, mask_truncated=self.algorithm.mask_truncated, tally=tally),
-            tally=tally,
-        )
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint is this policy's, and take its counters."""
+        self.configure_model()
+        state.load(self, self.run_state, checkpoint, seed=self.sampling_seed)
 
-    def sample(self, batch: PromptBatch, stage: str) -> Rollout:
-        """Complete each prompt ``rollout.group_size`` times in training, ``validation.num_samples`` times elsewhere."""
-        settings = self.rollout_config if stage == "train" else self.validation_config
-        return cast(Rollout, self.complete(batch, self.streams(batch, stage), settings.sampling))
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what is trained; frozen weights come from ``policy`` and may be absent."""
+        keys = super().load_state_dict(state_dict, strict=False, assign=assign)
+        return state.check_keys(self, keys, strict=strict)
 
-    @torch.no_grad()
-    def complete(self, batch: PromptBatch, uniforms: Tensor, sampling: SamplingConfig) -> Rollout | None:
-        """Complete each prompt once for each of its rows of ``uniforms``; None without prompts; a collective."""
-        if batch.prompts:
-            longest = int(batch.attention_mask.sum(-1).max())
-            checks.check_context(self.causal_lm, longest, uniforms.shape[1], quiet=True)
-        with evaluating(self.policy), parallel.gathered(self.causal_lm):
-            if not batch.prompts:
-                return None
-            return self.engine.generate(self.causal_lm, batch, sampling=sampling, uniforms=uniforms)
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Build a module from a checkpoint file; see Lightning's method of this name.
 
-    def streams(self, batch: PromptBatch, stage: str) -> Tensor:
-        """Each row's stream of uniforms, ``(N, T)``; a collective."""
-        training = stage == "train"
-        settings = self.rollout_config if training else self.validation_config
-        prompt_ids = batch.prompt_ids.tolist()
-        return row_uniforms(
-            seed=self.sampling_seed,
-            stage=stage,
-            step=self.rollout_step if training else 0,
-            prompt_ids=prompt_ids,
-            occurrences=parallel.global_occurrences(prompt_ids),
-            num_samples=settings.group_size if isinstance(settings, RolloutConfig) else settings.num_samples,
-            length=self.longest_completion(stage),
-        )
+        Raises:
+            CheckpointError: the file is missing, damaged, in shards, or not such a module's.
+        """
+        if not isinstance(checkpoint_path, str | Path) or "://" in str(checkpoint_path):
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        with naming(checkpoint_path):
+            moved = {} if kwargs.get("weights_only") is False else state.moved_settings(Path(checkpoint_path))
+            return super().load_from_checkpoint(checkpoint_path, *args, **(moved | kwargs))
 
-    def longest_completion(self, stage: str) -> int:
-        """Most new tokens of a completion, in training and elsewhere."""
-        own = None if stage == "train" else self.validation_config.max_new_tokens
-        return own or self.rollout_config.max_new_tokens
+    # -- parts ----------------------------------------------------------------------------------------------------
 
-    def advantages(self, scores: Scores, policy_scores: Tensor) -> Tensor:
-        """Advantage of each row, ``(N,)``, from rewards and policy scores, ``(B, G)`` both."""
-        settings = self.algorithm
-        if settings.estimator != "lambda":
-            return group_advantages(scores.total, estimator=settings.estimator, valid=scores.valid).flatten()
-        return lambda_advantages(
-            scores.total,
-            policy_scores,
-            weighting=settings.weighting,
-            temperature=settings.temperature,
-            reduction=settings.reduction,
-            center=settings.center,
-            scale=settings.scale,
-            valid=scores.valid,
-            reward_std=parallel.global_std(scores.total[scores.valid]) if settings.scale == "batch" else None,
-        ).flatten()
-
-    # -- elsewhere -----------------------------------------------------------------------------------------------------
-
-    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Complete each prompt; one record per completion, with all that judging it again takes."""
-        rollout = self.sample(batch, "predict")
-        return rollout.records(batch, columns=True) if batch.prompts else []
+    @property
+    def rollout_step(self) -> int:
+        """Finished training steps."""
+        return self.run_state.rollout_step
 
     @property
     def causal_lm(self) -> PreTrainedModel:

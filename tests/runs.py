@@ -26,17 +26,13 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from lightning_lambdapo import (
-    AdapterConfig,
-    CompletionsLogger,
-    PolicyConfig,
-    RolloutCheckpoint,
-    checkpoint_files,
-    parallel,
-)
-from lightning_lambdapo.callbacks import finished_rollouts
-from lightning_lambdapo.learning import Learner
+from lightning_lambdapo import AdapterConfig, CompletionsLogger, PolicyConfig, RolloutCheckpoint
+from lightning_lambdapo.callbacks.run import finished_rollouts
+from lightning_lambdapo.checkpointing import files as checkpoint_files
+from lightning_lambdapo.distributed import fsdp1, parallel
+from lightning_lambdapo.learning.learner import Learner
 from lightning_lambdapo.rewards import Reward, RewardInputs
+from lightning_lambdapo.rollout.sampler import RolloutSampler
 from lightning_lambdapo.rollout.sampling import TokenSampler
 
 STEPS_PER_EPOCH = 4
@@ -151,7 +147,7 @@ def train(
     run.fit(model, data or Rows(batch_size=PROMPTS // parallel_ranks()), ckpt_path=resume)
     wrapped: Any = run.strategy.model
     with FullyShardedDataParallel.summon_full_params(wrapped) if how == "fsdp1" else nullcontext():
-        weights = {parallel.plain_name(name): whole(value) for name, value in model.named_parameters()}
+        weights = {fsdp1.plain_name(name): whole(value) for name, value in model.named_parameters()}
     if run.is_global_zero:
         torch.save(weights, directory / "weights.pt")
     return model
@@ -193,7 +189,7 @@ class Counting(Callback):
         wrap(Learner, "micro_batches", plan)
         if parallel.is_sharded(trainer.strategy):
             wrap(_fsdp_param_group, "foreach_all_gather", gather)
-            wrap(type(pl_module), "complete", rollout)
+            wrap(RolloutSampler, "complete", rollout)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if parallel.replicates(trainer.strategy):

@@ -6,7 +6,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from lightning_lambdapo.attention import Layer, PackedRow, UnsupportedAttentionError, branch_attention
+from lightning_lambdapo.policy.attention import Layer, PackedRow, UnsupportedAttentionError, branch_attention
 
 HEADS, KV_HEADS, SIZE = 4, 2, 6
 

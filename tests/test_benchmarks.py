@@ -31,7 +31,7 @@ def test_the_learning_pass_is_measured() -> None:
     found = bench_learn.measure(BUILTIN, None, {"length": 6, "prompts": [5, 9], "off": {}})
     assert found["tokens_per_needed"] == 1
     assert found["gflops"] > 0
-    padded = {"learner": {"share_prompts": False}}
+    padded = {"share_prompts_in_learning": False}
     assert bench_learn.measure(BUILTIN, None, {"length": 6, "prompts": [5, 9], "off": padded})["tokens_per_needed"] > 2
 
 

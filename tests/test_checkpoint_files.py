@@ -20,7 +20,7 @@ from test_module import Rows, equal, module, trainer, weights
 from test_resume import assert_same_run, same
 
 from lightning_lambdapo import AdapterConfig, LambdaPOModule, RolloutCheckpoint
-from lightning_lambdapo.checkpoint_files import CheckpointError, read_header
+from lightning_lambdapo.checkpointing.files import CheckpointError, read_header
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),

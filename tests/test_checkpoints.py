@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lightning_lambdapo import AdapterConfig, LambdaPOModule, PolicyConfig, PolicyExport, RolloutCheckpoint
-from lightning_lambdapo.cli import main
+from lightning_lambdapo.commands.main import main
 
 pytestmark = [
     # Lightning says so of every run that resumes into a directory of its own, or with other callbacks.

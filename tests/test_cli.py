@@ -8,9 +8,8 @@ from peft import LoraConfig
 from test_module import ROWS
 
 from lightning_lambdapo import LambdaPOModule
-from lightning_lambdapo.cli import main
-from lightning_lambdapo.config import AlgorithmConfig, EvaluationConfig, from_mapping
-from lightning_lambdapo.rollout import RolloutConfig, SamplingConfig
+from lightning_lambdapo.commands.main import main
+from lightning_lambdapo.config import AlgorithmConfig, EvaluationConfig, RolloutConfig, SamplingConfig, from_mapping
 
 
 @pytest.fixture
@@ -122,7 +121,7 @@ def test_mistakes_are_found_while_parsing(
         ({"temperature": 0.0}, '`algorithm.temperature` must be a finite number above 0 or "group_std", got 0.0'),
         ({"temperature": "batch_std"}, "got 'batch_std'"),
         ({"clip_low": 1.5}, "`clip_low` must be in"),
-        ({"clip_high": -0.1}, "`clip_high` finite and at least 0"),
+        ({"clip_high": -0.1}, "`clip_high` at least 0, got 0.2 and -0.1"),
         ({"kl_coef": -1.0}, "`kl_coef` must be finite and at least 0"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import yaml
 
-from lightning_lambdapo.cli import main
+from lightning_lambdapo.commands.main import main
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 CHAT = "{% for m in messages %}{{ m.content }}{% endfor %}"

@@ -17,9 +17,9 @@ from test_cli import arguments  # noqa: F401
 from test_module import Rows, adamw, module, trainer
 
 from lightning_lambdapo import CompletionsLogger, RolloutCheckpoint
-from lightning_lambdapo.cli import main
-from lightning_lambdapo.console import TrainingConsole
-from lightning_lambdapo.tables import group_table, markdown_table, telling_group
+from lightning_lambdapo.callbacks.console import TrainingConsole
+from lightning_lambdapo.commands.main import main
+from lightning_lambdapo.runs.tables import group_table, markdown_table, telling_group
 
 
 def number(pattern: str, text: str) -> float:

@@ -14,8 +14,8 @@ from lightning.pytorch import Callback
 from test_module import equal, weights
 
 from lightning_lambdapo import DataSource, LambdaPODataModule
+from lightning_lambdapo.distributed.seeding import step_randomness
 from lightning_lambdapo.rewards import Reward, RewardInputs
-from lightning_lambdapo.seeding import step_randomness
 
 
 class Dice(Reward):
@@ -84,7 +84,7 @@ def test_a_steps_randomness_is_its_own_and_leaves_no_trace() -> None:
 def test_ranks_draw_different_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     for rank in (0, 1):
-        monkeypatch.setattr("lightning_lambdapo.seeding.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("lightning_lambdapo.distributed.seeding.rank", lambda rank=rank: rank)
         with step_randomness(3, 7):
             drawn.append(float(torch.rand(())))
     assert drawn[0] != drawn[1]

@@ -9,20 +9,23 @@ from test_training_step import Outputs
 from torch import Tensor
 
 from lightning_lambdapo import RolloutConfig
-from lightning_lambdapo.datatypes import PromptBatch, Rollout, Scores
-from lightning_lambdapo.dynamic import collect_groups, without_signal
+from lightning_lambdapo.datatypes import PromptBatch, RewardOutcome, Rollout
+from lightning_lambdapo.distributed.tally import Tally
+from lightning_lambdapo.functional.advantages import rewards_differ
 from lightning_lambdapo.rewards import Reward, RewardInputs
-from lightning_lambdapo.tally import Tally
+from lightning_lambdapo.rollout.dynamic_sampling import collect_groups
 
 
-def scores(total: Tensor, valid: Tensor | None = None) -> Scores:
-    return Scores(total, {"own": total * 2}, torch.ones_like(total, dtype=torch.bool) if valid is None else valid)
+def scores(total: Tensor, valid: Tensor | None = None) -> RewardOutcome:
+    return RewardOutcome(
+        total, {"own": total * 2}, torch.ones_like(total, dtype=torch.bool) if valid is None else valid
+    )
 
 
 def test_groups_without_signal() -> None:
     total = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.5], [0.0, 0.0, 0.0], [1.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
     valid = torch.tensor([[True] * 3, [True] * 3, [False] * 3, [True, False, True], [True, False, False]])
-    assert without_signal(scores(total, valid)).tolist() == [True, False, True, True, True]
+    assert rewards_differ(total, valid).tolist() == [False, True, False, False, False]
 
 
 def collect(flat: set[int], count: int, reserve: int) -> tuple[list[int], dict[str, float], list[list[int]], Any]:
@@ -42,7 +45,7 @@ def collect(flat: set[int], count: int, reserve: int) -> tuple[list[int], dict[s
         texts = [f"{each}/{row}" for each in ids for row in range(2)]
         return Rollout(numbers.long(), mask, numbers, numbers, ~mask[:, -1], texts)
 
-    def judge(chosen: PromptBatch, rollout: Rollout) -> Scores:
+    def judge(chosen: PromptBatch, rollout: Rollout) -> RewardOutcome:
         ids = chosen.prompt_ids.tolist()
         return scores(torch.tensor([[float(each), float(each) + (each not in flat)] for each in ids]))
 
@@ -99,7 +102,7 @@ def test_the_reserve_is_the_cap() -> None:
     assert asked == [[0, 1, 2], [3, 4]]
     assert ids == [3, 4, 2]
     assert statistics["replaced_groups"] == 2
-    assert without_signal(judged).all()
+    assert not rewards_differ(judged.total, judged.valid).any()
 
 
 def test_nothing_to_replace() -> None:

@@ -18,13 +18,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_lambdapo import AdapterConfig, AlgorithmConfig, EvaluationConfig, LambdaPOModule, PolicyConfig
-from lightning_lambdapo.cli import main
-from lightning_lambdapo.encoding import ReferenceEncoder
-from lightning_lambdapo.evaluation import Evaluation
+from lightning_lambdapo.commands.main import main
+from lightning_lambdapo.evaluation.evaluator import Evaluation
 from lightning_lambdapo.functional import reasoning_trace
-from lightning_lambdapo.learning import Learner
-from lightning_lambdapo.policy import causal_lm, load_policy, save_policy
+from lightning_lambdapo.learning.learner import Learner
+from lightning_lambdapo.policy.loading import load_policy, save_policy
+from lightning_lambdapo.policy.model import causal_lm
 from lightning_lambdapo.rewards import SemanticDensityReward
+from lightning_lambdapo.rewards.encoder import TokenEncoder
+from lightning_lambdapo.rollout.sampler import RolloutSampler
 
 TEXTS = ["1+2=3", "so 7, and that is it", "b"]
 
@@ -34,9 +36,9 @@ def density(**settings: Any) -> SemanticDensityReward:
     return SemanticDensityReward(**(defaults | settings))
 
 
-def embedder(model: LambdaPOModule) -> ReferenceEncoder:
+def embedder(model: LambdaPOModule) -> TokenEncoder:
     """What the module has handed to its last reward."""
-    return cast(ReferenceEncoder, cast(SemanticDensityReward, model.rewards[-1])._encode)
+    return cast(TokenEncoder, cast(SemanticDensityReward, model.rewards[-1])._encode)
 
 
 def embed(model: LambdaPOModule) -> Tensor:
@@ -108,7 +110,7 @@ class Judged(Callback):
         self.seen: list[float] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        found = outputs["scores"].parts["semantic_density"].flatten().tolist()
+        found = outputs["rewards"].parts["semantic_density"].flatten().tolist()
         references = [text for text in outputs["batch"].references for _ in range(len(found) // 4)]
         for value, text, solution in zip(found, outputs["rollout"].texts, references, strict=True):
             sides = [embedded_by(self.base, reasoning_trace(each).strip()).tolist() for each in (text, solution)]
@@ -185,7 +187,7 @@ def test_shards_are_refused_before_anything_is_loaded(base: str, tmp_path: Path)
 def test_an_encoder_that_is_not_there_ends_the_run_before_a_rollout(
     base: str, tmp_path: Path, encoder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LambdaPOModule, "complete", lambda *_: pytest.fail("a rollout was paid for"))
+    monkeypatch.setattr(RolloutSampler, "complete", lambda *_: pytest.fail("a rollout was paid for"))
     settings = {"encoder": str(tmp_path / "nowhere")} if encoder == "missing" else {"layer": 9}
     with pytest.raises(ValueError, match="`encoder` is .*nowhere" if encoder == "missing" else "`layer` must be from"):
         fit(tmp_path, module(base, rewards=[density(**settings)]))

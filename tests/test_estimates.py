@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightning_lambdapo.estimates import estimate, majority_is_right, pass_at_k
+from lightning_lambdapo.evaluation.estimators import estimate, majority_is_right, pass_at_k
 
 
 def test_two_prompts_by_hand() -> None:

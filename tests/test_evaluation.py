@@ -4,12 +4,12 @@ import pytest
 import tiny
 import torch
 
-from lightning_lambdapo.config import EvaluationConfig
+from lightning_lambdapo.config import EvaluationConfig, SamplingConfig
 from lightning_lambdapo.datatypes import Rollout
-from lightning_lambdapo.evaluation import Evaluation, judge
-from lightning_lambdapo.results import statistics
+from lightning_lambdapo.evaluation.evaluator import Evaluation
+from lightning_lambdapo.evaluation.judging import judge_rollout
+from lightning_lambdapo.evaluation.results import statistics
 from lightning_lambdapo.rewards import AccuracyReward, FormatReward, SemanticDensityReward
-from lightning_lambdapo.rollout import SamplingConfig
 
 
 def rollout(texts: list[str]) -> Rollout:
@@ -32,7 +32,7 @@ def test_accuracy_in_all_its_forms() -> None:
     batch = tiny.batch([[3], [4], [5]])._replace(answers=["7", "7", None], references=["a + b", None, None])
     texts = ["a + b\n#### 7", "#### 9", "so 9", "so 7", "so 8", "so 8.5", "x", "y", "z"]
     sampled = rollout(texts)
-    evaluation.update(batch, sampled, judge(rewards, batch, sampled))
+    evaluation.update(batch, sampled, judge_rollout(rewards, batch, sampled))
     found = evaluation.compute()
     assert found["avg_at_3"] == pytest.approx(2 / 6)
     assert found["pass_at_1"] == pytest.approx(1 / 3)
@@ -48,7 +48,7 @@ def test_accuracy_in_all_its_forms() -> None:
     assert found["entropy"] == pytest.approx(0.5)
     assert found["truncated"] == pytest.approx(1 / 9)
     evaluation.reset()
-    evaluation.update(batch, sampled, judge(rewards, batch, sampled))
+    evaluation.update(batch, sampled, judge_rollout(rewards, batch, sampled))
     assert evaluation.compute() == found  # nothing of the first round is left
 
 
@@ -62,7 +62,7 @@ def test_outcomes_add_up_to_the_metrics() -> None:
     for _ in range(5):
         batch = tiny.batch([[3], [4], [5]])._replace(answers=["7", "8", None], references=["a", None, None])
         sampled = rollout([source.choice(["#### 7", "so 7.0", "#### 8", "8", "none"]) for _ in range(12)])
-        found += evaluation.update(batch, sampled, judge(rewards, batch, sampled))
+        found += evaluation.update(batch, sampled, judge_rollout(rewards, batch, sampled))
     logged = evaluation.compute()
     assert 0 < logged["maj_at_4"] < logged["pass_at_4"]
     expected = statistics(found, config.k)
@@ -76,7 +76,7 @@ def test_without_an_accuracy_reward_there_is_no_accuracy() -> None:
     evaluation = Evaluation(EvaluationConfig(), rewards)
     batch = tiny.batch([[3], [4]])._replace(references=[None, None])
     sampled = rollout(["#### 7", "7"])
-    evaluation.update(batch, sampled, judge(rewards, batch, sampled))
+    evaluation.update(batch, sampled, judge_rollout(rewards, batch, sampled))
     found = evaluation.compute()
     assert found["reward"] == 0.5
     assert not [name for name in found if name.startswith(("pass", "maj", "avg", "density"))]
@@ -86,5 +86,5 @@ def test_truncated_rows_are_invalid_when_masked() -> None:
     rewards = [FormatReward(style="hash")]
     batch = tiny.batch([[3]])
     sampled = rollout(["#### 7", "7"])
-    assert judge(rewards, batch, sampled).valid.tolist() == [[True, True]]
-    assert judge(rewards, batch, sampled, mask_truncated=True).valid.tolist() == [[False, True]]
+    assert judge_rollout(rewards, batch, sampled).valid.tolist() == [[True, True]]
+    assert judge_rollout(rewards, batch, sampled, mask_truncated=True).valid.tolist() == [[False, True]]

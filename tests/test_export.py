@@ -28,9 +28,9 @@ from lightning_lambdapo import (
     RolloutCheckpoint,
     SamplingConfig,
 )
-from lightning_lambdapo.cli import main
-from lightning_lambdapo.publishing import model_card
+from lightning_lambdapo.commands.main import main
 from lightning_lambdapo.rewards import AccuracyReward
+from lightning_lambdapo.runs.publishing import model_card
 
 IDS = torch.tensor([[3, 9, 14, 22, 31], [4, 8, 15, 16, 23]])
 LORA = AdapterConfig(r=4, alpha=12)

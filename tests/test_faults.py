@@ -25,10 +25,10 @@ from lightning_lambdapo import (
     LambdaPOModule,
     PromptCollator,
     RolloutConfig,
-    parallel,
 )
-from lightning_lambdapo.evaluation import StepReport
-from lightning_lambdapo.learning import Learner
+from lightning_lambdapo.distributed import parallel
+from lightning_lambdapo.learning.learner import Learner
+from lightning_lambdapo.learning.training_log import TrainingLog
 from lightning_lambdapo.rewards import FunctionReward, Reward, RewardInputs
 from lightning_lambdapo.rollout import sampling
 
@@ -111,15 +111,15 @@ def test_a_checkpoint_from_inside_a_step_is_marked_and_warned_of(
             if moment == "update" and run.global_step == 5:  # the second update of the third step
                 raise RuntimeError("in the middle")
 
-    finish, calls = StepReport.finish, [0]
+    finish, calls = TrainingLog.finish, [0]
 
-    def report(self: StepReport, *arguments: Any) -> Any:
+    def report(self: TrainingLog, *arguments: Any) -> Any:
         calls[0] += 1
         if moment == "report" and calls[0] == 3:
             raise RuntimeError("in the middle")
         return finish(self, *arguments)
 
-    monkeypatch.setattr(StepReport, "finish", report)
+    monkeypatch.setattr(TrainingLog, "finish", report)
     with pytest.raises(RuntimeError, match="in the middle"):
         runs.train(tmp_path, base, validate=False, save_on_exception=True, callbacks=[Fails()])
     held = torch.load(runs.checkpoint(tmp_path), weights_only=True)["lambdapo"]
@@ -309,13 +309,13 @@ def test_a_plain_function_gets_a_deadline_too() -> None:
         time.sleep(30)
         return [0.0]
 
-    from lightning_lambdapo.rewards import score
+    from lightning_lambdapo.rewards.judging import judge
 
     inputs = RewardInputs(["?"] * 2, ["a", "b"], [None] * 2, [None] * 2, [1, 1], [False] * 2, [{}] * 2)
     before = signal.getsignal(signal.SIGVTALRM)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"The reward 'slow' did not return within 0\.2 seconds"):
-        score([FunctionReward(slow, timeout=0.2)], inputs, group_size=2)
+        judge([FunctionReward(slow, timeout=0.2)], inputs, group_size=2)
     assert time.monotonic() - start < 10
     assert signal.getsignal(signal.SIGVTALRM) == before
     with pytest.raises(ValueError, match="timeout of the reward 'slow' must be above 0 seconds, got 0"):

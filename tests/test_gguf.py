@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lightning_lambdapo.policy import AdapterConfig, PolicyConfig, load_policy, load_tokenizer, save_policy
+from lightning_lambdapo.config import AdapterConfig, PolicyConfig
+from lightning_lambdapo.policy.loading import load_policy, load_tokenizer, save_policy
 
 IDS = torch.tensor([[3, 9, 14, 22, 31]])
 NAMES = {

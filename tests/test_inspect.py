@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_lambdapo.cli import main
+from lightning_lambdapo.commands.main import main
 
 # Two completions of equal score: w = 1/2 both ways, so the advantages are 1/2 (1 - 0) and 1/2 (0 - 1).
 PAIR = [(1.0, -0.5, 0.5), (0.0, -0.5, -0.5)]
 EQUAL = [(1.0, -0.5, 0.0), (1.0, -0.7, 0.0)]
-# Scores ln 3 apart at temperature 1: w_01 = 3/4, w_10 = 1/4; rewards 2 apart.
+# RewardOutcome ln 3 apart at temperature 1: w_01 = 3/4, w_10 = 1/4; rewards 2 apart.
 UNEVEN = [(2.0, 0.0, 1.5), (0.0, -math.log(3), -0.5)]
 
 

@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from lightning_lambdapo.kernels import FusedLoraLinear, OneDNNLinear, fast_linears
+from lightning_lambdapo.policy.kernels import OneDNNLinear
+from lightning_lambdapo.policy.lora import FusedLoraLinear, fast_linears
 
 IDS = torch.tensor([[3, 9, 14, 22, 31], [4, 8, 15, 16, 23]])
 needs_onednn = pytest.mark.skipif(
@@ -26,16 +27,16 @@ def gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
 
 def fused_calls(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts the calls that take the one operation."""
-    from lightning_lambdapo import kernels
+    from lightning_lambdapo.policy import lora
 
     calls: list[int] = []
-    apply = cast(Any, kernels)._AdaptedLinear.apply
+    apply = cast(Any, lora)._AdaptedLinear.apply
 
     def counted(*arguments: Any) -> Any:
         calls.append(1)
         return apply(*arguments)
 
-    monkeypatch.setattr(kernels._AdaptedLinear, "apply", counted)
+    monkeypatch.setattr(lora._AdaptedLinear, "apply", counted)
     return calls
 
 

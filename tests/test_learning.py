@@ -1,3 +1,5 @@
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,15 +9,17 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_lambdapo import learning
-from lightning_lambdapo.config import AlgorithmConfig
+from lightning_lambdapo.config import AdapterConfig, AlgorithmConfig, PerformanceConfig, SamplingConfig
 from lightning_lambdapo.datatypes import PromptBatch, Rollout
-from lightning_lambdapo.learning import Learner, plan_updates
-from lightning_lambdapo.packing import plan_micro_batches
-from lightning_lambdapo.policy import AdapterConfig, Policy, frozen_reference
-from lightning_lambdapo.rollout import GroupedEngine, SamplingConfig
+from lightning_lambdapo.distributed.tally import Tally
+from lightning_lambdapo.learning import updates as updates_module
+from lightning_lambdapo.learning.learner import Learner
+from lightning_lambdapo.learning.packing import plan_micro_batches
+from lightning_lambdapo.learning.updates import plan_updates
+from lightning_lambdapo.policy.model import Policy
+from lightning_lambdapo.policy.reference import frozen_reference
+from lightning_lambdapo.rollout import GroupedEngine
 from lightning_lambdapo.rollout.sampling import row_uniforms
-from lightning_lambdapo.tally import Tally
 
 TEMPERATURE, MAX_NEW_TOKENS, GROUP = 0.8, 14, 4
 EVERYTHING = 10**6
@@ -52,6 +56,11 @@ def gradient(model: Policy) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+def by_hand() -> Any:
+    """Stands for the optimizer where gradients alone are wanted."""
+    return SimpleNamespace(strategy=SingleDeviceStrategy("cpu"), backward=torch.Tensor.backward)
+
+
 def learn(
     model: Policy,
     batch: PromptBatch,
@@ -68,6 +77,7 @@ def learn(
     **settings: Any,
 ) -> tuple[Tensor, dict[str, float]]:
     algorithm = AlgorithmConfig(**settings)
+    tally = Tally()
     learner = Learner(
         model,
         reference,
@@ -76,8 +86,9 @@ def learn(
         max_new_tokens=MAX_NEW_TOKENS,
         max_tokens=max_tokens,
         chunk_size=chunk_size,
-        share_prompts=share_prompts,
-        recompute_logits=recompute_logits,
+        performance=PerformanceConfig(share_prompts_in_learning=share_prompts, recompute_logits=recompute_logits),
+        tally=tally,
+        optimizer=by_hand(),
     )
     assert learner.scorer.share_prompts == share_prompts
     (update,) = plan_updates(
@@ -88,16 +99,8 @@ def learn(
         algorithm=algorithm,
         mini_batches=1,
     )
-    tally = Tally()
     model.zero_grad()
-    learner.accumulate(
-        update,
-        advantages,
-        old_logprobs,
-        strategy=SingleDeviceStrategy("cpu"),
-        backward=lambda loss: loss.backward(),
-        tally=tally,
-    )
+    learner.accumulate(replace(update, old_logprobs=old_logprobs))
     return gradient(model), tally.reduce()
 
 
@@ -227,9 +230,9 @@ def test_mini_batches_go_by_place_in_the_global_batch(
 ) -> None:
     """Prompts 0, 1, 2 of two ranks stand at places 0, 2, 4 and 1, 3, 5; each half is one update."""
     _, batch, rollout, advantages, valid = make()
-    monkeypatch.setattr(learning, "world_size", lambda: 2)
-    monkeypatch.setattr(learning, "rank", lambda: rank)
-    monkeypatch.setattr(learning, "gather_objects", lambda local: [local, [(100, 10, 1, 0), (200, 20, 0, 3)]])
+    monkeypatch.setattr(updates_module, "world_size", lambda: 2)
+    monkeypatch.setattr(updates_module, "rank", lambda: rank)
+    monkeypatch.setattr(updates_module, "gather_objects", lambda local: [local, [(100, 10, 1, 0), (200, 20, 0, 3)]])
     updates = plan_updates(batch, rollout, advantages, valid, algorithm=AlgorithmConfig(), mini_batches=2)
     rows = [update.rows.tolist() for update in updates]
     assert rows == expected
@@ -280,7 +283,8 @@ def test_off_policy_ratio_and_clipping() -> None:
 
 
 def test_adapter_reference_is_scored_without_the_adapter(tmp_path: Any) -> None:
-    from lightning_lambdapo.policy import PolicyConfig, load_policy
+    from lightning_lambdapo.config import PolicyConfig
+    from lightning_lambdapo.policy.loading import load_policy
 
     tiny.model("llama").save_pretrained(tmp_path)
     policy = load_policy(PolicyConfig(str(tmp_path)), AdapterConfig(r=4))
@@ -313,6 +317,7 @@ def test_frozen_copy_scores_the_same_before_and_after_an_update() -> None:
         max_new_tokens=MAX_NEW_TOKENS,
         max_tokens=EVERYTHING,
         chunk_size=100,
+        optimizer=by_hand(),
     )
     (micro_batch,) = plan_micro_batches(batch, rollout, torch.arange(12), max_tokens=EVERYTHING)
     before = learner.ref_logprobs(micro_batch)

@@ -10,8 +10,9 @@ from ranks import on_ranks, succeed
 from test_faults import steps_of
 from test_module import Digits, Rows, module, trainer, weights
 
-from lightning_lambdapo import AdapterConfig, parallel
-from lightning_lambdapo.learning import Learner
+from lightning_lambdapo import AdapterConfig
+from lightning_lambdapo.distributed import parallel
+from lightning_lambdapo.learning.learner import Learner
 
 
 class Scarce:

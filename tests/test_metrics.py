@@ -9,8 +9,8 @@ import reference
 import torch
 from torch import Tensor
 
+from lightning_lambdapo.evaluation.metrics import GroupDiagnostics, MajorityAtK, PassAtK, SemanticDensity
 from lightning_lambdapo.functional import lambda_advantages
-from lightning_lambdapo.metrics import GroupDiagnostics, MajorityAtK, PassAtK, SemanticDensity
 
 # -- semantic density -----------------------------------------------------------------------------------------------
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import lightning_lambdapo
+from lightning_lambdapo.evaluation.metrics import GroupDiagnostics, MajorityAtK, PassAtK, SemanticDensity
 from lightning_lambdapo.functional import lambda_advantages
-from lightning_lambdapo.metrics import GroupDiagnostics, MajorityAtK, PassAtK, SemanticDensity
 
 GROUPS, SPLIT = 13, 9
 TEXTS = ["4 apples and 5 pears #### 9", "\\boxed{3}", "two pears", "unheard"]

@@ -220,7 +220,7 @@ def test_non_finite_gradients_are_skipped_then_an_error(base: str, tmp_path: Pat
     next(model.policy.parameters()).register_hook(poison)
     with pytest.raises(RuntimeError, match="3 updates in a row had a gradient norm of nan"):
         fit(tmp_path, model)
-    assert model.skipped_updates == 3
+    assert model.run_state.skipped_updates == 3
     assert equal(weights(model), before)
 
 

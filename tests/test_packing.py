@@ -5,14 +5,16 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_learning import EVERYTHING, GROUP, MAX_NEW_TOKENS, TEMPERATURE, learn, make, slow_gradient
+from test_learning import EVERYTHING, GROUP, MAX_NEW_TOKENS, TEMPERATURE, by_hand, learn, make, slow_gradient
 from torch import Tensor
 
-from lightning_lambdapo.attention import PackedRow
-from lightning_lambdapo.config import AlgorithmConfig
-from lightning_lambdapo.learning import Learner, plan_updates
-from lightning_lambdapo.packing import plan_micro_batches
-from lightning_lambdapo.policy import AdapterConfig, Policy, PolicyConfig, load_policy
+from lightning_lambdapo.config import AdapterConfig, AlgorithmConfig, PerformanceConfig, PolicyConfig
+from lightning_lambdapo.learning.learner import Learner
+from lightning_lambdapo.learning.packing import plan_micro_batches
+from lightning_lambdapo.learning.updates import plan_updates
+from lightning_lambdapo.policy.attention import PackedRow
+from lightning_lambdapo.policy.loading import load_policy
+from lightning_lambdapo.policy.model import Policy
 
 
 @pytest.mark.parametrize("max_tokens", [1, 18, 25, 40, EVERYTHING])
@@ -75,7 +77,10 @@ def adapted(path: Any, **settings: Any) -> Policy:
     """A tiny policy whose adapter does something, in train mode."""
     if not (path / "config.json").exists():
         tiny.model("llama").save_pretrained(path)
-    policy = load_policy(PolicyConfig(str(path), **settings), AdapterConfig(r=4)).train()
+    performance = PerformanceConfig(
+        **{name: settings.pop(name) for name in ("fused_lora", "onednn") if name in settings}
+    )
+    policy = load_policy(PolicyConfig(str(path), **settings), AdapterConfig(r=4), performance=performance).train()
     tiny.shake(policy, 0.1)
     return policy
 
@@ -135,6 +140,7 @@ def test_an_attention_that_cannot_branch_gets_padded_rows(monkeypatch: pytest.Mo
             max_new_tokens=MAX_NEW_TOKENS,
             max_tokens=EVERYTHING,
             chunk_size=100,
+            optimizer=by_hand(),
         )
     assert not learner.scorer.share_prompts
     found, _ = learn(*case, share_prompts=False)

@@ -10,19 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lightning_lambdapo.policy import (
-    AdapterConfig,
-    Policy,
-    PolicyConfig,
-    causal_lm,
-    eos_token_ids,
-    evaluating,
-    frozen_reference,
-    load_policy,
-    load_tokenizer,
-    reference_mode,
-    save_policy,
-)
+from lightning_lambdapo.config import AdapterConfig, PolicyConfig
+from lightning_lambdapo.policy.loading import eos_token_ids, load_policy, load_tokenizer, save_policy
+from lightning_lambdapo.policy.model import Policy, causal_lm, evaluating
+from lightning_lambdapo.policy.reference import frozen_reference, reference_mode
 
 IDS = torch.tensor([[3, 9, 14, 22, 31], [4, 8, 15, 16, 23]])
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lightning_lambdapo.module
-from lightning_lambdapo.cli import main
+from lightning_lambdapo.commands.main import main
 from lightning_lambdapo.functional import lambda_advantages
 from lightning_lambdapo.quickstart import __main__ as maker
 from lightning_lambdapo.quickstart.tasks import TASKS, steps_right, task_rows

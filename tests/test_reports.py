@@ -12,8 +12,8 @@ from ranks import on_ranks, succeed
 from test_module import ROWS, Digits, Rows, module, trainer
 
 from lightning_lambdapo import EvaluationConfig, EvaluationReport, LambdaPOModule, SamplingConfig
-from lightning_lambdapo.callbacks import CompletionsLogger
-from lightning_lambdapo.cli import main
+from lightning_lambdapo.callbacks.completions import CompletionsLogger
+from lightning_lambdapo.commands.main import main
 from lightning_lambdapo.rewards import Reward, RewardInputs
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from lightning_lambdapo.estimates import Estimate
-from lightning_lambdapo.results import Outcome, markdown, outcome, results, statistics, write
+from lightning_lambdapo.evaluation.estimators import Estimate
+from lightning_lambdapo.evaluation.results import Outcome, markdown, outcome, results, statistics, write
 
 
 def made(prompt_id: int, subject: object, accuracy: list[float], votes: list[str | None], **more: Any) -> Outcome:

@@ -71,9 +71,9 @@ def assert_same(first: Path, second: Path, *, tolerance: float) -> None:
     """The same completions, token for token, and metrics and weights within a tolerance."""
     for alone, together in zip(runs.completions(first), runs.completions(second), strict=True):
         assert alone["completion"] == together["completion"]
-        for name in ("step", "prompt_id", "sample", "completion_length", "truncated", "rewards", "total", "valid"):
+        for name in ("step", "prompt_id", "sample", "completion_length", "truncated", "valid"):
             assert alone[name] == together[name], name
-        for name in ("score", "advantage"):
+        for name in ("rewards", "total", "score", "advantage"):  # an encoder's batches differ, and so its rounding
             assert together[name] == pytest.approx(alone[name], rel=10 * tolerance, abs=tolerance), name
     expected, found = runs.metrics(first), runs.metrics(second)
     assert expected.keys() == found.keys()
@@ -208,7 +208,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(
 
 
 def fit_from_the_command_line(arguments: list[str]) -> None:
-    from lightning_lambdapo.cli import main
+    from lightning_lambdapo.commands.main import main
 
     main(["fit", *arguments])
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from lightning_lambdapo.cli import main
+from lightning_lambdapo.commands.main import main
+from lightning_lambdapo.commands.score import score_file
 from lightning_lambdapo.data import DataSource, load_rows
 from lightning_lambdapo.rewards import AccuracyReward, Reward, RewardInputs
-from lightning_lambdapo.score import score_file
 
 FOREIGN: list[dict[str, Any]] = [
     {"prompt": "2+5?", "completion": "so 7", "answer": 7, "subject": "sums"},

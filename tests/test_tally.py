@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_lambdapo import parallel, tally
-from lightning_lambdapo.tally import Tally
+from lightning_lambdapo.distributed import parallel, tally
+from lightning_lambdapo.distributed.tally import Tally
 
 
 def ranks(monkeypatch: pytest.MonkeyPatch, *tallies: Tally) -> dict[str, float]:

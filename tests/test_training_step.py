@@ -10,14 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from test_module import Digits, Rows, Same, fit, module, trainer
 
-from lightning_lambdapo import (
-    AdapterConfig,
-    AlgorithmConfig,
-    LambdaPOModule,
-    PolicyConfig,
-    PromptBatch,
-    RolloutConfig,
-)
+from lightning_lambdapo import AdapterConfig, AlgorithmConfig, LambdaPOModule, PolicyConfig, PromptBatch, RolloutConfig
 from lightning_lambdapo.functional import group_advantages, lambda_advantages
 from lightning_lambdapo.rewards import Reward, RewardInputs
 
@@ -46,16 +39,16 @@ def test_advantages_are_those_of_the_settings(base: str, tmp_path: Path, setting
     fit(tmp_path, module(base, algorithm=AlgorithmConfig(**settings)), callbacks=[outputs])
     plain = {name: value for name, value in settings.items() if name not in ("score", "mask_truncated", "estimator")}
     for step in outputs.steps:
-        rollout, scores = step["rollout"], step["scores"]
+        rollout, scores = step["rollout"], step["rewards"]
         summed = torch.where(rollout.completion_mask, rollout.sampling_logprobs, 0.0).sum(-1)
         expected = summed if settings.get("score") == "sum" else summed / rollout.lengths
-        torch.testing.assert_close(step["policy_scores"].flatten(), expected)
+        torch.testing.assert_close(step["confidence"].flatten(), expected)
         truncated = rollout.truncated.view_as(scores.valid)
         assert torch.equal(scores.valid, ~truncated if settings.get("mask_truncated") else torch.ones_like(truncated))
         if "estimator" in settings:
             wanted = group_advantages(scores.total, estimator="grpo", valid=scores.valid)
         else:
-            wanted = lambda_advantages(scores.total, step["policy_scores"], valid=scores.valid, **plain)
+            wanted = lambda_advantages(scores.total, step["confidence"], valid=scores.valid, **plain)
         torch.testing.assert_close(step["advantages"], wanted.flatten())
 
 

@@ -1,5 +1,6 @@
 """Tiny random models of several architectures, a character tokenizer, and batches to feed them."""
 
+import dataclasses
 import random
 from types import MethodType
 from typing import Any, cast
@@ -20,6 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from lightning_lambdapo.config import PerformanceConfig, RolloutConfig
 from lightning_lambdapo.datatypes import PromptBatch
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789+-=,.;# ()"
@@ -113,6 +115,14 @@ def shake(policy: Any, scale: float) -> None:
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def configured(**settings: Any) -> dict[str, Any]:
+    """Arguments of the grouped engine from the settings of both its configurations."""
+    switches = {field.name for field in dataclasses.fields(PerformanceConfig)}
+    performance = {name: value for name, value in settings.items() if name in switches}
+    config = {name: value for name, value in settings.items() if name not in switches}
+    return {"config": RolloutConfig(**config), "performance": PerformanceConfig(**performance)}
 
 
 def batch(

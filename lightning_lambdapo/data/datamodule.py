@@ -9,12 +9,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
+from lightning_lambdapo.config import changed_settings
 from lightning_lambdapo.data.collate import PromptCollator
 from lightning_lambdapo.data.sampler import PromptLoader, PromptSampler
 from lightning_lambdapo.data.sources import DataSource, Row, load_rows
 from lightning_lambdapo.data.templates import PromptTemplate
 from lightning_lambdapo.datatypes import PromptBatch
-from lightning_lambdapo.results import changed_settings
 
 _ABSENT = "\0absent"
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_lambdapo.rewards.extraction import marked_answer
+from lightning_lambdapo.rewards.verifier.extraction import marked_answer
 
 Fields = dict[str, Any]
 _LETTERS = "ABCDEFGHIJ"

@@ -208,14 +208,26 @@ def group_advantages(rewards: Tensor, *, estimator: GroupEstimator, valid: Tenso
     elif estimator == "rloo":
         count = valid.sum(-1, keepdim=True)
         advantages = advantages * count / (count - 1).clamp(min=1)
-    return torch.where(valid & _unequal(rewards, valid), advantages, 0.0)
+    return torch.where(valid & rewards_differ(rewards, valid).unsqueeze(-1), advantages, 0.0)
 
 
-def check_weighting(weighting: Weighting, temperature: Temperature) -> None:
-    """Raise ``ValueError`` for settings that :func:`pairwise_weights` refuses."""
-    check_choice("weighting", weighting, get_args(Weighting))
-    if temperature != "group_std" and (isinstance(temperature, str) or not 0 < temperature <= sys.float_info.max):
-        raise ValueError(f'`temperature` must be a finite number above 0 or "group_std", got {temperature!r}.')
+def check_weighting(weighting: Weighting, temperature: Temperature, *, prefix: str = "") -> None:
+    """Raise ``ValueError`` for settings that :func:`pairwise_weights` refuses; ``prefix`` goes before their names."""
+    check_choice(f"{prefix}weighting", weighting, get_args(Weighting))
+    if temperature != "group_std" and (
+        not isinstance(temperature, int | float) or not 0 < temperature <= sys.float_info.max
+    ):
+        raise ValueError(f'`{prefix}temperature` must be a finite number above 0 or "group_std", got {temperature!r}.')
+
+
+def rewards_differ(rewards: Tensor, valid: Tensor) -> Tensor:
+    """Whether two valid rewards of a group differ, ``(B,)`` bool, from ``(B, G)`` rewards and their validity.
+
+    By maximum and minimum: rewards minus their rounded mean are not exact zeros.
+    """
+    largest = torch.where(valid, rewards, -math.inf).amax(-1)
+    smallest = torch.where(valid, rewards, math.inf).amin(-1)
+    return largest > smallest
 
 
 def _prepare(rewards: Tensor, scores: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -275,10 +287,3 @@ def _unbiased_std(values: Tensor, valid: Tensor, dim: int) -> Tensor:
     count = valid.sum(dim)
     deviations = values - masked_mean(values, valid, dim).unsqueeze(dim)
     return (masked_sum(deviations.square(), valid, dim) / (count - 1).clamp(min=1)).sqrt()
-
-
-def _unequal(rewards: Tensor, valid: Tensor) -> Tensor:
-    """``(B, 1)``: two valid rewards differ. By max and min: rewards minus their rounded mean are not exact zeros."""
-    largest = torch.where(valid, rewards, -math.inf).amax(-1, keepdim=True)
-    smallest = torch.where(valid, rewards, math.inf).amin(-1, keepdim=True)
-    return largest > smallest

@@ -107,11 +107,7 @@ def policy_loss(
             f'`max_new_tokens` must be at least 1 with aggregation="constant", whose denominator it is; got '
             f"{max_new_tokens}."
         )
-    if not (0 <= clip_low <= 1 and clip_high >= 0):
-        raise ValueError(
-            f"`clip_low` must be in [0, 1] and `clip_high` at least 0, got {clip_low} and {clip_high}; the ratio is "
-            "clipped to [1 - clip_low, 1 + clip_high]."
-        )
+    check_clipping(clip_low, clip_high)
     if kl_coef and ref_logprobs is None:
         raise ValueError(f"`kl_coef` is {kl_coef} and `ref_logprobs` is None; a KL term needs reference log-probs.")
     check_same_shape(
@@ -154,6 +150,15 @@ def policy_loss(
         clip_fraction = masked_mean((surrogate > clipped).to(ratio), mask)
         ratio_max = torch.where(mask, ratio, 0.0).max() if mask.any() else ratio.new_zeros(())
     return LossOutput(loss, mean_kl, clip_fraction, ratio_max)
+
+
+def check_clipping(clip_low: float, clip_high: float) -> None:
+    """Raise ``ValueError`` for clipping distances that cannot be."""
+    if not (0 <= clip_low <= 1 and clip_high >= 0):
+        raise ValueError(
+            f"`clip_low` must be in [0, 1] and `clip_high` at least 0, got {clip_low} and {clip_high}; the "
+            "ratio is clipped to [1 - clip_low, 1 + clip_high]."
+        )
 
 
 def _keep(values: Tensor, mask: Tensor) -> Tensor:

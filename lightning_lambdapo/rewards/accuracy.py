@@ -5,7 +5,7 @@ from collections import Counter
 from typing import get_args
 
 from lightning_lambdapo.rewards.base import Reward, RewardInputs
-from lightning_lambdapo.rewards.exact import (
+from lightning_lambdapo.rewards.verifier.exact import (
     bracketing,
     canonical,
     clean,
@@ -16,7 +16,7 @@ from lightning_lambdapo.rewards.exact import (
     same_quantity,
     too_costly,
 )
-from lightning_lambdapo.rewards.extraction import (
+from lightning_lambdapo.rewards.verifier.extraction import (
     AnswerFormat,
     final_answer,
     final_letter,
@@ -26,7 +26,7 @@ from lightning_lambdapo.rewards.extraction import (
     only_option,
     trailing_letter,
 )
-from lightning_lambdapo.rewards.verifier import MathVerifier, Verdict
+from lightning_lambdapo.rewards.verifier.pool import MathVerifier, Verdict
 
 _MAX_CHARACTERS = 512
 _MIN_VERIFICATIONS = 20

@@ -2,11 +2,14 @@
 
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
+
+from lightning_lambdapo.rewards.base import Reward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,6 +27,7 @@ class TokenEncoder:
         tokenizer: the model's.
         layer: which hidden state: 0 is the input embedding, -1 the last, after the final norm.
         max_tokens: tokens, padding included, that are read at once; bounds memory and changes no embedding.
+        reading: gives the context in which the model reads. For a policy it switches the adapter off.
 
     Raises:
         ValueError: a layer that the model does not have.
@@ -36,6 +40,7 @@ class TokenEncoder:
         *,
         layer: int = -1,
         max_tokens: int = 16384,
+        reading: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         config = model.config.get_text_config()
         depth = config.num_hidden_layers
@@ -47,6 +52,7 @@ class TokenEncoder:
         self.tokenizer = tokenizer
         self.layer = layer
         self.max_tokens = max_tokens
+        self.reading = reading
         self.positions = min(getattr(config, "max_position_embeddings", None) or 10**9, tokenizer.model_max_length)
 
     @classmethod
@@ -90,7 +96,8 @@ class TokenEncoder:
         embeddings = torch.zeros(len(texts), 0, 1, device=ids.device)
         for rows in self._batches(read.sum(1).tolist(), counts.any(1).tolist()):
             width = int(read[rows].sum(1).max())
-            hidden = self._hidden(ids[rows, :width], read[rows, :width].long())
+            with self.reading():
+                hidden = self._hidden(ids[rows, :width], read[rows, :width].long())
             if not embeddings.numel():
                 embeddings = hidden.new_zeros(*ids.shape, hidden.shape[-1])
             embeddings[rows, :width] = hidden
@@ -145,3 +152,15 @@ class TokenEncoder:
             batch.append(row)
         if batch:
             yield batch
+
+
+def prepare_encoders(rewards: Sequence[Reward], encoder: Callable[[int], TokenEncoder], device: torch.device) -> None:
+    """Give each reward that needs one an encoder of the frozen policy, and all rewards the device.
+
+    Args:
+        rewards: the judges.
+        encoder: makes an encoder of the frozen policy that reads this layer.
+        device: where the module computes.
+    """
+    for reward in rewards:
+        reward.prepare_encoder(encoder(reward.encoder_layer) if reward.needs_encoder else None, device)

@@ -4,7 +4,7 @@ import re
 from typing import Literal, get_args
 
 from lightning_lambdapo.rewards.base import Reward, RewardInputs
-from lightning_lambdapo.rewards.extraction import iter_boxed
+from lightning_lambdapo.rewards.verifier.extraction import iter_boxed
 
 Style = Literal["boxed", "hash", "tag", "think_answer"]
 

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_lambdapo.attention import UnsupportedAttentionError, branch_attention
+from lightning_lambdapo.config import PerformanceConfig, RolloutConfig, SamplingConfig
 from lightning_lambdapo.datatypes import PromptBatch, Rollout
-from lightning_lambdapo.rollout.engine import RolloutConfig, RolloutEngine
+from lightning_lambdapo.policy.attention import UnsupportedAttentionError, branch_attention
+from lightning_lambdapo.policy.lora import merged_adapter
+from lightning_lambdapo.rollout.engine import RolloutEngine
 from lightning_lambdapo.rollout.hf import HFEngine
-from lightning_lambdapo.rollout.merging import merged_adapter
-from lightning_lambdapo.rollout.sampling import SamplingConfig, TokenSampler, row_uniforms
-from lightning_lambdapo.rollout.store import GroupStore
+from lightning_lambdapo.rollout.kv_store import GroupStore
+from lightning_lambdapo.rollout.sampling import TokenSampler, row_uniforms
 
 
 class GroupedEngine(RolloutEngine):
@@ -30,8 +31,8 @@ class GroupedEngine(RolloutEngine):
         tokenizer: decodes the completions.
         eos_ids: every token id that ends a completion.
         pad_id: id written after the end.
-        config: ``share_prompts``, ``compaction``, ``max_live_tokens`` (a single prompt's rows are never split) and
-            ``merge_adapter`` (see :func:`merged_adapter`) are the engine's.
+        config: ``max_live_tokens`` is the engine's; a single prompt's rows are never split.
+        performance: the engine's switches; for ``merge_adapter`` see :func:`merged_adapter`.
     """
 
     def __init__(
@@ -39,10 +40,12 @@ class GroupedEngine(RolloutEngine):
         tokenizer: PreTrainedTokenizerBase,
         eos_ids: Sequence[int],
         pad_id: int,
-        config: RolloutConfig | None = None,
+        config: RolloutConfig = RolloutConfig(),
+        performance: PerformanceConfig = PerformanceConfig(),
     ) -> None:
         super().__init__(tokenizer, eos_ids, pad_id)
-        self.config = config or RolloutConfig()
+        self.config = config
+        self.performance = performance
         self._fallback: HFEngine | None = None
         self._probed = False
 
@@ -54,7 +57,7 @@ class GroupedEngine(RolloutEngine):
             self._probe(model)
         if self._fallback is not None:
             return self._fallback.generate(model, batch, sampling=sampling, uniforms=uniforms)
-        with merged_adapter(model, self.config.merge_adapter):
+        with merged_adapter(model, self.performance.merge_adapter):
             return self._decode(model, batch, sampling, uniforms)
 
     def _decode(
@@ -70,7 +73,7 @@ class GroupedEngine(RolloutEngine):
             batch.input_ids.repeat_interleave(group_size, 0),
             batch.attention_mask.bool().repeat_interleave(group_size, 0),
         )
-        if not self.config.share_prompts:
+        if not self.performance.share_prompts_in_rollouts:
             prompts, group_size = [ids for ids in prompts for _ in range(group_size)], 1
         store = GroupStore(device)
         live = _LiveRows(self.eos_ids, self.pad_id, total, max_new_tokens, model)
@@ -94,7 +97,7 @@ class GroupedEngine(RolloutEngine):
                     which = slice(None)
                 live.write(which, sampler(logits, live.rows[which], live.steps[which]))
                 left = int(live.alive.sum())
-                if left < len(store) and (self.config.compaction or not left):
+                if left < len(store) and (self.performance.compaction or not left):
                     live.select(store.keep(live.alive))
         return self.finish(live.ids, live.logprobs, live.entropy)
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from lightning_lambdapo.config import SamplingConfig
 from lightning_lambdapo.datatypes import PromptBatch, Rollout
 from lightning_lambdapo.rollout.engine import RolloutEngine
-from lightning_lambdapo.rollout.sampling import SamplingConfig, TokenSampler
+from lightning_lambdapo.rollout.sampling import TokenSampler
 
 
 class HFEngine(RolloutEngine):

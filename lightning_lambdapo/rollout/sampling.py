@@ -1,67 +1,17 @@
 """Counter-based sampling: which token a row draws depends on who the row is, never on what else is in the batch."""
 
 import hashlib
-import math
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from lightning_lambdapo.config import SamplingConfig
 from lightning_lambdapo.functional.logprobs import entropy_from_softmax, softmax_and_normaliser
 from lightning_lambdapo.functional.masking import at_least_float32
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How tokens are drawn from the policy's logits.
-
-    The filters are applied in the order repetition penalty, temperature, top-k, top-p, min-p.
-
-    Attributes:
-        temperature: divisor of the logits; 0 decodes greedily.
-        top_p: keep the smallest set of tokens whose probability reaches this; 1 keeps all.
-        top_k: keep this many most likely tokens; 0 keeps all.
-        min_p: drop tokens below this share of the most likely token's probability; 0 keeps all.
-        repetition_penalty: divide positive (multiply negative) logits of the tokens seen so far; 1 does nothing.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        ranges = {
-            "temperature": (0 <= self.temperature < math.inf, "a finite number, at least 0 (0 decodes greedily)"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "top_k": (self.top_k >= 0, "at least 0 (0 keeps all tokens)"),
-            "min_p": (0 <= self.min_p < 1, "in [0, 1)"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "a finite number above 0"),
-        }
-        for name, (good, wanted) in ranges.items():
-            if not good:
-                raise ValueError(f"`sampling.{name}` must be {wanted}, got {getattr(self, name)}.")
-
-    @property
-    def greedy(self) -> bool:
-        """True where the most likely token is always taken."""
-        return self.temperature == 0
-
-    @property
-    def logprob_temperature(self) -> float:
-        """Divisor of the logits in every log-probability: ``temperature``, or 1 under greedy decoding."""
-        return self.temperature or 1.0
-
-    @property
-    def filters(self) -> list[str]:
-        """Names of the settings that make the drawing distribution differ from the one log-probs are taken of."""
-        neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-        return [name for name, value in neutral.items() if getattr(self, name) != value]
 
 
 def row_uniforms(

@@ -38,11 +38,11 @@ CASES = [(1, 1, 128, 64), (1, 8, 128, 64), (1, 32, 128, 64), (4, 8, 128, 64), (4
 #: What `--switches` measures.
 SWITCHES: dict[str, dict[str, Any]] = {
     "all on": {},
-    "prompts computed and stored per row": {"share_prompts": False},
-    "ended rows stay": {"compaction": False},
-    "adapter not merged": {"merge_adapter": False},
-    "one prompt at a time": {"max_live_tokens": 1},
-    "transformers' generate, our sampler": {"engine": "hf"},
+    "prompts computed and stored per row": {"performance": {"share_prompts_in_rollouts": False}},
+    "ended rows stay": {"performance": {"compaction": False}},
+    "adapter not merged": {"performance": {"merge_adapter": False}},
+    "one prompt at a time": {"rollout": {"max_live_tokens": 1}},
+    "transformers' generate, our sampler": {"rollout": {"engine": "hf"}},
 }
 
 
@@ -52,13 +52,16 @@ def measure(model: str, prompts: Path | None, case: Result) -> Result:
     from transformers import GenerationConfig
 
     from lightning_lambdapo import AdapterConfig, PolicyConfig
-    from lightning_lambdapo.policy import causal_lm, load_policy, load_tokenizer
-    from lightning_lambdapo.rollout import GroupedEngine, SamplingConfig
+    from lightning_lambdapo.config import PerformanceConfig, SamplingConfig
+    from lightning_lambdapo.policy.loading import load_policy, load_tokenizer
+    from lightning_lambdapo.policy.model import causal_lm
+    from lightning_lambdapo.rollout import GroupedEngine
     from lightning_lambdapo.rollout.sampling import row_uniforms
 
     stock = case["side"] == "generate"
-    config = PolicyConfig(model=model, fused_lora=not stock, onednn=False if stock else None)
-    policy = causal_lm(load_policy(config, AdapterConfig(r=16)))
+    config = PolicyConfig(model=model)
+    performance = PerformanceConfig(fused_lora=not stock, onednn=False if stock else None)
+    policy = causal_lm(load_policy(config, AdapterConfig(r=16), performance=performance))
     engine = GroupedEngine(load_tokenizer(config), (10**9,), 0)  # no token ends a row
 
     @torch.no_grad()
@@ -104,9 +107,11 @@ def measure_switches(model: str, prompts: Path | None) -> Result:
     import torch
 
     from lightning_lambdapo import AdapterConfig, PolicyConfig, RolloutConfig
+    from lightning_lambdapo.config import PerformanceConfig, SamplingConfig
     from lightning_lambdapo.data import PromptCollator, PromptTemplate
-    from lightning_lambdapo.policy import causal_lm, eos_token_ids, load_policy, load_tokenizer
-    from lightning_lambdapo.rollout import GroupedEngine, HFEngine, SamplingConfig
+    from lightning_lambdapo.policy.loading import eos_token_ids, load_policy, load_tokenizer
+    from lightning_lambdapo.policy.model import causal_lm
+    from lightning_lambdapo.rollout import GroupedEngine, HFEngine
     from lightning_lambdapo.rollout.sampling import row_uniforms
 
     config = PolicyConfig(model=model)
@@ -118,9 +123,10 @@ def measure_switches(model: str, prompts: Path | None) -> Result:
     expected: list[list[int]] = []
     for index, settings in enumerate(SWITCHES.values()):
         arguments = tokenizer, eos_token_ids(policy, tokenizer), 0
-        rollout_config = RolloutConfig(**settings)
+        rollout_config = RolloutConfig(**settings.get("rollout", {}))
+        performance = PerformanceConfig(**settings.get("performance", {}))
         grouped = rollout_config.engine == "grouped"
-        engine = GroupedEngine(*arguments, rollout_config) if grouped else HFEngine(*arguments)
+        engine = GroupedEngine(*arguments, rollout_config, performance) if grouped else HFEngine(*arguments)
         for length in (2, 96):  # the first one probes
             uniforms = row_uniforms(
                 seed=0, stage="train", step=0, prompt_ids=ids, occurrences=[0] * 4, num_samples=8, length=length

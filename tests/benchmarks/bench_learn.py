@@ -11,17 +11,18 @@ norms and recomputation count as nothing. Memory is the process' peak over that 
 import json
 import resource
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 from measuring import Result, answer, best_time, blank_batch, gemm_rates, in_turn, options, prepared_model, report
 
 PROMPTS, GROUP, PROMPT = [150, 120, 90, 140], 8, 128
 SHARES: list[tuple[str, dict[str, Any]]] = [
     ("everything on", {}),
-    ("rows padded, prompts repeated", {"learner": {"share_prompts": False}}),
-    ("logits computed twice", {"learner": {"recompute_logits": True}}),
-    ("adapter by peft", {"policy": {"fused_lora": False}}),
-    ("no oneDNN", {"policy": {"onednn": False}}),
+    ("rows padded, prompts repeated", {"share_prompts_in_learning": False}),
+    ("logits computed twice", {"recompute_logits": True}),
+    ("adapter by peft", {"fused_lora": False}),
+    ("no oneDNN", {"onednn": False}),
 ]
 
 
@@ -31,14 +32,15 @@ def measure(model: str, prompts: Path | None, case: Result) -> Result:
     from lightning.pytorch.strategies import SingleDeviceStrategy
 
     from lightning_lambdapo import AdapterConfig, AlgorithmConfig, PolicyConfig
+    from lightning_lambdapo.config import PerformanceConfig
     from lightning_lambdapo.datatypes import Rollout
-    from lightning_lambdapo.learning import Learner, plan_updates
-    from lightning_lambdapo.policy import load_policy
-    from lightning_lambdapo.tally import Tally
+    from lightning_lambdapo.learning.learner import Learner
+    from lightning_lambdapo.learning.updates import plan_updates
+    from lightning_lambdapo.policy.loading import load_policy
 
     length = case["length"]
-    config = PolicyConfig(model=model, **case.get("off", {}).get("policy", {}))
-    policy: Any = load_policy(config, AdapterConfig(r=16)).train()
+    performance = PerformanceConfig(**case.get("off", {}))
+    policy: Any = load_policy(PolicyConfig(model=model), AdapterConfig(r=16), performance=performance).train()
     if "vocabulary" in case:
         policy.get_base_model().resize_token_embeddings(case["vocabulary"], mean_resizing=False)
         policy.requires_grad_(False)
@@ -58,6 +60,7 @@ def measure(model: str, prompts: Path | None, case: Result) -> Result:
     rollout = Rollout(torch.randint(vocabulary, (rows, length)), kept, zeros, zeros, ~kept[:, -1], [""] * rows)
     advantages = torch.linspace(-1, 1, rows) + 0.01
     settings = AlgorithmConfig()
+    by_hand = SimpleNamespace(strategy=SingleDeviceStrategy("cpu"), backward=torch.Tensor.backward)
     learner = Learner(
         policy,
         None,
@@ -66,7 +69,8 @@ def measure(model: str, prompts: Path | None, case: Result) -> Result:
         max_new_tokens=length,
         max_tokens=case.get("budget", 1024),
         chunk_size=256,
-        **case.get("off", {}).get("learner", {}),
+        performance=performance,
+        optimizer=cast(Any, by_hand),
     )
 
     def update() -> int:
@@ -78,14 +82,7 @@ def measure(model: str, prompts: Path | None, case: Result) -> Result:
             algorithm=settings,
             mini_batches=1,
         )
-        learner.accumulate(
-            planned,
-            advantages,
-            None,
-            strategy=SingleDeviceStrategy("cpu"),
-            backward=lambda loss: loss.backward(),
-            tally=Tally(),
-        )
+        learner.accumulate(planned)
         return sum(each.input_ids.numel() for each in learner.micro_batches(planned))
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -16,16 +16,16 @@ from typing import Any
 from measuring import Result, answer, in_turn, options, prepared_model, rendered, report, time_last_step
 
 PROMPTS, GROUP, WARM_UP = 4, 8, 8
-#: What `--ablate` switches off, as keyword arguments of policy, rollout and module.
+#: What `--ablate` switches off, as settings of rollout and performance.
 OPTIMISATIONS: dict[str, dict[str, Any]] = {
-    "decoder: prompts stored once": {"rollout": {"share_prompts": False}},
-    "decoder: ended rows leave": {"rollout": {"compaction": False}},
-    "decoder: merged adapter": {"rollout": {"merge_adapter": False}},
+    "decoder: prompts stored once": {"performance": {"share_prompts_in_rollouts": False}},
+    "decoder: ended rows leave": {"performance": {"compaction": False}},
+    "decoder: merged adapter": {"performance": {"merge_adapter": False}},
     "decoder: whole engine (generate instead)": {"rollout": {"engine": "hf"}},
-    "learning: prompts shared in packed rows": {"module": {"share_prompts": False}},
-    "learning: logits used once": {"module": {"recompute_logits": True}},
-    "both: adapter fused with its base": {"policy": {"fused_lora": False}},
-    "both: oneDNN": {"policy": {"onednn": False}},
+    "learning: prompts shared in packed rows": {"performance": {"share_prompts_in_learning": False}},
+    "learning: logits used once": {"performance": {"recompute_logits": True}},
+    "both: adapter fused with its base": {"performance": {"fused_lora": False}},
+    "both: oneDNN": {"performance": {"onednn": False}},
 }
 
 
@@ -41,6 +41,7 @@ def measure_ours(model: str, prompts: Path | None, case: Result) -> Result:
     import torch
 
     from lightning_lambdapo import AdapterConfig, LambdaPOModule, PolicyConfig, RolloutConfig
+    from lightning_lambdapo.config import PerformanceConfig
 
     off = case.get("off", {})
     length = case["max_new_tokens"]
@@ -48,27 +49,34 @@ def measure_ours(model: str, prompts: Path | None, case: Result) -> Result:
     class Timed(LambdaPOModule):
         generation = 0.0
 
-        def complete(self, *arguments: Any, **settings: Any) -> Any:
-            start = time.perf_counter()
-            rollout: Any = super().complete(*arguments, **settings)
-            self.generation = time.perf_counter() - start
-            self.tokens = int(rollout.completion_mask.sum())
-            return rollout
+        def build_engine(self, model: Any) -> Any:
+            engine: Any = super().build_engine(model)
+            generate = engine.generate
+
+            def timed(*arguments: Any, **settings: Any) -> Any:
+                start = time.perf_counter()
+                rollout = generate(*arguments, **settings)
+                self.generation = time.perf_counter() - start
+                self.tokens = int(rollout.completion_mask.sum())
+                return rollout
+
+            engine.generate = timed
+            return engine
 
     module = Timed(
-        PolicyConfig(model=model, **off.get("policy", {})),
+        PolicyConfig(model=model),
         lora=AdapterConfig(r=16, alpha=32),
         rollout=RolloutConfig(group_size=case.get("group", GROUP), max_new_tokens=WARM_UP, **off.get("rollout", {})),
         rewards=[reward],
         seed=0,
         max_tokens_per_micro_batch=1024 if length <= 128 else 1536,
         logprob_chunk_size=256,
-        **off.get("module", {}),
+        performance=PerformanceConfig(**off.get("performance", {})),
     )
     rows = [{"prompt": text} for text in rendered(module.tokenizer, prompts, case.get("prompts", PROMPTS))]
 
     def lengthen() -> None:
-        module.rollout_config = dataclasses.replace(module.rollout_config, max_new_tokens=length)
+        module.sampler.training = dataclasses.replace(module.sampler.training, max_new_tokens=length)
 
     assert torch.get_num_threads() == case["threads"]
     seconds = time_last_step(module, rows, 2, after=lengthen)

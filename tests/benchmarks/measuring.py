@@ -140,7 +140,8 @@ def prepared_model(arguments: argparse.Namespace) -> Iterator[None]:
     if not arguments.model.endswith(".gguf"):
         yield
         return
-    from lightning_lambdapo.policy import PolicyConfig, load_policy, load_tokenizer, save_policy
+    from lightning_lambdapo.config import PolicyConfig
+    from lightning_lambdapo.policy.loading import load_policy, load_tokenizer, save_policy
 
     config = PolicyConfig(model=arguments.model)
     with tempfile.TemporaryDirectory(prefix="lambdapo-bench-") as arguments.model:

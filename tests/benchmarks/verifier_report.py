@@ -31,7 +31,7 @@ from typing import Any
 
 from lightning_lambdapo.data.sources import DataSource, load_rows
 from lightning_lambdapo.rewards import AccuracyReward, RewardInputs
-from lightning_lambdapo.rewards.verifier import MathVerifier, Verdict
+from lightning_lambdapo.rewards.verifier.pool import MathVerifier, Verdict
 
 TABLES = [Path(__file__).parents[1] / "rewards" / f"verifier_pairs{name}.tsv" for name in ("", "_held_out")]
 

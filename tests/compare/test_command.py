@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_lambdapo.cli import main
-from lightning_lambdapo.compare.command import _clock, _Progress
-from lightning_lambdapo.compare.plan import Arm, Run, plan_arms, plan_runs
-from lightning_lambdapo.compare.runs import prepare
+from lightning_lambdapo.commands.compare.command import _clock, _Progress
+from lightning_lambdapo.commands.compare.plan import Arm, Run, plan_arms, plan_runs
+from lightning_lambdapo.commands.compare.runs import prepare
+from lightning_lambdapo.commands.main import main
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 SMALL = [

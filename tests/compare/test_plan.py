@@ -3,14 +3,8 @@ from typing import Any
 
 import pytest
 
-from lightning_lambdapo.compare.plan import (
-    parse_variation,
-    plan_arms,
-    plan_runs,
-    same_key,
-    with_settings,
-)
-from lightning_lambdapo.run_files import load_yaml
+from lightning_lambdapo.commands.compare.plan import parse_variation, plan_arms, plan_runs, same_key, with_settings
+from lightning_lambdapo.runs.files import load_yaml
 
 WEIGHTING = "model.algorithm.weighting=confidence,agreement,lambdarank,uniform"
 TEMPERATURE = "model.algorithm.temperature=group_std,0.1,1"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_lambdapo.compare.plan import ESTIMATOR, Arm, Run
-from lightning_lambdapo.compare.report import Report
+from lightning_lambdapo.commands.compare.plan import ESTIMATOR, Arm, Run
+from lightning_lambdapo.commands.compare.report import Report
 
 Value = Callable[[int], float]
 

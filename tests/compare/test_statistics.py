@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_lambdapo.compare.statistics import (
+from lightning_lambdapo.commands.compare.statistics import (
     band,
     final_value,
     mean_interval,

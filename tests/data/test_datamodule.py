@@ -7,7 +7,7 @@ import tiny
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_lambdapo.callbacks import RolloutCheckpoint
+from lightning_lambdapo.callbacks.checkpoint import RolloutCheckpoint
 from lightning_lambdapo.data import DataSource, LambdaPODataModule, PromptLoader, PromptSampler
 from lightning_lambdapo.datatypes import PromptBatch
 

@@ -6,7 +6,7 @@ import pytest
 
 from lightning_lambdapo.data import PRESETS, DataSource, load_rows
 from lightning_lambdapo.data.sources import arithmetic_rows
-from lightning_lambdapo.rewards.extraction import marked_answer
+from lightning_lambdapo.rewards.verifier.extraction import marked_answer
 
 
 def write(path: Path, *rows: Any) -> str:

@@ -9,7 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lightning_lambdapo.rewards import FormatReward, RewardInputs
-from lightning_lambdapo.rewards.exact import (
+from lightning_lambdapo.rewards.formatting import Style
+from lightning_lambdapo.rewards.verifier.exact import (
     bracketing,
     canonical,
     clean,
@@ -20,7 +21,7 @@ from lightning_lambdapo.rewards.exact import (
     same_quantity,
     too_costly,
 )
-from lightning_lambdapo.rewards.extraction import (
+from lightning_lambdapo.rewards.verifier.extraction import (
     AnswerFormat,
     boxed,
     final_answer,
@@ -32,7 +33,6 @@ from lightning_lambdapo.rewards.extraction import (
     tagged,
     trailing_letter,
 )
-from lightning_lambdapo.rewards.formatting import Style
 
 LETTERS = set("ABCDEFGHIJ")
 FORMATS = get_args(AnswerFormat)

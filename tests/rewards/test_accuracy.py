@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lightning_lambdapo.rewards import AccuracyReward, RewardInputs
-from lightning_lambdapo.rewards.verifier import Verdict
+from lightning_lambdapo.rewards.verifier.pool import Verdict
 
 
 def rows(completions: Sequence[str], answers: Sequence[str | None]) -> RewardInputs:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_lambdapo.rewards import FunctionReward, Reward, RewardInputs, as_rewards, score
+from lightning_lambdapo.rewards import FunctionReward, Reward, RewardInputs, as_rewards
+from lightning_lambdapo.rewards.judging import judge
 
 NAN = math.nan
 
@@ -60,7 +61,7 @@ COMBINATIONS = [
 def test_none_rules(
     first: list[float | None], second: list[float | None], total: list[float], valid: list[bool]
 ) -> None:
-    scores = score([Fixed(first, 2.0, "a"), Fixed(second, -0.5, "b")], rows(3), group_size=3)
+    scores = judge([Fixed(first, 2.0, "a"), Fixed(second, -0.5, "b")], rows(3), group_size=3)
     assert scores.total.tolist() == [total]
     assert scores.valid.tolist() == [valid]
     assert same(scores.parts["a"], [[NAN if value is None else value for value in first]])
@@ -75,13 +76,13 @@ def test_none_rules(
 def test_groups_do_not_touch_each_other() -> None:
     first = Fixed([1.0, 2.0, None, None, None, 5.0], 1.0, "a")
     second = Fixed([None, None, 3.0, 4.0, 1.0, 1.0], 10.0, "b")
-    scores = score([first, second], rows(6), group_size=2)
+    scores = judge([first, second], rows(6), group_size=2)
     assert scores.total.tolist() == [[1.0, 2.0], [30.0, 40.0], [0.0, 15.0]]
     assert scores.valid.tolist() == [[True, True], [True, True], [False, True]]
 
 
 def test_a_reward_of_weight_zero_is_reported_and_adds_nothing() -> None:
-    scores = score([Fixed([1.0, 2.0], 1.0, "a"), Fixed([7.0, 9.0], 0.0, "b")], rows(2), group_size=2)
+    scores = judge([Fixed([1.0, 2.0], 1.0, "a"), Fixed([7.0, 9.0], 0.0, "b")], rows(2), group_size=2)
     assert scores.total.tolist() == [[1.0, 2.0]]
     assert scores.parts["b"].tolist() == [[7.0, 9.0]]
 
@@ -89,18 +90,18 @@ def test_a_reward_of_weight_zero_is_reported_and_adds_nothing() -> None:
 def test_sums_are_taken_in_double_precision() -> None:
     # in float32, 2^24 + 1 is 2^24 already, and the 1 would be lost
     parts = [Fixed([2.0**24], 1.0, "a"), Fixed([1.0], 1.0, "b"), Fixed([-(2.0**24)], 1.0, "c")]
-    assert score(parts, rows(1), group_size=1).total.tolist() == [[1.0]]
+    assert judge(parts, rows(1), group_size=1).total.tolist() == [[1.0]]
 
 
 def test_no_rows_at_all() -> None:
-    assert score([Fixed([])], rows(0), group_size=4).total.shape == (0, 4)
+    assert judge([Fixed([])], rows(0), group_size=4).total.shape == (0, 4)
 
 
 @pytest.mark.parametrize(
     "values", [[True, 1, 0.5], (1, 1.0, 0.5), torch.tensor([1.0, 1.0, 0.5]), [torch.tensor(1), 1, Fraction(1, 2)]]
 )
 def test_kinds_of_numbers(values: Any) -> None:
-    assert score([Fixed(values)], rows(3), group_size=3).total.tolist() == [[1.0, 1.0, 0.5]]
+    assert judge([Fixed(values)], rows(3), group_size=3).total.tolist() == [[1.0, 1.0, 0.5]]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_kinds_of_numbers(values: Any) -> None:
 )
 def test_bad_returns_name_the_reward_and_the_row(values: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message) as caught:
-        score([Fixed([0.0, 0.0], name="good"), Fixed(values)], rows(2), group_size=2)
+        judge([Fixed([0.0, 0.0], name="good"), Fixed(values)], rows(2), group_size=2)
     if isinstance(values, Exception):
         assert caught.value.__cause__ is values
 
@@ -135,25 +136,25 @@ def test_bad_returns_name_the_reward_and_the_row(values: Any, error: type[Except
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt(), SystemExit(3)])
 def test_interrupts_pass_through(interrupt: BaseException) -> None:
     with pytest.raises(type(interrupt)):
-        score([Fixed(interrupt)], rows(1), group_size=1)
+        judge([Fixed(interrupt)], rows(1), group_size=1)
 
 
 def test_long_completions_are_shortened_in_messages() -> None:
     inputs = rows(1)
     inputs.completions[0] = "x" * 500
     with pytest.raises(ValueError, match=r"'x{80}\.\.\.'"):
-        score([Fixed([math.nan])], inputs, group_size=1)
+        judge([Fixed([math.nan])], inputs, group_size=1)
 
 
 def test_a_total_beyond_float32_is_an_error() -> None:
     with pytest.raises(ValueError, match="does not fit float32"):
-        score([Fixed([1e30], weight=1e30)], rows(1), group_size=1)
+        judge([Fixed([1e30], weight=1e30)], rows(1), group_size=1)
 
 
 @pytest.mark.parametrize("group_size", [0, 2, 4, -3])
 def test_group_size_must_divide(group_size: int) -> None:
     with pytest.raises(ValueError, match=rf"`group_size` must divide .*\(3\), got {group_size}"):
-        score([Fixed([1.0] * 3)], rows(3), group_size=group_size)
+        judge([Fixed([1.0] * 3)], rows(3), group_size=group_size)
 
 
 def test_a_function_gets_what_it_asks_for() -> None:
@@ -192,7 +193,7 @@ def test_a_function_cannot_change_the_rows_of_the_next_reward() -> None:
         return [1.0, 1.0]
 
     inputs = rows(2)
-    assert score([FunctionReward(greedy), Fixed([0.0, 0.0])], inputs, group_size=2).total.tolist() == [[1.0, 1.0]]
+    assert judge([FunctionReward(greedy), Fixed([0.0, 0.0])], inputs, group_size=2).total.tolist() == [[1.0, 1.0]]
     assert inputs.completions == ["c0", "c1"]
 
 

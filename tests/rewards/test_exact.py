@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from lightning_lambdapo.rewards.exact import (
+from lightning_lambdapo.rewards.verifier.exact import (
     bracketing,
     canonical,
     clean,

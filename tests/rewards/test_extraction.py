@@ -2,7 +2,13 @@
 
 import pytest
 
-from lightning_lambdapo.rewards.extraction import AnswerFormat, boxed, final_answer, final_letter, leading_letter
+from lightning_lambdapo.rewards.verifier.extraction import (
+    AnswerFormat,
+    boxed,
+    final_answer,
+    final_letter,
+    leading_letter,
+)
 
 AUTO = [
     (r"so \boxed{18}", "18"),

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from lightning_lambdapo.rewards import verifier as verifier_module
-from lightning_lambdapo.rewards.verifier import MathVerifier, Verdict
+from lightning_lambdapo.rewards.verifier import pool as verifier_module
+from lightning_lambdapo.rewards.verifier.pool import MathVerifier, Verdict
 
 EQUAL, DIFFERENT, FAILED, TIMEOUT, _ = Verdict
 
@@ -123,7 +123,7 @@ def test_a_forked_child_starts_its_own_and_spares_its_parents() -> None:
     result = run(
         """
         import os, sys
-        from lightning_lambdapo.rewards.verifier import MathVerifier
+        from lightning_lambdapo.rewards import MathVerifier
         verifier = MathVerifier(deadline=60.0)
         verifier.verify([("1", "1")])
         mine = verifier._pool[0].process.pid
@@ -144,7 +144,7 @@ def test_the_training_process_never_imports_sympy() -> None:
     result = run(
         """
         import sys
-        from lightning_lambdapo.rewards.verifier import MathVerifier
+        from lightning_lambdapo.rewards import MathVerifier
         import lightning_lambdapo.rewards
         with MathVerifier(deadline=60.0) as verifier:
             assert verifier.verify([("1/2", "0.5")]) == ["equal"]
@@ -163,8 +163,10 @@ def test_a_worker_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, tm
         ("import time; time.sleep(100)", "it was not ready after 0.5 seconds"),
     ]:
         worker.write_text(program)
-        monkeypatch.setattr("lightning_lambdapo.rewards.verifier._WORKER", worker)
-        monkeypatch.setattr("lightning_lambdapo.rewards.verifier._START_SECONDS", 0.5 if "sleep" in program else 120.0)
+        monkeypatch.setattr("lightning_lambdapo.rewards.verifier.pool._WORKER", worker)
+        monkeypatch.setattr(
+            "lightning_lambdapo.rewards.verifier.pool._START_SECONDS", 0.5 if "sleep" in program else 120.0
+        )
         with pytest.raises(RuntimeError, match=f"cannot start: .*{reason}"):
             MathVerifier().verify([("1", "1")])
 

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from lightning_lambdapo.rewards import verifier as verifier_module
-from lightning_lambdapo.rewards.verifier import MathVerifier, Verdict
+from lightning_lambdapo.rewards.verifier import pool as verifier_module
+from lightning_lambdapo.rewards.verifier.pool import MathVerifier, Verdict
 
 EQUAL, DIFFERENT, FAILED, TIMEOUT, UNDECIDED = Verdict
 ROOT = Path(__file__).parents[2]
 PROGRAM = f"""
 import os, signal, sys, time
-sys.path.insert(0, {str(ROOT / "lightning_lambdapo" / "rewards")!r})
-from _verifier_worker import main
+sys.path.insert(0, {str(ROOT / "lightning_lambdapo" / "rewards" / "verifier")!r})
+from worker import main
 
 def equal(gold, answer):
     deed, _, detail = answer.partition(" ")
@@ -297,7 +297,7 @@ def test_close_leaves_no_process_and_allows_another_start() -> None:
 def test_no_process_outlives_the_program(program: Path, ending: str) -> None:
     source = f"""
         import os, pathlib, time
-        from lightning_lambdapo.rewards import verifier as verifier_module
+        from lightning_lambdapo.rewards.verifier import pool as verifier_module
         verifier_module._WORKER = pathlib.Path({str(program)!r})
         verifier = verifier_module.MathVerifier(deadline=1.0)
         verifier.verify([("a", "a")])

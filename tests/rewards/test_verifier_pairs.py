@@ -8,7 +8,7 @@ import pytest
 import verifier_report
 from verifier_report import Pair, Tally
 
-from lightning_lambdapo.rewards.verifier import MathVerifier
+from lightning_lambdapo.rewards.verifier.pool import MathVerifier
 
 CATEGORIES = {
     "fractions", "decimals", "percent", "units", "intervals", "sets", "tuples", "thousands", "spacing", "text",

@@ -9,13 +9,14 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from lightning_lambdapo.config import RolloutConfig, SamplingConfig
 from lightning_lambdapo.datatypes import PromptBatch, Rollout
-from lightning_lambdapo.packing import plan_micro_batches
-from lightning_lambdapo.rollout import GroupedEngine, HFEngine, RolloutConfig, RolloutEngine, SamplingConfig
-from lightning_lambdapo.rollout.merging import merged_adapter
+from lightning_lambdapo.learning.packing import plan_micro_batches
+from lightning_lambdapo.learning.scoring import CompletionScorer
+from lightning_lambdapo.policy.lora import merged_adapter
+from lightning_lambdapo.rollout import GroupedEngine, HFEngine, RolloutEngine
+from lightning_lambdapo.rollout.kv_store import GroupStore
 from lightning_lambdapo.rollout.sampling import row_uniforms
-from lightning_lambdapo.rollout.store import GroupStore
-from lightning_lambdapo.scoring import CompletionScorer
 
 ARCHITECTURES = ["llama", "qwen3", "gemma3", "phi3", "gpt2", "mistral"]
 GREEDY = SamplingConfig(temperature=0.0)
@@ -213,7 +214,7 @@ def test_bad_rollout_settings(settings: dict[str, int], message: str) -> None:
 
 SWITCHES: dict[str, dict[str, Any]] = {
     "all on": {},
-    "prompts not shared": {"share_prompts": False},
+    "prompts not shared": {"share_prompts_in_rollouts": False},
     "ended rows stay": {"compaction": False},
     "one group at a time": {"max_live_tokens": 1},
     "admission as rows end": {"max_live_tokens": 260},
@@ -228,7 +229,7 @@ def test_no_switch_changes_a_token(architecture: str, switch: str) -> None:
     model = tiny.model(architecture, dtype=torch.float64)
     batch = tiny.batch(tiny.ragged_prompts(5, seed=2), extra=1)
     expected = run(GroupedEngine, model, batch, eos_ids=(1, 7, 20))
-    engine = partial(GroupedEngine, config=RolloutConfig(**SWITCHES[switch]))
+    engine = partial(GroupedEngine, **tiny.configured(**SWITCHES[switch]))
     found = run(cast(Any, engine), model, batch, eos_ids=(1, 7, 20))
     assert torch.equal(found.completion_ids, expected.completion_ids)
     assert torch.equal(found.completion_mask, expected.completion_mask)
@@ -249,7 +250,7 @@ class Watched:
         self.decoded: list[int] = []
         self.live: list[tuple[int, int, int]] = []  # rows, distinct lengths, tokens they may come to
         forward, begin = self.model.forward, GroupStore.begin_step
-        engine = GroupedEngine(tiny.tokenizer(), (1, 7, 20), 0, RolloutConfig(**config))
+        engine = GroupedEngine(tiny.tokenizer(), (1, 7, 20), 0, **tiny.configured(**config))
         arguments: dict[str, Any] = {"sampling": SamplingConfig(), "uniforms": streams(self.batch, 4, 24)}
         with torch.no_grad():
             engine.generate(self.model, self.batch, **arguments)  # also probes
@@ -278,7 +279,7 @@ def test_nothing_is_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(watched.decoded) == int((watched.rollout.lengths - 1).sum())
     assert len(watched.decoded) == int(watched.rollout.lengths.max()) - 1
     monkeypatch.undo()
-    apart = Watched(monkeypatch, share_prompts=False, compaction=False)
+    apart = Watched(monkeypatch, share_prompts_in_rollouts=False, compaction=False)
     assert apart.prefilled == [4 * prompts]
     assert sum(apart.decoded) == 24 * (int(apart.rollout.lengths.max()) - 1)
 
@@ -347,7 +348,7 @@ def test_merging_changes_no_token_and_no_weight(options: dict[str, Any]) -> None
     batch = tiny.batch(tiny.ragged_prompts(4))
     before = {name: (parameter, parameter.clone()) for name, parameter in model.named_parameters()}
     merged, apart = (
-        run(cast(Any, partial(GroupedEngine, config=RolloutConfig(merge_adapter=merge))), model, batch)
+        run(cast(Any, partial(GroupedEngine, **tiny.configured(merge_adapter=merge))), model, batch)
         for merge in (True, False)
     )
     assert torch.equal(merged.completion_ids, apart.completion_ids)

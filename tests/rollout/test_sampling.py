@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lambdapo.rollout.sampling import SamplingConfig, TokenSampler, inverse_cdf
+from lightning_lambdapo.config import SamplingConfig
+from lightning_lambdapo.rollout.sampling import TokenSampler, inverse_cdf
 
 PROBABILITIES = [0.0, 0.1, 0.0, 0.6, 0.3, 0.0]
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lambdapo.attention import Layer
-from lightning_lambdapo.rollout import store as store_module
-from lightning_lambdapo.rollout.store import GroupStore
+from lightning_lambdapo.policy.attention import Layer
+from lightning_lambdapo.rollout import kv_store as store_module
+from lightning_lambdapo.rollout.kv_store import GroupStore
 
 HEADS, KV_HEADS, SIZE = 4, 2, 5
 

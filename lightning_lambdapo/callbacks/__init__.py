@@ -1,0 +1,21 @@
+"""Callbacks that write a run's files. They see what a training step returns, never how it came about."""
+
+from lightning_lambdapo.callbacks.checkpoint import RolloutCheckpoint
+from lightning_lambdapo.callbacks.completions import CompletionsLogger
+from lightning_lambdapo.callbacks.console import TrainingConsole
+from lightning_lambdapo.callbacks.evaluation_report import EvaluationReport
+from lightning_lambdapo.callbacks.export import PolicyExport
+from lightning_lambdapo.callbacks.plot import RewardPlot
+from lightning_lambdapo.callbacks.run import run_directory
+from lightning_lambdapo.callbacks.throughput import Throughput
+
+__all__ = [
+    "CompletionsLogger",
+    "EvaluationReport",
+    "PolicyExport",
+    "RewardPlot",
+    "RolloutCheckpoint",
+    "Throughput",
+    "TrainingConsole",
+    "run_directory",
+]

@@ -1,0 +1,112 @@
+"""Checkpoints that count rollouts."""
+
+import time
+import warnings
+from datetime import timedelta
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+
+from lightning_lambdapo.callbacks.run import finished_rollouts, run_directory
+from lightning_lambdapo.datatypes import PromptBatch
+from lightning_lambdapo.distributed.lightning_internals import logged_names
+
+
+class RolloutCheckpoint(ModelCheckpoint):
+    """``ModelCheckpoint`` that counts rollouts.
+
+    Under manual optimisation Lightning's own counts optimizer updates, warns at each save and never honours
+    ``train_time_interval``. ``ckpt_path="last"`` also finds the last checkpoint of the logger's earlier versions, so
+    that the same command line takes up an interrupted run. With several ranks ``save_on_exception`` saves on SIGTERM,
+    which all of them stop at together; another exception may be one rank's alone, and saving takes all of them.
+    With a ``monitor`` that validation logs, the best are chosen, and saved, when a validation ends; the last is saved
+    when it is due. Everything else, ``save_top_k``, ``mode``, ``save_last``, is its parent's.
+
+    Args:
+        every_n_rollouts: save after every this many training steps.
+        train_time_interval: or whenever this much time has passed since the last save.
+        **kwargs: as for ``ModelCheckpoint``, but for ``every_n_train_steps`` and ``every_n_epochs``.
+    """
+
+    def __init__(
+        self, every_n_rollouts: int | None = None, train_time_interval: timedelta | None = None, **kwargs: Any
+    ) -> None:
+        if (every_n_rollouts is None) == (train_time_interval is None):
+            raise ValueError("Give exactly one of `every_n_rollouts` and `train_time_interval`.")
+        if every_n_rollouts is not None and every_n_rollouts < 1:
+            raise ValueError(f"`every_n_rollouts` must be at least 1, got {every_n_rollouts}.")
+        super().__init__(**{"filename": "rollout-{step}", "save_last": True, **kwargs}, every_n_epochs=0)
+        self.every_n_rollouts = every_n_rollouts
+        self.interval = train_time_interval
+        self._saved_at = time.monotonic()
+        self._awaits_score = False
+        self._trained: set[str] = set()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
+    ) -> None:
+        """Save when a rollout count or an interval is reached."""
+        if self.every_n_rollouts is not None:
+            due = finished_rollouts(trainer) % self.every_n_rollouts == 0
+        else:
+            passed = time.monotonic() - self._saved_at >= (self.interval or timedelta()).total_seconds()
+            due = bool(trainer.strategy.broadcast(passed))  # clocks differ between ranks; saving is a collective
+        self._trained |= logged_names(trainer)
+        if due and not self._should_skip_saving_checkpoint(trainer):
+            candidates: dict[str, Tensor] = self._monitor_candidates(trainer)
+            self._awaits_score = self.monitor is not None and self.monitor not in self._trained
+            if self.monitor is None or (not self._awaits_score and self.monitor in candidates):
+                self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
+            self._saved_at = time.monotonic()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the weights that a validation's ``monitor`` is of, where a save has been due since the last one.
+
+        Raises:
+            MisconfigurationException: the validation did not log ``monitor``.
+        """
+        super().on_validation_end(trainer, pl_module)
+        if self._awaits_score and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            candidates: dict[str, Tensor] = self._monitor_candidates(trainer)
+            if self.monitor in candidates or str(self.monitor).startswith("val/"):
+                self._awaits_score = False
+                self._save_topk_checkpoint(trainer, candidates)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last where that has not been done, and warn where nothing could be the best."""
+        super().on_train_end(trainer, pl_module)
+        if self.monitor is not None and not self.best_model_path and trainer.is_global_zero:
+            warnings.warn(
+                f"RolloutCheckpoint(monitor={self.monitor!r}) saved no best checkpoint: nothing logged that when a "
+                f"save was due. There are {', '.join(sorted(trainer.callback_metrics))}.",
+                stacklevel=2,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What its parent keeps, and whether a save waits for the validation that comes next."""
+        return {**super().state_dict(), "awaits_score": self._awaits_score}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on as ``state_dict`` left off."""
+        with warnings.catch_warnings():
+            if self.monitor is None:  # there are no scores to lose
+                warnings.filterwarnings("ignore", message="The dirpath has changed")
+            super().load_state_dict(state_dict)
+        self._awaits_score = state_dict.get("awaits_score", False)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save where all ranks can."""
+        if trainer.world_size == 1 or isinstance(exception, SIGTERMException):
+            super().on_exception(trainer, pl_module, exception)
+
+    def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
+        """Candidates for ``ckpt_path="last"``: of this run's directory, else of the newest earlier version with any."""
+        found = super()._find_last_checkpoints(trainer)
+        if found or self.dirpath is not None or not trainer.loggers:
+            return found
+        versions = run_directory(trainer).parent
+        return set(map(str, versions.glob(f"version_*/checkpoints/{self.CHECKPOINT_NAME_LAST}*.ckpt")))

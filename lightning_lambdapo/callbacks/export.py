@@ -1,0 +1,51 @@
+"""The trained policy, written when training ends."""
+
+from typing import cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from transformers import PreTrainedTokenizerBase
+
+from lightning_lambdapo.callbacks.run import finished_rollouts, new_file, run_directory
+from lightning_lambdapo.distributed.fsdp1 import flattens
+from lightning_lambdapo.distributed.parallel import full_state_dict, is_sharded
+from lightning_lambdapo.policy.model import Policy
+from lightning_lambdapo.runs.files import read_config
+from lightning_lambdapo.runs.publishing import publish
+
+
+class PolicyExport(Callback):
+    """Writes the trained policy to ``export/`` when training ends, as ``lambdapo export`` does: adapter or whole model.
+
+    Args:
+        directory: where to; relative to the run's directory.
+    """
+
+    def __init__(self, directory: str = "export") -> None:
+        self.directory = directory
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot be exported before training rather than after it."""
+        if flattens(trainer.strategy):
+            raise ValueError(
+                f"PolicyExport cannot gather the shards of {type(trainer.strategy).__name__}; leave it out, or use "
+                "ModelParallelStrategy."
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gather the weights where they are in shards, and write the export on rank 0."""
+        policy, tokenizer = cast(Policy, pl_module.policy), cast(PreTrainedTokenizerBase, pl_module.tokenizer)
+        weights = full_state_dict(policy) if is_sharded(trainer.strategy) else None
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.save()  # what it has not written yet belongs to the results
+            run = run_directory(trainer)
+            publish(
+                policy,
+                tokenizer,
+                new_file(run, self.directory),
+                settings=pl_module.hparams,
+                config=read_config(run),
+                run=run,
+                steps=finished_rollouts(trainer),
+                weights=weights,
+            )

@@ -1,0 +1,38 @@
+"""The validation that a run was killed in. Lightning skips it when the run resumes, so it is repeated here."""
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from lightning_lambdapo.distributed.lightning_internals import (
+    has_validation_data,
+    training_has_begun,
+    validate_inside_fit,
+    validation_is_next,
+)
+
+
+def is_pending(trainer: Trainer, *, so_far: bool) -> bool:
+    """Whether a checkpoint that is saved now lies between a training step and the end of the validation after it.
+
+    Args:
+        trainer: with which it is saved.
+        so_far: what the checkpoint that the run resumed from says. It holds until training has begun.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.enable_validation:
+        return False
+    if trainer.validating:
+        batch: Any = loop.val_loop.batch_progress.current
+        return not (loop.val_loop.batch_progress.is_last_batch and batch.completed == batch.processed)
+    if not training_has_begun(trainer):
+        return so_far
+    step: Any = loop.batch_progress.current
+    in_train_batch_end = step.processed == step.ready and step.completed == step.processed - 1
+    return in_train_batch_end and validation_is_next(trainer) and has_validation_data(trainer)
+
+
+def repeat(trainer: Trainer) -> None:
+    """Run the validation inside ``fit``, from its first batch on; nothing where there are no data."""
+    if trainer.enable_validation and has_validation_data(trainer):
+        validate_inside_fit(trainer)

@@ -1,0 +1,223 @@
+"""What a checkpoint holds: the trained tensors, the step counters, and nothing that needs unpickling.
+
+A checkpoint has the tensors with ``requires_grad``: an adapter, or all weights under full fine-tuning. Frozen weights
+come from elsewhere. Sharded checkpoints hold everything, since no rank may leave a tensor out of its shard.
+
+Between two training steps a checkpoint is exact. One that is asked for inside a step (by an exception, a callback) is
+exact before the step's first update, since the step is then repeated from its start. After that it is marked as
+inexact, and resuming from it warns.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.nn.modules.module import _IncompatibleKeys
+
+from lightning_lambdapo.checkpointing import pending_validation
+from lightning_lambdapo.checkpointing.files import IN_SHARDS, CheckpointError, Shapes, read_header
+from lightning_lambdapo.config import AdapterConfig, upgraded
+from lightning_lambdapo.distributed.fsdp1 import flattens, plain_name
+from lightning_lambdapo.distributed.lightning_internals import attached_trainer
+from lightning_lambdapo.distributed.parallel import saves_shards
+
+CHECKPOINT_KEY = "lambdapo"
+CHECKPOINT_VERSION = 1
+_NUMBERS = (
+    "max_grad_norm",
+    "updates_per_rollout",
+    "epochs_per_rollout",
+    "max_tokens_per_micro_batch",
+    "logprob_chunk_size",
+    "max_skipped_updates",
+    "seed",
+)
+
+
+@dataclass
+class RunState:
+    """How far a run is.
+
+    Attributes:
+        rollout_step: finished training steps.
+        skipped_updates: updates that were dropped because something was not finite.
+        skipped_in_a_row: of these, the ones since the last update that was made.
+        updates_in_step: updates of the present training step that have begun.
+        pending_validation: the checkpoint that the run resumed from lies before the end of a validation.
+    """
+
+    rollout_step: int = 0
+    skipped_updates: int = 0
+    skipped_in_a_row: int = 0
+    updates_in_step: int = 0
+    pending_validation: bool = False
+
+
+def save(module: LightningModule, state: RunState, checkpoint: dict[str, Any], *, seed: int) -> None:
+    """Keep what is trained, and what a resume needs; all of it loads with ``weights_only=True``.
+
+    Args:
+        module: what is saved.
+        state: its counters.
+        checkpoint: Lightning's entries; changed in place.
+        seed: of the sampling streams.
+    """
+    trainer = attached_trainer(module)
+    unfinished = _unfinished_batches(checkpoint)
+    updates = state.updates_in_step if unfinished else 0
+    checkpoint[CHECKPOINT_KEY] = {
+        "version": CHECKPOINT_VERSION,
+        "rollout_step": state.rollout_step,
+        "skipped_updates": state.skipped_updates,
+        "skipped_in_a_row": state.skipped_in_a_row,
+        "updates_in_unfinished_step": updates,
+        "seed": seed,
+        "owes_validation": trainer is not None
+        and pending_validation.is_pending(trainer, so_far=state.pending_validation),
+    }
+    if not updates:  # the step will be repeated from its start
+        _give_back(checkpoint, unfinished)
+    if trainer is None or not saves_shards(trainer.strategy):
+        trainable = trainable_tensors(module)
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
+
+
+def load(module: LightningModule, state: RunState, checkpoint: Mapping[str, Any], *, seed: int) -> None:
+    """Check that the checkpoint is this policy's, and take its counters.
+
+    Args:
+        module: its policy is built.
+        state: its counters; changed in place.
+        checkpoint: Lightning's entries.
+        seed: of the sampling streams.
+
+    Raises:
+        CheckpointError: it was written by something else, by an incompatible version, or for another policy.
+    """
+    if "state_dict" in checkpoint:  # strategies that shard have loaded and removed it, after the same check
+        check(module, checkpoint, {name: value.shape for name, value in checkpoint["state_dict"].items()})
+    own = checkpoint[CHECKPOINT_KEY]
+    state.rollout_step = own["rollout_step"]
+    state.skipped_updates = own["skipped_updates"]
+    state.skipped_in_a_row = own.get("skipped_in_a_row", 0)
+    trainer = attached_trainer(module)
+    if trainer is None:
+        return
+    state.pending_validation = trainer.state.fn == "fit" and own.get("owes_validation", False)
+    if own["seed"] != seed:
+        warnings.warn(
+            f"The checkpoint's run sampled with seed {own['seed']}, this one with {seed}: training continues, and not "
+            "as the uninterrupted run would have.",
+            stacklevel=3,
+        )
+    updates = own.get("updates_in_unfinished_step", 0)
+    if updates:
+        warnings.warn(
+            f"The checkpoint was saved inside a training step, when {updates} of its updates had begun: training "
+            "continues with the next batch, and not as the uninterrupted run would have.",
+            stacklevel=3,
+        )
+
+
+def check(module: LightningModule, checkpoint: Mapping[str, Any], shapes: Shapes) -> None:
+    """Refuse a checkpoint that the module cannot continue from.
+
+    Args:
+        module: its policy is built.
+        checkpoint: its entries.
+        shapes: of its weights, by name.
+
+    Raises:
+        CheckpointError: saying what does not fit.
+    """
+    own = checkpoint.get(CHECKPOINT_KEY)
+    if not isinstance(own, dict):
+        raise CheckpointError("this is not a checkpoint of LambdaPOModule; it has no entry 'lambdapo'.")
+    if own.get("version") != CHECKPOINT_VERSION:
+        raise CheckpointError(
+            f"it has format version {own.get('version')}, this release reads {CHECKPOINT_VERSION}; use the release "
+            "that wrote it."
+        )
+    trainable = trainable_tensors(module)
+    missing = [name for name in trainable if name not in shapes]
+    other = [name for name, value in trainable.items() if name in shapes and shapes[name] != value.shape]
+    trainer = attached_trainer(module)
+    if trainer is not None and flattens(trainer.strategy):
+        other = []
+    if missing or other:
+        raise CheckpointError(
+            f"it is for another policy: {len(missing)} trainable tensors are missing ({', '.join(missing[:2])}) and "
+            f"{len(other)} have another shape ({', '.join(other[:2])}). Build the module with the `policy` and `lora` "
+            "settings of the run that wrote it."
+        )
+
+
+def moved_settings(path: Path) -> dict[str, Any]:
+    """Check a checkpoint file; of one of release 0.1, the settings that have moved since, at their new places.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or in shards.
+    """
+    if path.is_dir():
+        raise CheckpointError(IN_SHARDS)
+    entries, _ = read_header(path)
+    settings = entries.get("hyper_parameters") or {}
+    return {name: value for name, value in upgraded(settings).items() if value != settings.get(name)}
+
+
+def plain_settings(module: Any) -> dict[str, Any]:
+    """Settings of a module as plain data; live objects (rewards, factories, peft's configurations) stay out."""
+    configs = {
+        "policy": module.policy_config,
+        "lora": module.lora,
+        "rollout": module.rollout_config,
+        "validation": module.validation_config,
+        "algorithm": module.algorithm,
+        "performance": module.performance,
+    }
+    if not isinstance(module.lora, AdapterConfig):
+        del configs["lora"]
+    return {name: getattr(module, name) for name in _NUMBERS} | {
+        name: dataclasses.asdict(config) for name, config in configs.items()
+    }
+
+
+def check_keys(module: LightningModule, keys: Any, *, strict: bool) -> Any:
+    """What loading a state dict found amiss, frozen tensors aside, which come from elsewhere.
+
+    Raises:
+        RuntimeError: ``strict``, and there is anything.
+    """
+    trainable = trainable_tensors(module)
+    missing = [name for name in keys.missing_keys if name in trainable]
+    if strict and (missing or keys.unexpected_keys):
+        raise RuntimeError(f"Missing keys: {missing}; unexpected keys: {keys.unexpected_keys}.")
+    return _IncompatibleKeys(missing, keys.unexpected_keys)
+
+
+def trainable_tensors(module: LightningModule) -> dict[str, Tensor]:
+    """Parameters that are trained, by name."""
+    return {plain_name(name): value for name, value in module.named_parameters() if value.requires_grad}
+
+
+def _unfinished_batches(checkpoint: Mapping[str, Any]) -> int:
+    """1 for a checkpoint from inside a training step, 0 for one from between two."""
+    fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    progress = fit_loop.get("epoch_loop.batch_progress", {}).get("current")
+    return 0 if progress is None else int(progress["ready"] - progress["processed"])
+
+
+def _give_back(checkpoint: Mapping[str, Any], batches: int) -> None:
+    """Let training data and the loggers' step go on that many batches earlier."""
+    fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    for position in fit_loop.get("state_dict", {}).get("combined_loader") or []:
+        if "batches" in position:
+            position["batches"] -= batches
+    counts = fit_loop.get("epoch_loop.state_dict", {})
+    if "_batches_that_stepped" in counts:  # Lightning adds one on restarting, for a step that has ended
+        counts["_batches_that_stepped"] -= batches

@@ -1,0 +1,166 @@
+"""The command line of ``lambdapo compare``."""
+
+import argparse
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from lightning_lambdapo.commands.compare import runs as running
+from lightning_lambdapo.commands.compare.plan import (
+    ESTIMATOR,
+    Arm,
+    Run,
+    option_keys,
+    parse_variation,
+    plan_arms,
+    plan_runs,
+    same_key,
+)
+from lightning_lambdapo.commands.compare.report import Report
+from lightning_lambdapo.commands.main import rehearse
+from lightning_lambdapo.runs.files import load_yaml
+
+_DESCRIPTION = """\
+Train with several estimators or settings, each with several seeds, one run after another, and report which helps:
+runs.csv, curves.csv, report.md, curves.png and finals.png (both also as SVG) in the output directory.
+Stopped at any moment, the same command goes on: finished runs are not repeated, a killed one continues from its last
+checkpoint. All other options go to each run as they would to `lambdapo fit`."""
+
+
+def main(args: list[str]) -> None:
+    """Run ``lambdapo compare``.
+
+    Args:
+        args: the command line, without the program and ``compare``.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    parser = _parser()
+    options, arguments = parser.parse_known_args(args)
+    try:
+        if len(options.config) > 1:
+            raise ValueError(f"All runs share one --config, got {len(options.config)}; put them into one file.")
+        arms = _arms(options, arguments)
+        runs = plan_runs(arms, list(range(1, options.seeds + 1)), options.output)
+        base = load_yaml(options.config[0])
+        commands = [(run, running.prepare(run, base, arguments)) for run in runs]
+    except ValueError as error:
+        parser.error(str(error))
+    todo = [(run, command) for run, command in commands if not running.finished(run)]
+    console.print(
+        f"{len(runs)} runs: {len(arms)} arms ({', '.join(arm.label for arm in arms)}) x {options.seeds} seeds; "
+        f"{len(runs) - len(todo)} have finished before. Files: {options.output}"
+    )
+    for command in {run.arm.label: command for run, command in todo}.values():
+        rehearse(command)
+    progress = _Progress(console, total=len(runs), done=len(runs) - len(todo), workers=options.workers)
+    failed = running.train_all(todo, workers=options.workers, report=progress)
+    finished = [run for run in runs if running.finished(run)]
+    for run in failed:
+        console.print(f"FAILED: {run.arm.label}, seed {run.seed}; see {run.directory / 'train.log'}", markup=False)
+    if finished:
+        try:
+            report = Report(finished, metric=options.metric, baseline=options.baseline, minimize=options.minimize)
+        except ValueError as error:
+            parser.error(str(error))
+        report.write(
+            options.output,
+            command=shlex.join(["lambdapo", "compare", *args]),
+            missing=len(runs) - len(finished),
+        )
+        console.print(report.markdown(), markup=False)
+    if failed:
+        raise SystemExit(1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lambdapo compare",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, action="append", required=True, help="configuration that all runs share")
+    parser.add_argument("--estimators", default="", help="comma-separated: lambda, grpo, dr_grpo, rloo")
+    parser.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="a setting and its values, e.g. model.algorithm.temperature=group_std,0.1; several make a grid; "
+        "KEY1+KEY2=A1+B1,A2+B2 changes settings together",
+    )
+    parser.add_argument("--seeds", type=_positive, default=5, help="runs per arm, with seeds 1 to N (default 5)")
+    parser.add_argument("--output", type=Path, default=Path("compare"), help="directory (default compare)")
+    parser.add_argument("--workers", type=_positive, default=1, help="runs at once (default 1)")
+    parser.add_argument("--metric", help="logged key to compare (default: val/pass_at_1, else training's accuracy)")
+    parser.add_argument("--minimize", action="store_true", help="a smaller metric is better")
+    parser.add_argument(
+        "--baseline",
+        help="label of the arm to hold all others against (default: each against the GRPO arm whose other settings are "
+        "its own; all against the first, where there is no GRPO)",
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _arms(options: argparse.Namespace, arguments: Sequence[str]) -> list[Arm]:
+    """The arms of the options.
+
+    Raises:
+        ValueError: nothing is compared, or a setting is both varied and fixed, or two labels make one directory.
+    """
+    estimators = [name.strip() for name in options.estimators.split(",") if name.strip()]
+    variations = [parse_variation(text) for text in options.vary]
+    varied = [key for variation in variations for key in variation[0]] + ([ESTIMATOR] if estimators else [])
+    fixed = option_keys(arguments)
+    for key in varied:
+        if any(same_key(key, name) for name in fixed):
+            raise ValueError(f"{key} is varied, and given a value besides; drop one of them.")
+    for name, count in Counter(varied).items():
+        if count > 1:
+            raise ValueError(f"{name} is varied twice; put its values into one --vary.")
+    arms = plan_arms(estimators, variations)
+    if len(arms) < 2:
+        raise ValueError("Nothing to compare: give --estimators lambda,grpo or --vary KEY=V1,V2.")
+    for slug, count in Counter(arm.slug for arm in arms).items():
+        if count > 1:
+            raise ValueError(f"Several arms would share the directory {slug!r}; choose values of more distinct names.")
+    if options.baseline is not None and options.baseline not in [arm.label for arm in arms]:
+        raise ValueError(f"There is no arm {options.baseline!r}; there are {', '.join(arm.label for arm in arms)}.")
+    return arms
+
+
+class _Progress:
+    """Says which run of how many has ended, how, and how long the rest will take."""
+
+    def __init__(self, console: Console, *, total: int, done: int, workers: int) -> None:
+        self.console = console
+        self.total = total
+        self.done = done
+        self.workers = workers
+        self.seconds: list[float] = []
+
+    def __call__(self, run: Run, succeeded: bool, seconds: float) -> None:
+        self.done += 1
+        self.seconds.append(seconds)
+        left = sum(self.seconds) / len(self.seconds) * (self.total - self.done) / self.workers
+        self.console.print(
+            f"run {self.done} of {self.total}: {run.arm.label}, seed {run.seed}: "
+            f"{'done' if succeeded else 'FAILED'} in {_clock(seconds)}; about {_clock(left)} left",
+            markup=False,
+        )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,175 @@
+"""``lambdapo export``: a trained policy for transformers or vLLM, as an adapter or merged, with a model card."""
+
+import argparse
+import dataclasses
+import importlib
+import shutil
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedModel
+
+from lightning_lambdapo.checkpointing.files import naming, read_header
+from lightning_lambdapo.config import PolicyConfig, from_mapping
+from lightning_lambdapo.module import LambdaPOModule
+from lightning_lambdapo.policy.model import Policy
+from lightning_lambdapo.runs.files import Record, RunFileError, find_run, load_yaml, read_config, section
+from lightning_lambdapo.runs.publishing import cast_weights, publish
+
+_CHECKPOINTS = "checkpoints/*.ckpt"
+
+
+def main(args: list[str]) -> None:
+    """Export a policy.
+
+    Args:
+        args: of the command line.
+    """
+    parser = argparse.ArgumentParser(
+        prog="lambdapo export",
+        description="Write a trained policy for `from_pretrained` and vLLM, with tokenizer, generation settings and "
+        "model card: the adapter where there is one, else the whole model.",
+    )
+    parser.add_argument("source", type=Path, metavar="RUN_OR_CKPT", help="a run's directory, or a checkpoint file")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where to (default: export or merged, in the run)")
+    parser.add_argument("--merge", action="store_true", help="write the whole model, with the adapter merged into it")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="type of the written weights (default: merged float32, else as trained)",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings in place of the run's config.yaml")
+    options = parser.parse_args(args)
+    console = Console(highlight=False)
+    try:
+        checkpoint = find_checkpoint(options.source)
+        output = export(
+            checkpoint, output=options.output, merge=options.merge, dtype=options.dtype, config=options.config
+        )
+    except (ValueError, OSError, ImportError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    console.print(Text.assemble("exported ", (str(checkpoint), "bold")), soft_wrap=True)
+    console.print(Text.assemble("      to ", (str(output), "bold")), soft_wrap=True)
+    for file in sorted(output.iterdir()):
+        console.print(f"  {file.stat().st_size / 1e6:10.3f} MB  {file.name}")
+
+
+def find_checkpoint(source: Path) -> Path:
+    """The checkpoint to export: ``source`` itself, or the last of the run that it means.
+
+    Raises:
+        RunFileError: there is none.
+    """
+    if source.suffix == ".ckpt":  # a file, or a directory of shards
+        return source
+    if source.is_file():
+        raise RunFileError(f"{source} is neither a run's directory nor a checkpoint, whose name would end in .ckpt.")
+    found = list(find_run(source, _CHECKPOINTS).glob(_CHECKPOINTS))
+    last = [path for path in found if path.name.startswith("last")]
+    return max(last or found, key=lambda path: path.stat().st_mtime)
+
+
+def export(
+    checkpoint: Path,
+    *,
+    output: Path | None = None,
+    merge: bool = False,
+    dtype: str | None = None,
+    config: Path | None = None,
+) -> Path:
+    """Write the policy that a checkpoint holds.
+
+    Args:
+        checkpoint: a checkpoint file.
+        output: where to; None makes a new directory in the run's.
+        merge: merge the adapter into its base, in full precision.
+        dtype: type of the written weights.
+        config: a file with the settings of policy, adapter and data, in place of the run's.
+
+    Returns:
+        The directory.
+
+    Raises:
+        RunFileError: the directory has something in it.
+        CheckpointError: the checkpoint cannot be used.
+    """
+    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    target = _new_directory(run / ("merged" if merge else "export")) if output is None else output
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RunFileError(f"{target} exists and is not an empty directory; nothing is written over. Give another one.")
+    found = read_config(run) if config is None else load_yaml(config)
+    with naming(checkpoint):
+        entries, _ = read_header(checkpoint)
+    settings: Record = dict(entries.get("hyper_parameters") or {})
+    if config is not None:
+        settings |= {name: value for name, value in section(found, "model").items() if name in ("policy", "lora")}
+    module = _load(checkpoint, settings, found, merge=merge)
+    policy: Policy = module.policy
+    merged = merge and isinstance(policy, PeftModel)
+    if merged:
+        policy = merge_adapter(cast(PeftModel, policy))
+    if dtype is not None:
+        cast_weights(policy, getattr(torch, dtype))
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    partial.mkdir(parents=True)
+    try:
+        publish(
+            policy,
+            module.tokenizer,
+            partial,
+            settings=settings,
+            config=found,
+            run=run,
+            steps=module.rollout_step,
+            merged=merged,
+        )
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+@torch.no_grad()
+def merge_adapter(policy: PeftModel) -> PreTrainedModel:
+    """The base with the trained adapter merged into it, in float32 (or float64).
+
+    The base may be held in a half type, which float32 holds exactly; it must not be quantised.
+    """
+    if next(policy.parameters()).dtype != torch.float64:
+        policy.float()
+    return cast(PreTrainedModel, cast(Any, policy).merge_and_unload(safe_merge=True, adapter_names=["default"]))
+
+
+def _load(checkpoint: Path, settings: Record, config: Record | None, *, merge: bool) -> LambdaPOModule:
+    """The module of a checkpoint, over an unquantised base where the adapter is to be merged."""
+    overrides = {name: settings[name] for name in ("policy", "lora") if name in settings}
+    policy: Any = settings.get("policy")
+    if isinstance(policy, Mapping):
+        held = from_mapping(PolicyConfig, policy)
+        if merge and held.quantization is not None:
+            # peft would merge into the 4-bit weights, and so round the update away.
+            held = dataclasses.replace(held, quantization=None, dtype="float32")
+        overrides["policy"] = dataclasses.asdict(dataclasses.replace(held, gradient_checkpointing=False))
+    _import_class(settings, config)
+    return LambdaPOModule.load_from_checkpoint(checkpoint, map_location="cpu", **overrides)
+
+
+def _import_class(settings: Record, config: Record | None) -> None:
+    """Import the module's class where the run's own settings name it; a checkpoint alone has nothing imported."""
+    wanted = settings.get("_class_path")
+    if config is not None and wanted is not None and wanted == (config.get("model") or {}).get("class_path"):
+        importlib.import_module(wanted.rpartition(".")[0])
+
+
+def _new_directory(wanted: Path) -> Path:
+    names = (wanted if number == 0 else wanted.with_name(f"{wanted.name}-{number}") for number in count())
+    return next(path for path in names if not path.exists())

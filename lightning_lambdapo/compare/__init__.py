@@ -1,5 +1,0 @@
-"""``lambdapo compare``: does an estimator, or a setting, help on your task? Runs, statistics, tables and plots."""
-
-from lightning_lambdapo.compare.command import main
-
-__all__ = ["main"]

@@ -1,0 +1,117 @@
+"""Every reach into what Lightning keeps private, each with its reason. All were checked against Lightning 2.6.6.
+
+Lightning has no public way to do these. The tests named below fail where a release changes one of them.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.strategies import Strategy
+
+# -- the module --------------------------------------------------------------------------------------------------------
+
+
+def built_by_cli() -> bool:
+    """True while LightningCLI builds the module: it has the parsed hyper-parameters ready (test_checkpoints)."""
+    return _given_hyperparameters.get() is not None
+
+
+def attached_trainer(module: LightningModule) -> Trainer | None:
+    """The module's trainer, or None, where the public property raises an error (test_checkpoints)."""
+    return module._trainer
+
+
+# -- strategies --------------------------------------------------------------------------------------------------------
+
+
+def writes_shards(strategy: Strategy) -> bool:
+    """Whether the strategy was told to write checkpoints in shards, which it does not tell (test_scale)."""
+    distributed = getattr(strategy, "_save_distributed_checkpoint", False)  # ModelParallelStrategy
+    return bool(distributed) or getattr(strategy, "_state_dict_type", None) == "sharded"  # FSDPStrategy
+
+
+# -- signals -----------------------------------------------------------------------------------------------------------
+
+
+def sigterm_handler(trainer: Trainer) -> Callable[..., Any] | None:
+    """Lightning's handler of SIGTERM, to be found among those that are installed (test_resume)."""
+    connector = getattr(trainer, "_signal_connector", None)
+    return getattr(connector, "_sigterm_notifier_fn", None)
+
+
+# -- what was logged ---------------------------------------------------------------------------------------------------
+
+
+def logged_names(trainer: Trainer) -> set[str]:
+    """Names that the running loop has logged; public mappings also hold earlier ones (test_callbacks)."""
+    return {each.meta.name for each in (trainer._results or {}).values()}
+
+
+def forget_logged(trainer: Trainer, name: str) -> None:
+    """Drop the last value of a name that a training step logged: Lightning would log it again (test_training_step)."""
+    if trainer._results is not None:
+        trainer._results.pop(f"training_step.{name}", None)
+    for metrics in (trainer.callback_metrics, trainer.logged_metrics):
+        metrics.pop(name, None)
+
+
+# -- validation inside of fit (test_resume) ----------------------------------------------------------------------------
+
+
+def training_has_begun(trainer: Trainer) -> bool:
+    """Whether ``fit`` has set its data up, and with them when validation comes."""
+    timed = getattr(trainer, "_val_check_time_interval", None) is not None
+    return trainer.fit_loop._data_fetcher is not None and (
+        getattr(trainer, "val_check_batch", None) is not None or timed
+    )
+
+
+def validation_is_next(trainer: Trainer) -> bool:
+    """Whether the training step that is just ending is followed by a validation."""
+    return bool(trainer.fit_loop.epoch_loop._should_check_val_fx(cast(Any, trainer.fit_loop._data_fetcher)))
+
+
+def has_validation_data(trainer: Trainer) -> bool:
+    """Whether there is a batch to validate with; sets the data up."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.setup_data()
+    return sum(loop._max_batches) > 0
+
+
+def validate_inside_fit(trainer: Trainer) -> None:
+    """Run a whole validation before training goes on, and leave the loops as they were.
+
+    A public ``Trainer.validate`` inside of ``fit`` would end the fit.
+    """
+    loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
+    loop.val_loop.restarting = False
+    loop.val_loop.reset_restart_stage()
+    first_loop_iter = connector._first_loop_iter
+    trainer.validating = True
+    with _epoch_open(trainer):
+        loop.val_loop.run()
+    trainer.training = True
+    connector._first_loop_iter = first_loop_iter
+    loop.val_loop._has_run = False  # to Lightning it has not; the epoch would seem to be over
+
+
+@contextmanager
+def _epoch_open(trainer: Trainer) -> Iterator[None]:
+    """Undo, for a while, that Lightning has closed the epoch whose last step the run resumes after."""
+    fit_loop = trainer.fit_loop
+    closed = fit_loop.epoch_loop.restarted_on_train_batch_end and fit_loop.restarted_mid_epoch
+    parts: list[Any] = []
+    if closed and fit_loop.epoch_loop.batch_progress.is_last_batch:
+        parts = [fit_loop.epoch_progress.current, fit_loop.epoch_progress.total]
+    for part in parts:
+        part.processed -= 1
+        part.completed -= 1
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.processed += 1
+            part.completed += 1

@@ -1,0 +1,67 @@
+"""Randomness that is a function of the step, so that no generator's state has to outlive one."""
+
+import functools
+import hashlib
+import os
+import random
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from lightning_lambdapo.distributed.parallel import rank
+
+R = TypeVar("R")
+
+
+class _Seeded(Protocol):
+    @property
+    def rollout_step(self) -> int: ...
+
+    @property
+    def sampling_seed(self) -> int: ...
+
+
+@contextmanager
+def step_randomness(seed: int, step: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's generators by (seed, step, rank) for the duration, and put them back after.
+
+    Sampling has streams of its own. What is left (dropout of an adapter, rewards that draw numbers) then repeats in a
+    resumed run without any state in its checkpoint.
+    """
+    digest = hashlib.blake2b(struct.pack("<qqq", seed, step, rank()), digest_size=8).digest()
+    value = int.from_bytes(digest, "little")
+    with isolate_rng():
+        random.seed(value)
+        np.random.seed(value % 2**32)  # noqa: NPY002 -- rewards may draw from the legacy generator
+        torch.manual_seed(value)
+        yield
+
+
+def with_step_randomness(step: Callable[..., R]) -> Callable[..., R]:
+    """Decorate a ``training_step``: it runs under :func:`step_randomness` of its seed and step."""
+
+    @functools.wraps(step)
+    def seeded(module: _Seeded, *args: Any, **kwargs: Any) -> R:
+        with step_randomness(module.sampling_seed, module.rollout_step):
+            return step(module, *args, **kwargs)
+
+    return seeded
+
+
+def log_seeds(trainer: Trainer, *, sampling: int) -> None:
+    """Write the seed of each source of randomness to the loggers' hyper-parameters and to the console."""
+    given = os.environ.get("PL_GLOBAL_SEED")
+    seeds = {
+        "seed/global": None if given is None else int(given),  # initial weights that no checkpoint brings
+        "seed/sampling": sampling,  # token streams; adapter initialisation; with step and rank, all else in a step
+    } | {f"seed/{name}": seed for name, seed in getattr(trainer.datamodule, "seeds", {}).items()}  # type: ignore[attr-defined]
+    for logger in trainer.loggers:
+        logger.log_hyperparams(seeds)
+    rank_zero_info("Seeds: " + ", ".join(f"{name.removeprefix('seed/')} {value}" for name, value in seeds.items()))

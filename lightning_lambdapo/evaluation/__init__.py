@@ -1,0 +1,1 @@
+"""Evaluation: what validation and test measure, and how results are written."""

@@ -1,0 +1,1 @@
+"""Learning: from advantages to one optimizer update."""

@@ -1,0 +1,177 @@
+"""Log-probabilities of completions: the decoder once, the output head in chunks of the positions that count."""
+
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightning_lambdapo.datatypes import PromptBatch, Rollout
+from lightning_lambdapo.distributed.fsdp1 import wrapper
+from lightning_lambdapo.distributed.parallel import as_forward
+from lightning_lambdapo.functional import chunked_logprobs, logprobs_from_logits
+from lightning_lambdapo.learning.packing import MicroBatch
+from lightning_lambdapo.policy.attention import branch_attention
+from lightning_lambdapo.policy.model import evaluating
+
+
+class CompletionScorer:
+    """Log-probabilities of the completion tokens of micro-batches with one model.
+
+    Only positions that predict a completion token reach the output head, and logits exist for one chunk at a time. At
+    construction short inputs go through this path and through the model's own forward. Where the two differ with
+    padded rows (an architecture that does more to its logits than is known here) the model's own logits are used;
+    where they differ with shared prompts (an attention that cannot branch), padded rows are. Either gives one warning.
+
+    Args:
+        model: the causal language model.
+        temperature: divisor of the logits, that of sampling.
+        chunk_size: positions whose logits exist at once.
+        share_prompts: False never packs rows.
+        recompute_logits: True computes each chunk's logits once more in the backward pass, where they would otherwise
+            be used for the gradient while they exist. A head with parameters to train does so in any case.
+
+    Attributes:
+        share_prompts: whether packed micro-batches can be scored.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        temperature: float,
+        chunk_size: int = 1024,
+        share_prompts: bool = True,
+        recompute_logits: bool = False,
+    ) -> None:
+        self.model = model
+        self.temperature = temperature
+        self.chunk_size = chunk_size
+        self.recompute_logits = recompute_logits or any(
+            parameter.requires_grad for parameter in model.get_output_embeddings().parameters()
+        )
+        self._chunked = as_forward(model, "lambdapo_logprobs", _chunked_forward)
+        self._splits = self._probe_head()
+        self.share_prompts = share_prompts and self._probe_packing()
+
+    def __call__(self, micro_batch: MicroBatch) -> Tensor:
+        """Log-probabilities ``(n, T')`` of the completion tokens; 0 where masked out."""
+        logprobs = self._flat(micro_batch)
+        return logprobs.new_zeros(micro_batch.completion_mask.shape).masked_scatter(
+            micro_batch.completion_mask, logprobs
+        )
+
+    def attention(self) -> AbstractContextManager[None]:
+        """Packed micro-batches' attention also beyond the call: a backward pass may have to run the model again."""
+        return branch_attention(self.model) if self.share_prompts else nullcontext()
+
+    def _flat(self, micro_batch: MicroBatch) -> Tensor:
+        with branch_attention(self.model) if micro_batch.branches is not None else nullcontext():
+            if self._splits:
+                return self._chunked(micro_batch, self.temperature, self.chunk_size, self.recompute_logits)
+            return self._from_own_logits(micro_batch)
+
+    def _from_own_logits(self, micro_batch: MicroBatch) -> Tensor:
+        width = micro_batch.input_ids.shape[1]
+        first = int(micro_batch.predictors.remainder(width).min())
+        logits = wrapper(self.model)(**_inputs(micro_batch), logits_to_keep=width - first).logits
+        row, column = micro_batch.predictors // width, micro_batch.predictors.remainder(width)
+        return logprobs_from_logits(logits[row, column - first], micro_batch.targets, temperature=self.temperature)
+
+    @torch.no_grad()
+    def _probe_head(self) -> bool:
+        probe = MicroBatch.of_tokens(self._ids()[None])
+        reason = self._difference(
+            lambda: self._chunked(probe, self.temperature, self.chunk_size, self.recompute_logits),
+            lambda: self._from_own_logits(probe),
+        )
+        if reason is not None:
+            warnings.warn(
+                f"{type(self.model).__name__} cannot be scored in chunks ({reason}); its own forward is used, whose "
+                "logits take (rows x completion length x vocabulary) memory.",
+                stacklevel=3,
+            )
+        return reason is None
+
+    @torch.no_grad()
+    def _probe_packing(self) -> bool:
+        ids = self._ids()
+        mask = torch.tensor([[False, True], [True, True]], device=ids.device)
+        batch = PromptBatch(ids[:4].view(2, 2), mask, ids[:2], ["", ""], [None, None], [None, None], [{}, {}])
+        kept = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]], dtype=torch.bool, device=ids.device)
+        logprobs = torch.zeros(kept.shape, device=ids.device)
+        completions = ids.repeat(2)[:12].view(4, 3)
+        rollout = Rollout(completions, kept, logprobs, logprobs, kept[:, 2], [""] * 4)
+        rows = torch.arange(4, device=ids.device)
+        reason = self._difference(
+            lambda: self._flat(MicroBatch.packed(batch, rollout, rows)),
+            lambda: self._flat(MicroBatch.padded(batch, rollout, rows)),
+        )
+        if reason is not None:
+            warnings.warn(
+                f"{type(self.model).__name__} cannot share prompts in the learning pass ({reason}); rows are padded "
+                "instead, each with its own copy of the prompt. `share_prompts: false` chooses that without this "
+                "message.",
+                stacklevel=3,
+            )
+        return reason is None
+
+    def _ids(self) -> Tensor:
+        vocabulary = self.model.config.get_text_config().vocab_size
+        return torch.arange(8, device=self.model.device).remainder(vocabulary)
+
+    def _difference(self, found: Callable[[], Tensor], expected: Callable[[], Tensor]) -> str | None:
+        """What keeps two ways from giving the same log-probabilities; None where nothing does."""
+        try:
+            with evaluating(self.model):  # dropout would make any two passes differ
+                difference = (found() - expected()).abs().max().item()
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+            return str(error)
+        if difference <= torch.finfo(self.model.dtype).eps ** 0.5:
+            return None
+        return f"log-probabilities differ by up to {difference:.3g}"
+
+
+def _chunked_forward(
+    model: PreTrainedModel, micro_batch: MicroBatch, temperature: float, chunk_size: int, recompute: bool
+) -> Tensor:
+    """Log-probabilities ``(M,)`` of the ``M`` completion tokens that count, in row-major order."""
+    hidden = model.get_decoder()(**_inputs(micro_batch)).last_hidden_state
+    logprobs, _ = chunked_logprobs(
+        hidden.flatten(0, 1).index_select(0, micro_batch.predictors),
+        micro_batch.targets,
+        _head(model),
+        temperature=temperature,
+        chunk_size=chunk_size,
+        recompute=recompute,
+    )
+    return logprobs
+
+
+def _inputs(micro_batch: MicroBatch) -> dict[str, Any]:
+    inputs = {
+        "input_ids": micro_batch.input_ids,
+        "attention_mask": micro_batch.attention_mask.long(),
+        "position_ids": micro_batch.position_ids,
+        "use_cache": False,
+    }
+    return inputs if micro_batch.branches is None else inputs | {"branches": micro_batch.branches}
+
+
+def _head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """The output head with what the known architectures do to its logits: multiply, divide, cap softly."""
+    config = model.config.get_text_config()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    project = model.get_output_embeddings()
+
+    def head(hidden: Tensor) -> Tensor:
+        logits: Tensor = project(hidden)
+        if scale != 1.0:
+            logits = logits * scale
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    return head

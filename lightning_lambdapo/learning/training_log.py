@@ -1,0 +1,77 @@
+"""What a training step reports beyond its learning pass: rewards, density, and what the advantage saw."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_lambdapo.config import AlgorithmConfig
+from lightning_lambdapo.datatypes import PromptBatch, RewardOutcome, Rollout
+from lightning_lambdapo.distributed.lightning_internals import forget_logged
+from lightning_lambdapo.distributed.tally import Tally
+from lightning_lambdapo.evaluation.evaluator import PROGRESS_BAR, density_metric, tally_rollout
+from lightning_lambdapo.evaluation.metrics import GroupDiagnostics
+from lightning_lambdapo.rewards import Reward
+
+
+class TrainingLog(nn.Module):
+    """What a training step reports beyond its learning pass: rewards, density, and what the advantage saw.
+
+    Args:
+        algorithm: weighting and temperature of the pairs.
+        rewards: ``density_*`` has the settings of the density reward, where there is one that counts tokens. It is
+            ROUGE-L otherwise, next to a reward of ``kind="embedding"`` too, whose own mean is ``reward/<name>``.
+    """
+
+    def __init__(self, algorithm: AlgorithmConfig, rewards: Sequence[Reward]) -> None:
+        super().__init__()
+        self.density = density_metric(rewards)
+        self.groups = GroupDiagnostics(
+            weighting=algorithm.weighting if algorithm.estimator == "lambda" else None,
+            temperature=algorithm.temperature,
+        )
+        self.names: set[str] = set()
+
+    def update(
+        self,
+        batch: PromptBatch,
+        rollout: Rollout,
+        rewards: RewardOutcome,
+        confidence: Tensor,
+        advantages: Tensor,
+        tally: Tally,
+    ) -> None:
+        """Take in the step's rollout; ``confidence`` is ``(B, G)``, ``advantages`` ``(N,)``.
+
+        Sums and counts go to ``tally``, which is to be finished with.
+        """
+        shape = rewards.total.shape
+        tally_rollout(tally, rollout, rewards)
+        if "accuracy" in rewards.parts:
+            accuracy = rewards.parts["accuracy"]
+            tally.mean("accuracy", accuracy[~accuracy.isnan()] > 0.5)
+        self.density.update(rollout.texts, [text for text in batch.references for _ in range(shape[1])])
+        self.groups.update(
+            rewards.total, confidence, advantages.view(shape), rollout.lengths.view(shape), rewards.valid
+        )
+
+    def finish(self, tally: Tally) -> dict[str, float]:
+        """All of the step's statistics with those of ``tally``, over all ranks; starts anew. A collective."""
+        values = tally.reduce()
+        values |= {name: float(value) for name, value in self.groups.compute().items()}
+        values |= {f"density_{name}": float(value) for name, value in self.density.compute().items()}
+        self.groups.reset()
+        self.density.reset()
+        return values
+
+    def log(self, module: LightningModule, values: Mapping[str, float], **settings: Any) -> None:
+        """Log a step's values under ``train/``, ``settings`` as for ``LightningModule.log``.
+
+        What has no value this time is left out; Lightning alone would log its last value again.
+        """
+        for name in self.names - values.keys():
+            forget_logged(module.trainer, f"train/{name}")
+        self.names |= values.keys()
+        for name, value in values.items():
+            module.log(f"train/{name}", value, prog_bar=name in PROGRESS_BAR, **settings)

@@ -1,0 +1,242 @@
+"""Building the policy: any causal language model, LoRA, QLoRA, existing adapters."""
+
+import copy
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lightning_lambdapo.config import AdapterConfig, PerformanceConfig, PolicyConfig
+from lightning_lambdapo.policy.lora import fast_linears
+from lightning_lambdapo.policy.model import Policy
+from lightning_lambdapo.policy.reference import REFERENCE_ADAPTER
+
+BUILTIN = "builtin:arithmetic"
+
+
+def load_tokenizer(config: PolicyConfig) -> PreTrainedTokenizerBase:
+    """Load the policy's tokenizer, without its weights."""
+    if config.tokenizer is not None:
+        return AutoTokenizer.from_pretrained(config.tokenizer)
+    location, options = locate(config)
+    return AutoTokenizer.from_pretrained(location, **options)
+
+
+def load_policy(
+    config: PolicyConfig,
+    adapter: AdapterConfig | PeftConfig | None,
+    *,
+    seed: int = 0,
+    reference: bool = True,
+    performance: PerformanceConfig = PerformanceConfig(),
+) -> Policy:
+    """Build the policy, in eval mode: base weights frozen under an adapter, all weights trainable without one.
+
+    Args:
+        config: where the model comes from.
+        adapter: the adapter to add; None with ``config.adapter`` unset fine-tunes all weights.
+        seed: of the adapter's initial weights; the global random state is left alone.
+        reference: keep a frozen copy of an adapter that is continued, for :func:`reference_mode`.
+        performance: which linear layers are fused.
+
+    Raises:
+        ValueError: a quantised base without an adapter, or an adapter that was made for another base.
+    """
+    if adapter is not None and config.adapter is not None:
+        raise ValueError(
+            f"Both `lora` and `policy.adapter` ({config.adapter}) are set; an existing adapter brings its own "
+            "settings, so set `lora: null` to continue from it."
+        )
+    if config.quantization and adapter is None and config.adapter is None:
+        raise ValueError(
+            f"`policy.quantization` is {config.quantization} and there is no adapter: quantised weights cannot be "
+            "trained; set `lora`, or drop the quantization."
+        )
+    model = _load_base(config)
+    _silence_dropout(model)
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if adapter is None and config.adapter is None:
+        fast_linears(model, onednn=performance.onednn)
+        model.eval()
+        return model
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if config.adapter is not None:
+            policy = _continue_adapter(model, config.adapter, reference=reference)
+        elif isinstance(adapter, AdapterConfig):
+            policy = _add_adapter(model, adapter.to_peft())
+        else:
+            policy = _add_adapter(model, adapter)
+    fast_linears(policy, fused_lora=performance.fused_lora, onednn=performance.onednn)
+    policy.eval()
+    return policy
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """All ids that end a completion: those of the generation config, the model's config and the tokenizer.
+
+    Raises:
+        ValueError: none of them names one.
+    """
+    ids: set[int] = set()
+    for owner in (model.generation_config, model.config, tokenizer):
+        value = getattr(owner, "eos_token_id", None)
+        if value is not None:
+            ids.update([value] if isinstance(value, int) else value)
+    if not ids:
+        raise ValueError(
+            f"Neither the tokenizer nor the configuration of {model.config.name_or_path or type(model).__name__} names "
+            "an end-of-sequence token, so no completion could ever end; set `eos_token` on the tokenizer."
+        )
+    return tuple(sorted(ids))
+
+
+def save_policy(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str | Path,
+    *,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write the policy for ``from_pretrained``: the adapter alone where there is one, else the whole model.
+
+    Args:
+        policy: what to write.
+        tokenizer: goes with it.
+        directory: where to.
+        weights: the policy's state dict, where its own tensors are shards; None takes its own.
+    """
+    if isinstance(policy, PeftModel):
+        # The vocabulary is the base's; peft would look for the base on the hub to see whether it is.
+        policy.save_pretrained(
+            str(directory), selected_adapters=["default"], state_dict=weights, save_embedding_layers=False
+        )
+    else:
+        _forget_gguf(policy)
+        policy.save_pretrained(directory, state_dict=weights)
+    tokenizer.save_pretrained(directory)
+
+
+def locate(config: PolicyConfig) -> tuple[str, dict[str, Any]]:
+    """What ``from_pretrained`` is to be given for the base: hub id or directory, and further arguments."""
+    if config.model == BUILTIN:
+        return str(Path(__file__).parents[1] / "quickstart" / "policy"), {}
+    if config.model.endswith(".gguf"):
+        path = Path(config.model).expanduser()
+        return str(path.parent), {"gguf_file": path.name}
+    return config.model, {"revision": config.revision} if config.revision else {}
+
+
+def _load_base(config: PolicyConfig) -> PreTrainedModel:
+    location, options = locate(config)
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    if config.quantization is None:
+        return AutoModelForCausalLM.from_pretrained(location, dtype=config.torch_dtype, **options)
+    if options.pop("gguf_file", None) is not None:
+        location = str(_unpack_gguf(Path(config.model).expanduser()))
+    if config.quantization == "int8":
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=config.quantization,
+            bnb_4bit_use_double_quant=config.double_quantization,
+            bnb_4bit_compute_dtype=config.torch_dtype,
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        location, dtype=config.torch_dtype, quantization_config=quantization, **options
+    )
+    for module in model.modules():
+        # On CPUs with AVX512-BF16 an eval-mode forward would repack the 4-bit weights in place, lossily, into a form
+        # whose kernel has no gradient: every later backward pass would be silently wrong.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
+    return model
+
+
+def _unpack_gguf(path: Path) -> Path:
+    """Directory with the float32 weights of a GGUF file (transformers cannot quantise one while reading it)."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lightning_lambdapo" / "gguf"
+    target = cache / digest
+    if target.is_dir():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    _forget_gguf(model)
+    scratch = Path(tempfile.mkdtemp(dir=cache))
+    try:
+        model.save_pretrained(scratch)
+        scratch.rename(target)  # whole or not at all, also when several ranks unpack at once
+    except OSError:
+        if not target.is_dir():
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _forget_gguf(model: PreTrainedModel) -> None:
+    """Weights read from a GGUF file are plain by now, but transformers refuses to save a model that remembers it."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    if getattr(model, "hf_quantizer", None) is not None:
+        del model.hf_quantizer
+
+
+def _silence_dropout(model: nn.Module) -> None:
+    """The base never drops out: rollouts and learning must see one and the same policy."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def _add_adapter(model: PreTrainedModel, settings: PeftConfig | None) -> PeftModel:
+    return cast(PeftModel, get_peft_model(model, cast(PeftConfig, settings)))
+
+
+def _continue_adapter(model: PreTrainedModel, path: str, *, reference: bool) -> PeftModel:
+    settings = PeftConfig.from_pretrained(path)
+    settings.inference_mode = False
+    weights = load_peft_weights(path, device="cpu")
+    policy = _add_adapter(model, settings)
+    if reference:
+        policy.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(settings))
+    for name in list(policy.peft_config):
+        try:
+            result: Any = set_peft_model_state_dict(policy, weights, adapter_name=name)
+        except RuntimeError as error:
+            raise ValueError(_foreign_adapter(path, model, str(error).splitlines()[-1].strip())) from error
+        missing = [key for key in result.missing_keys if f".{name}." in key]
+        if missing or result.unexpected_keys:
+            strangers = ", ".join([*missing[:2], *result.unexpected_keys[:2]])
+            raise ValueError(_foreign_adapter(path, model, f"keys without a partner: {strangers}"))
+    policy.set_adapter("default")
+    return policy
+
+
+def _foreign_adapter(path: str, model: PreTrainedModel, detail: str) -> str:
+    return (
+        f"The adapter {path} was not made for {model.config.name_or_path}: {detail}. Set `policy.model` to the base "
+        "named in its adapter_config.json."
+    )

@@ -1,0 +1,1 @@
+"""Reading what a run has left behind, and writing its exports."""
