@@ -16,7 +16,7 @@ from lightning_lambdapo.distributed.parallel import is_sharded
 from lightning_lambdapo.rewards import Reward
 
 
-def check_schedule(*, updates_per_rollout: int, epochs_per_rollout: int, max_tokens_per_micro_batch: int) -> None:
+def check_schedule(updates_per_rollout: int, epochs_per_rollout: int, max_tokens_per_micro_batch: int) -> None:
     """Refuse numbers of updates that cannot be."""
     if updates_per_rollout < 1 or epochs_per_rollout < 1 or updates_per_rollout % epochs_per_rollout:
         raise ValueError(

@@ -1,7 +1,7 @@
 """The LightningModule: one ``training_step`` from a batch of prompts all the way to the optimizer."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
@@ -42,12 +42,11 @@ from lightning_lambdapo.learning.training_log import TrainingLog
 from lightning_lambdapo.policy.loading import eos_token_ids, load_policy, load_tokenizer
 from lightning_lambdapo.policy.model import Policy, causal_lm, with_causal_lm
 from lightning_lambdapo.policy.reference import answering_as_reference, frozen_reference
-from lightning_lambdapo.rewards import AccuracyReward, Reward, as_rewards
-from lightning_lambdapo.rewards.encoder import TokenEncoder, prepare_encoders
+from lightning_lambdapo.rewards import AccuracyReward, as_rewards
+from lightning_lambdapo.rewards.base import RewardLike
+from lightning_lambdapo.rewards.encoder import prepare_encoders
 from lightning_lambdapo.rollout import GroupedEngine, HFEngine, RolloutEngine
 from lightning_lambdapo.rollout.sampler import RolloutSampler
-
-RewardLike = Reward | Callable[..., Any]
 
 
 def _adamw(parameters: Iterable[Tensor]) -> Optimizer:
@@ -121,11 +120,7 @@ class LambdaPOModule(LightningModule):
         self.validation_config = from_mapping(EvaluationConfig, validation)
         self.algorithm = from_mapping(AlgorithmConfig, algorithm)
         self.performance = from_mapping(PerformanceConfig, performance)
-        checks.check_schedule(
-            updates_per_rollout=updates_per_rollout,
-            epochs_per_rollout=epochs_per_rollout,
-            max_tokens_per_micro_batch=max_tokens_per_micro_batch,
-        )
+        checks.check_schedule(updates_per_rollout, epochs_per_rollout, max_tokens_per_micro_batch)
         checks.warn_of_settings(self.algorithm, self.rollout_config.sampling, updates_per_rollout)
         self.rewards = as_rewards([AccuracyReward()] if rewards is None else rewards)
         self.optimizer_factory = optimizer
@@ -146,7 +141,6 @@ class LambdaPOModule(LightningModule):
         self.tokenizer = self.build_tokenizer()
         self.training_log = TrainingLog(self.algorithm, self.rewards)
         self.evaluator = Evaluator(self.validation_config, self.rewards)
-        # Under LightningCLI the parsed configuration is kept, which is plain data already.
         self.save_hyperparameters(*([] if built_by_cli() else [state.plain_settings(self)]))
 
     # -- what a subclass may replace ------------------------------------------------------------------------------
@@ -170,9 +164,8 @@ class LambdaPOModule(LightningModule):
         eos_ids = eos_token_ids(model, self.tokenizer)
         pad_id = self.tokenizer.pad_token_id
         arguments = self.tokenizer, eos_ids, eos_ids[0] if pad_id is None else pad_id
-        if self.rollout_config.engine == "hf":
-            return HFEngine(*arguments)
-        return GroupedEngine(*arguments, self.rollout_config, self.performance)
+        grouped = self.rollout_config.engine == "grouped"
+        return GroupedEngine(*arguments, self.rollout_config, self.performance) if grouped else HFEngine(*arguments)
 
     # -- one training step ----------------------------------------------------------------------------------------
 
@@ -182,9 +175,7 @@ class LambdaPOModule(LightningModule):
         batch, rollout, rewards = self.sample_and_judge(batch)  # G completions for each prompt; R_i
         confidence = self.confidence(rollout, rewards)  # s_i under the policy that sampled
         advantages = self.advantages(rewards, confidence)  # A_i = 1/(G-1) sum_j w_ij (R_i - R_j)
-        for update in self.learner.updates(
-            batch, rollout, advantages, rewards.valid.flatten()
-        ):  # mini-batches x passes
+        for update in self.learner.updates(batch, rollout, advantages, rewards.valid):  # mini-batches x passes
             self.learner.step(update)  # clipped surrogate, KL, one optimizer step
         self.run_state.rollout_step += 1
         return self.report(batch, rollout, rewards, confidence, advantages)
@@ -225,13 +216,8 @@ class LambdaPOModule(LightningModule):
         """Log ``train/...``, and return what callbacks get of the step."""
         self.training_log.update(batch, rollout, rewards, confidence, advantages, self.tally)
         self.training_log.log(self, self.training_log.finish(self.tally), batch_size=len(batch.prompts))
-        return {
-            "batch": batch,
-            "rollout": rollout,
-            "rewards": rewards,
-            "confidence": confidence,
-            "advantages": advantages,
-        }
+        found = {"batch": batch, "rollout": rollout, "rewards": rewards}
+        return found | {"confidence": confidence, "advantages": advantages}
 
     # -- validation, test, prediction -----------------------------------------------------------------------------
 
@@ -249,8 +235,7 @@ class LambdaPOModule(LightningModule):
         """Log ``val/...`` or ``test/...``."""
         self.evaluator.log(self, self._stage)
 
-    # The test set is treated alike.
-    test_step = validation_step
+    test_step = validation_step  # the test set is treated alike
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
 
@@ -285,8 +270,7 @@ class LambdaPOModule(LightningModule):
         """Build policy, reference, engine and sampler, once."""
         if hasattr(self, "policy"):
             return
-        # In train mode as Lightning expects; rollouts and reference passes switch to eval mode themselves.
-        self.policy = self.build_policy().train()
+        self.policy = self.build_policy().train()  # rollouts and reference passes switch to eval mode themselves
         if self.needs_reference:
             self.reference = frozen_reference(self.policy)
         engine = self.build_engine(self.causal_lm)
@@ -295,19 +279,16 @@ class LambdaPOModule(LightningModule):
             shard = partial(parallel.shard, strategy=trainer.strategy, device_mesh=self.device_mesh)
             self.policy = with_causal_lm(self.policy, shard(self.causal_lm))
             self.reference = None if self.reference is None else cast(PreTrainedModel, shard(self.reference))
-        self.sampler = RolloutSampler(
-            self.policy, engine, training=self.rollout_config, evaluation=self.validation_config
-        )
+        self.sampler = RolloutSampler(self.policy, engine, self.rollout_config, self.validation_config)
         device = self.device if trainer is None else trainer.strategy.root_device
-        owner = self.policy if self.reference is None else self.reference
-        encoder = partial(
-            TokenEncoder,
-            causal_lm(owner).get_decoder(),
+        prepare_encoders(
+            self.rewards,
+            causal_lm(self.reference or self.policy).get_decoder(),
             self.tokenizer,
+            device,
             max_tokens=self.max_tokens_per_micro_batch,
             reading=partial(answering_as_reference, self.policy, self.reference),
         )
-        prepare_encoders(self.rewards, lambda layer: encoder(layer=layer), device)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build optimizer and schedule over all the policy's parameters (frozen ones get no gradient)."""
@@ -322,9 +303,7 @@ class LambdaPOModule(LightningModule):
     def on_fit_start(self) -> None:
         """Check the data against the rewards, and set up learning on the device where it runs."""
         checks.check_data(self.trainer, self.rewards, self.causal_lm, self.sampler.longest_completion)
-        optimizer = PolicyOptimizer(
-            self, self.run_state, max_grad_norm=self.max_grad_norm, max_skipped_updates=self.max_skipped_updates
-        )
+        optimizer = PolicyOptimizer(self, self.run_state, self.max_grad_norm, self.max_skipped_updates)
         self.learner = Learner(
             self.policy,
             self.reference if self.algorithm.needs_reference else None,

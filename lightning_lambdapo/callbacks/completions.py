@@ -10,10 +10,11 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from rich import get_console
 from rich.text import Text
 
-from lightning_lambdapo.callbacks.run import finished_rollouts, new_file, run_directory
+from lightning_lambdapo.callbacks.run import finished_rollouts, run_directory
 from lightning_lambdapo.datatypes import PromptBatch, RewardOutcome, Rollout
 from lightning_lambdapo.distributed.parallel import gather_objects
-from lightning_lambdapo.runs.tables import group_table, markdown_table, plain_rows, shorten, telling_group
+from lightning_lambdapo.runs.files import unused_path
+from lightning_lambdapo.runs.tables import group_table, markdown_group, plain_rows, shorten, telling_group
 
 
 class CompletionsLogger(Callback):
@@ -74,7 +75,7 @@ class CompletionsLogger(Callback):
 
     def _write(self, trainer: Trainer, name: str, records: Sequence[Mapping[str, Any]]) -> None:
         if self._path is None:
-            self._path = new_file(run_directory(trainer), name)
+            self._path = unused_path(run_directory(trainer) / name)
         with self._path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, default=str) + "\n" for record in records)
 
@@ -104,7 +105,7 @@ def _show_group(trainer: Trainer, step: int, records: Sequence[Mapping[str, Any]
     console.print(group_table(records, width=console.width))
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text("completions", markdown_table(records), step - 1)
+            logger.experiment.add_text("completions", markdown_group(records), step - 1)
         elif isinstance(logger, WandbLogger):
             columns, rows = plain_rows(records)
             logger.log_table("completions", columns=columns, data=rows, step=step - 1)

@@ -4,7 +4,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +17,7 @@ from rich.text import Text
 
 from lightning_lambdapo.callbacks.run import finished_rollouts, run_directory
 from lightning_lambdapo.runs.files import first_and_last
+from lightning_lambdapo.runs.text import clock, metric_label, thousands
 
 #: Logged key, name in the bar, name in the summary, decimals.
 _FIGURES = (
@@ -95,11 +95,11 @@ class TrainingConsole(ProgressBar):
         figures = self._figures()
         if self._bars is not None:
             self._bars.figures = figures
-            remaining = f"{_clock(left)} left" if math.isfinite(left) else ""
+            remaining = f"{clock(left)} left" if math.isfinite(left) else ""
             self._bars.update(self._tasks["train"], completed=step, left=remaining)
         elif step % self.every_n_rollouts == 0 or len(self._steps) == 1 or step == total:
             place = f"step {step}/{total}" if math.isfinite(total) else f"step {step}"
-            rest = f"  {_clock(left)} left" if math.isfinite(left) and step < total else ""
+            rest = f"  {clock(left)} left" if math.isfinite(left) and step < total else ""
             self.print(Text.assemble(f"{place}  ", figures, rest), soft_wrap=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -111,10 +111,8 @@ class TrainingConsole(ProgressBar):
         self._stop()
         if self._enabled and self._steps:
             seconds = time.perf_counter() - self._began
-            rate = _thousands(self._tokens / max(seconds, 1e-9))
-            counts = (
-                f"{len(self._steps)} steps in {_clock(seconds)}; {self._tokens:,} tokens sampled, {rate} per second"
-            )
+            rate = thousands(self._tokens / max(seconds, 1e-9))
+            counts = f"{len(self._steps)} steps in {clock(seconds)}; {self._tokens:,} tokens sampled, {rate} per second"
             self.print()
             self.print(Text(counts, "bold"), soft_wrap=True)
             self.print(self._summary())
@@ -162,7 +160,7 @@ class TrainingConsole(ProgressBar):
         for name, value in found.items():
             self._evaluations.setdefault(name, []).append((step, value))
         if found:
-            figures = [(_readable(name.removeprefix("val/")), f"{value:.3f}") for name, value in found.items()]
+            figures = [(metric_label(name.removeprefix("val/")), f"{value:.3f}") for name, value in found.items()]
             self.print(Text.assemble((f"val at step {step}  ", "bold"), _line(figures)), soft_wrap=True)
 
     def on_test_batch_end(
@@ -232,7 +230,7 @@ class TrainingConsole(ProgressBar):
             if key in self._curves
         ]
         tokens, seconds = (sum(column) for column in zip(*self._recent, strict=True))
-        return Text.assemble(_line(figures), f"  {_thousands(tokens / max(seconds, 1e-9))} tok/s")
+        return Text.assemble(_line(figures), f"  {thousands(tokens / max(seconds, 1e-9))} tok/s")
 
     def _summary(self) -> Table:
         count = math.ceil(len(self._steps) / 10)
@@ -246,7 +244,7 @@ class TrainingConsole(ProgressBar):
             if ends is not None:
                 _add_row(table, name, *ends, decimals)
         for key, points in self._evaluations.items():
-            name = f"val {_readable(key.removeprefix('val/'))}"
+            name = f"val {metric_label(key.removeprefix('val/'))}"
             _add_row(table, f"{name} (step {points[0][0]}, {points[-1][0]})", points[0][1], points[-1][1], 3)
         return table
 
@@ -301,15 +299,3 @@ def _add_row(table: Table, name: str, first: float, last: float, decimals: int) 
 def _line(figures: Iterable[tuple[str, str]]) -> Text:
     parts = [Text.assemble((f"{name} ", "dim"), (value, "bold")) for name, value in figures]
     return Text("  ").join(parts)
-
-
-def _readable(name: str) -> str:
-    return name.replace("_at_", "@")
-
-
-def _thousands(value: float) -> str:
-    return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))

@@ -5,11 +5,11 @@ from typing import cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PreTrainedTokenizerBase
 
-from lightning_lambdapo.callbacks.run import finished_rollouts, new_file, run_directory
+from lightning_lambdapo.callbacks.run import finished_rollouts, run_directory
 from lightning_lambdapo.distributed.fsdp1 import flattens
 from lightning_lambdapo.distributed.parallel import full_state_dict, is_sharded
 from lightning_lambdapo.policy.model import Policy
-from lightning_lambdapo.runs.files import read_config
+from lightning_lambdapo.runs.files import read_config, unused_path
 from lightning_lambdapo.runs.publishing import publish
 
 
@@ -42,7 +42,7 @@ class PolicyExport(Callback):
             publish(
                 policy,
                 tokenizer,
-                new_file(run, self.directory),
+                unused_path(run / self.directory),
                 settings=pl_module.hparams,
                 config=read_config(run),
                 run=run,

@@ -7,8 +7,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_lambdapo.callbacks.run import finished_rollouts, new_file, run_directory
+from lightning_lambdapo.callbacks.run import finished_rollouts, run_directory
 from lightning_lambdapo.datatypes import PromptBatch
+from lightning_lambdapo.runs.files import unused_path
 
 
 class RewardPlot(Callback):
@@ -88,5 +89,5 @@ class RewardPlot(Callback):
         figure.legend(loc="outside upper center", ncols=4, frameon=False)
         axes.grid(alpha=0.3)
         if self._path is None:
-            self._path = new_file(run_directory(trainer), "reward.png")
+            self._path = unused_path(run_directory(trainer) / "reward.png")
         canvas.print_png(self._path)

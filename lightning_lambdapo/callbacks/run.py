@@ -25,11 +25,3 @@ def finished_rollouts(trainer: Trainer) -> int:
     """
     total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
     return int(total.processed)
-
-
-def new_file(directory: Path, name: str) -> Path:
-    """Path of a file that does not exist yet: an earlier run's file is never written over."""
-    directory.mkdir(parents=True, exist_ok=True)
-    stem, suffix = Path(name).stem, Path(name).suffix
-    candidates = (directory / (name if count == 0 else f"{stem}-{count}{suffix}") for count in range(10**6))
-    return next(path for path in candidates if not path.exists())

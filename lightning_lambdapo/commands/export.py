@@ -5,7 +5,6 @@ import dataclasses
 import importlib
 import shutil
 from collections.abc import Mapping
-from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,10 +15,10 @@ from rich.text import Text
 from transformers import PreTrainedModel
 
 from lightning_lambdapo.checkpointing.files import naming, read_header
-from lightning_lambdapo.config import PolicyConfig, from_mapping
+from lightning_lambdapo.config import PolicyConfig, from_mapping, upgraded
 from lightning_lambdapo.module import LambdaPOModule
 from lightning_lambdapo.policy.model import Policy
-from lightning_lambdapo.runs.files import Record, RunFileError, find_run, load_yaml, read_config, section
+from lightning_lambdapo.runs.files import Record, RunFileError, find_run, load_yaml, read_config, section, unused_path
 from lightning_lambdapo.runs.publishing import cast_weights, publish
 
 _CHECKPOINTS = "checkpoints/*.ckpt"
@@ -100,13 +99,13 @@ def export(
         CheckpointError: the checkpoint cannot be used.
     """
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-    target = _new_directory(run / ("merged" if merge else "export")) if output is None else output
+    target = unused_path(run / ("merged" if merge else "export")) if output is None else output
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunFileError(f"{target} exists and is not an empty directory; nothing is written over. Give another one.")
     found = read_config(run) if config is None else load_yaml(config)
     with naming(checkpoint):
         entries, _ = read_header(checkpoint)
-    settings: Record = dict(entries.get("hyper_parameters") or {})
+    settings: Record = upgraded(entries.get("hyper_parameters") or {})
     if config is not None:
         settings |= {name: value for name, value in section(found, "model").items() if name in ("policy", "lora")}
     module = _load(checkpoint, settings, found, merge=merge)
@@ -168,8 +167,3 @@ def _import_class(settings: Record, config: Record | None) -> None:
     wanted = settings.get("_class_path")
     if config is not None and wanted is not None and wanted == (config.get("model") or {}).get("class_path"):
         importlib.import_module(wanted.rpartition(".")[0])
-
-
-def _new_directory(wanted: Path) -> Path:
-    names = (wanted if number == 0 else wanted.with_name(f"{wanted.name}-{number}") for number in count())
-    return next(path for path in names if not path.exists())

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from lightning_lambdapo.config import AlgorithmConfig, from_mapping
 from lightning_lambdapo.functional import group_advantages, lambda_advantages, pairwise_weights
-from lightning_lambdapo.runs.files import Record, RunFileError, find_run, read_completions, read_config, section
+from lightning_lambdapo.runs.files import (
+    Record,
+    RunFileError,
+    find_run,
+    read_config,
+    read_training_completions,
+    section,
+)
 from lightning_lambdapo.runs.tables import group_table, shorten
 
 _FILE = "completions.jsonl"
@@ -98,13 +105,13 @@ def read_step(file: Path, step: int | None) -> tuple[int, list[Record]]:
     Raises:
         RunFileError: there is no such step, or one of its records is incomplete.
     """
-    wanted: list[tuple[int, Record]] = []
+    wanted: list[tuple[str, Record]] = []
     steps: dict[int, None] = {}
-    for number, record in read_completions(file):
+    for where, record in read_training_completions(file):
         if step is None and record["step"] not in steps:
             wanted.clear()
         if step is None or record["step"] == step:
-            wanted.append((number, record))
+            wanted.append((where, record))
         steps[record["step"]] = None
     if not steps:
         raise RunFileError(f"{file} has no completions yet.")
@@ -112,10 +119,10 @@ def read_step(file: Path, step: int | None) -> tuple[int, list[Record]]:
         known = f"steps {min(steps)} to {max(steps)}"
         part = "" if len(steps) == max(steps) - min(steps) + 1 else f" ({len(steps)} of them)"
         raise RunFileError(f"{file} has no step {step}; it has {known}{part}.")
-    for number, record in wanted:
+    for where, record in wanted:
         missing = [name for name in _NEEDED if name not in record]
         if missing:
-            raise RunFileError(f"{file}, line {number}, lacks {', '.join(f'`{name}`' for name in missing)}.")
+            raise RunFileError(f"{where}, lacks {', '.join(f'`{name}`' for name in missing)}.")
     return wanted[0][1]["step"], [record for _, record in wanted]
 
 

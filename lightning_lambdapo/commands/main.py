@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_lambdapo.callbacks.completions import CompletionsLogger
 from lightning_lambdapo.callbacks.console import TrainingConsole
 from lightning_lambdapo.callbacks.evaluation_report import EvaluationReport
+from lightning_lambdapo.commands.release_0_1 import upgraded_arguments
 from lightning_lambdapo.module import LambdaPOModule
 
 #: Commands beyond Lightning's: the module that holds each, and what it does.
@@ -111,15 +112,17 @@ def main(args: ArgsType = None) -> None:
     if isinstance(given, list) and given and given[0] in COMMANDS:
         _silence()
         importlib.import_module(f"lightning_lambdapo.commands.{COMMANDS[given[0]][0]}").main(given[1:])
-    else:
-        _run(LambdaPOCLI, args)
+        return
+    if isinstance(given, list) and (new := upgraded_arguments(given)) != given:
+        args = new
+    _run(LambdaPOCLI, args)
 
 
 def rehearse(args: list[str]) -> None:
     """Find what is wrong with a command line of ``fit`` before anything is computed: it ends as ``main`` would."""
     logging.disable(logging.INFO)  # Lightning's words on seeds and devices, once more for every rehearsal
     try:
-        _run(_Rehearsal, args)
+        _run(_Rehearsal, upgraded_arguments(args))
     finally:
         logging.disable(logging.NOTSET)
 

@@ -1,4 +1,4 @@
-"""Data: problems from anywhere, as batches of prompts."""
+"""Data: problems from files, the hub or generators, as batches of prompts."""
 
 from lightning_lambdapo.data.collate import PromptCollator
 from lightning_lambdapo.data.datamodule import LambdaPODataModule

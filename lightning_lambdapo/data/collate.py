@@ -52,7 +52,7 @@ class PromptCollator:
         if LONE_SURROGATE.search(text):
             raise ValueError(
                 f"The prompt {text!r} (id {row.get('prompt_id')}) has half of a surrogate pair (\\ud800 to \\udfff), "
-                "which no tokenizer takes."
+                "which no tokenizer accepts."
             )
         ids = self.template.encode(self.tokenizer, text)
         if not ids:
@@ -80,7 +80,7 @@ class PromptCollator:
         prompt_ids = [_prompt_id(row, text) for row, text in zip(rows, texts, strict=True)]
         return PromptBatch(
             input_ids=torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in encoded]),
-            # From lengths, not from the padding id, which may be a token of the prompt.
+            # From lengths, because the padding id may be a token of the prompt.
             attention_mask=torch.tensor([[False] * (width - len(ids)) + [True] * len(ids) for ids in encoded]),
             prompt_ids=torch.tensor(prompt_ids, dtype=torch.int64),
             prompts=list(texts),
@@ -99,9 +99,7 @@ def _prompt_id(row: Mapping[str, Any], text: str) -> int:
     except TypeError:
         number = 2**63
     if not -(2**63) <= number < 2**63:
-        raise ValueError(
-            f"A `prompt_id` must be a whole number of 64 bits, and that of {text!r:.80} is not; leave it out."
-        )
+        raise ValueError(f"A `prompt_id` must be a whole number of 64 bits, and that of {text!r:.80} is not; omit it.")
     return number
 
 

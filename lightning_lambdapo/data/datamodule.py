@@ -1,4 +1,4 @@
-"""The LightningDataModule: sources in, batches of prompts out, in an order that a resume continues."""
+"""The LightningDataModule: sources in, batches of prompts out, in an order that a resumed run continues."""
 
 import hashlib
 import warnings
@@ -23,25 +23,25 @@ _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "pr
 class LambdaPODataModule(LightningDataModule):
     """Batches of prompts for training, validation, test and prediction.
 
-    Prompts longer than ``max_prompt_length`` are dropped and counted, never truncated. The order of training prompts is
-    a function of seed and epoch; checkpoints hold the position in it.
+    Prompts longer than ``max_prompt_length`` are dropped and counted, never truncated. The order of training prompts
+    depends only on seed and epoch. Checkpoints save the position in it.
 
     Args:
         train: training problems.
         val: validation problems.
-        test: test problems; ``val`` where there are none.
-        predict: problems to complete; ``test`` or ``val`` where there are none.
+        test: test problems; None takes ``val``.
+        predict: problems to complete; None takes ``test`` or ``val``.
         batch_size: prompts per rank and training step.
-        eval_batch_size: prompts per rank elsewhere; ``batch_size`` where None.
+        eval_batch_size: prompts per rank and step elsewhere; None takes ``batch_size``.
         max_prompt_length: longest prompt, in tokens.
         template: how a problem becomes a prompt.
         tokenizer: None takes that of the module being trained.
-        seed: of the order of training prompts.
+        seed: seed of the order of training prompts.
         shuffle: False keeps the data's own order.
         num_workers: processes that tokenise.
 
     Attributes:
-        dropped: number of over-long prompts left out, by split.
+        dropped: number of prompts that were too long, by split.
         longest: tokens of the longest prompt that was kept, by split.
     """
 
@@ -90,14 +90,14 @@ class LambdaPODataModule(LightningDataModule):
 
     @property
     def seeds(self) -> dict[str, int]:
-        """Of the order of training prompts, and of each source that is generated."""
+        """Seeds of the order of training prompts and of each generated source."""
         generated = {
             f"data_{name}": source.seed for name, source in self.sources.items() if source and source.generated
         }
         return {"data_order": self.seed} | generated
 
     def setup(self, stage: str) -> None:
-        """Load the stage's sources, and drop what is too long.
+        """Load the stage's sources, and drop prompts that are too long.
 
         Raises:
             ValueError: no tokenizer, no source for the stage, or no prompt that is short enough.
@@ -113,14 +113,14 @@ class LambdaPODataModule(LightningDataModule):
             raise ValueError(f"There is no data to {stage} on; set `data.{required}`.")
 
     def train_dataloader(self) -> DataLoader[PromptBatch]:
-        """Batches of training prompts; a resumed run goes on where its checkpoint stands."""
+        """Batches of training prompts. A resumed run continues at its checkpoint's position."""
         return self._loader("train", self.batch_size)
 
     def val_dataloader(self) -> DataLoader[PromptBatch] | list[Any]:
         """Batches of validation prompts, in the data's order; none without a validation source."""
         if "val" in self._rows:
             return self._loader("val", self.eval_batch_size)
-        warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # it is meant
+        warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # intended
         return []
 
     def test_dataloader(self) -> DataLoader[PromptBatch]:
@@ -141,25 +141,25 @@ class LambdaPODataModule(LightningDataModule):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What the position in the training data, which the loader remembers, is a position in."""
+        """The data and batch size that the loader's saved position belongs to."""
         if self.trainer is None or not self.train_rows:
             return {}
         return {"data": self._fingerprint, "global_batch": self.batch_size * self.trainer.world_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Warn of data or a batch size that have changed since the checkpoint."""
+        """Warn if the data or the batch size has changed since the checkpoint."""
         if not state_dict:
             return
         if self.train_rows and state_dict["data"] != self._fingerprint:
             warnings.warn(
-                "The training data is not that of the checkpoint; the run goes on at the same position of other data.",
+                "The training data is not that of the checkpoint. The run continues at the same place in the new data.",
                 stacklevel=2,
             )
         world_size = 1 if self.trainer is None else self.trainer.world_size
         if state_dict["global_batch"] != self.batch_size * world_size:
             warnings.warn(
                 f"The checkpoint's run took {state_dict['global_batch']} prompts per step, this one takes "
-                f"{self.batch_size * world_size}; the run does not go on with the same prompts.",
+                f"{self.batch_size * world_size}. It does not continue with the same prompts.",
                 stacklevel=2,
             )
 
@@ -193,7 +193,7 @@ class LambdaPODataModule(LightningDataModule):
             seed=self.seed,
             shuffle=self.shuffle,
         )
-        # Lightning rebuilds prediction loaders around a sampler of its own; only training has a position to keep.
+        # Only training has a position to save, and Lightning rebuilds prediction loaders around its own sampler.
         loader: type[DataLoader[Any]] = PromptLoader if split == "train" else DataLoader
         return loader(
             rows,
@@ -217,7 +217,7 @@ class LambdaPODataModule(LightningDataModule):
 
 
 class _Rows(Dataset[Row]):
-    """A list as a Dataset; an index behind its end is a place where a rank has no row."""
+    """A list as a Dataset. An index past its end is a place where a rank has no row."""
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows
@@ -230,7 +230,7 @@ class _Rows(Dataset[Row]):
 
 
 class _PresentRows:
-    """``collate_fn`` that leaves the places without a row out, so that a batch may be empty."""
+    """``collate_fn`` that omits the places without a row, so that a batch may be empty."""
 
     def __init__(self, collator: PromptCollator) -> None:
         self.collator = collator

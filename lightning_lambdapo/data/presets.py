@@ -17,7 +17,7 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class RowError(ValueError):
-    """A row that a preset cannot read; the caller adds where it stands."""
+    """A row that a preset cannot read. The caller adds its file and line, or dataset and row."""
 
 
 def _as_is(fields: Fields, row: Mapping[str, Any]) -> Fields:
@@ -29,11 +29,11 @@ class Preset:
     """How a public dataset becomes prompts, answers and references.
 
     Attributes:
-        dataset: hub id; None for a mapping that only makes sense over a file of the user's.
+        dataset: hub id; None for a mapping of the user's own data.
         config: configuration name on the hub.
-        split: the split that the field reports on, or trains on where there is one.
+        split: the training split where the dataset is trained on, else the split that papers report.
         columns: our names -> the dataset's column names.
-        subjects: columns to break evaluations down by; the first that the data have becomes ``subject``.
+        subjects: columns to break evaluations down by; the first that is in the data becomes ``subject``.
         finish: turns the mapped columns (and the whole row) into ``prompt``, ``answer`` and ``reference``.
     """
 
@@ -61,7 +61,7 @@ def text_of(value: object) -> str | None:
     if isinstance(value, int | float):
         try:
             return str(int(value)) if value == int(value) else str(value)
-        except ValueError as error:  # Python writes no integer of more than 4300 digits
+        except ValueError as error:  # Python prints no integer of more than 4300 digits
             raise RowError("an answer or reference is a number with thousands of digits; write it as text") from error
     raise RowError(f"an answer or reference must be text or a number, got {reprlib.repr(value)}")
 
@@ -138,7 +138,7 @@ def _choices(fields: Fields, row: Mapping[str, Any]) -> Fields:
 def _gpqa(fields: Fields, row: Mapping[str, Any]) -> Fields:
     right = _text(row, "Correct Answer")
     choices = [right, *(_text(row, f"Incorrect Answer {number}") for number in (1, 2, 3))]
-    # A fixed order that depends on question and choice alone, not on a random state.
+    # A fixed order that depends only on question and choice, not on a random state.
     question = _text(fields, "prompt")
     choices.sort(key=lambda choice: hashlib.blake2b(f"{question}\0{choice}".encode("utf-8", "surrogatepass")).digest())
     return fields | {

@@ -1,4 +1,4 @@
-"""The order of prompts: the same global batches on any number of ranks, and from any position on."""
+"""The order of prompts: the same global batches on any number of ranks, also in a resumed run."""
 
 from collections.abc import Iterator
 from typing import Any, cast
@@ -8,21 +8,21 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 
 class PromptSampler(DistributedSampler[Any]):
-    """Deals prompts to ranks; a function of seed, epoch and position alone.
+    """Deals prompts to ranks. The result depends only on seed, epoch and position.
 
     Global batch ``k`` of an epoch is the same set of prompts for any world size: position ``i`` of rank ``r`` is entry
-    ``i * world + r`` of the epoch's order. In training the last, incomplete global batch of an epoch is left out (the
-    next epoch's shuffle deals its prompts again); in evaluation nothing is left out and nothing repeated, and a rank
-    with a row fewer than others ends with the index ``len(dataset)``, which stands for none, so that all ranks make
-    as many batches. Lightning leaves a ``DistributedSampler`` as it is, and calls ``set_epoch``.
+    ``i * world + r`` of the epoch's order. In training, the last, incomplete global batch of an epoch is dropped, and
+    the next epoch's shuffle deals its prompts again. In evaluation, nothing is dropped or repeated. A rank with one row
+    fewer than others ends with the index ``len(dataset)``, which means no row, so that all ranks make equally many
+    batches. Lightning keeps a ``DistributedSampler`` as it is, and calls ``set_epoch``.
 
     Args:
         dataset: anything with a length.
         batch_size: prompts per rank and batch.
-        training: shuffle, and deal whole global batches alone.
+        training: shuffle, and deal only whole global batches.
         num_replicas: number of ranks.
-        rank: this one.
-        seed: of the shuffle.
+        rank: the rank of this process.
+        seed: seed of the shuffle.
         shuffle: False keeps the data's own order in training too.
 
     Raises:
@@ -45,7 +45,7 @@ class PromptSampler(DistributedSampler[Any]):
         if training and count < global_batch:
             raise ValueError(
                 f"{count} training prompts do not fill one batch of {batch_size} prompts on {num_replicas} rank(s); "
-                "lower `batch_size` or bring more data."
+                "lower `batch_size` or use more data."
             )
         self.batch_size = batch_size
         self.total_size = count // global_batch * global_batch if training else count
@@ -53,12 +53,12 @@ class PromptSampler(DistributedSampler[Any]):
         self._resume: tuple[int, int] | None = None
 
     def resume(self, epoch: int, batches: int) -> None:
-        """Leave out the first ``batches`` batches of ``epoch``; other epochs are dealt whole."""
+        """Skip the first ``batches`` batches of ``epoch``. Other epochs are dealt whole."""
         self._resume = (epoch, batches)
 
     @property
     def skipped(self) -> int:
-        """Batches of the present epoch that a resume leaves out."""
+        """Batches of the current epoch that a resumed run skips."""
         return self._resume[1] if self._resume is not None and self._resume[0] == self.epoch else 0
 
     def __iter__(self) -> Iterator[int]:
@@ -73,12 +73,12 @@ class PromptSampler(DistributedSampler[Any]):
         return iter(mine[self.skipped * self.batch_size :])
 
     def __len__(self) -> int:
-        """Rows of this rank in a whole epoch, also where a resume leaves some of them out."""
+        """Rows of this rank in a whole epoch, even if a resumed run skips some of them."""
         return self.num_samples
 
 
 class PromptLoader(DataLoader[Any]):
-    """A DataLoader over a :class:`PromptSampler` that a checkpoint of Lightning's remembers the position of.
+    """A DataLoader over a :class:`PromptSampler` whose position is saved in Lightning's checkpoints.
 
     Batches are counted when they are handed out, so workers may run ahead.
     """
@@ -92,11 +92,11 @@ class PromptLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch, and batches of it that were handed out."""
+        """Epoch, and how many of its batches were handed out."""
         return {"epoch": self._prompt_sampler.epoch, "batches": self.handed_out}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from there."""
+        """Continue from the saved position."""
         self._prompt_sampler.resume(state_dict["epoch"], state_dict["batches"])
 
     @property

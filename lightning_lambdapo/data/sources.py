@@ -28,16 +28,16 @@ class DataSource:
         path: a JSONL file, one object per line.
         dataset: a hub id, or a local directory that ``datasets.load_dataset`` reads.
         config: the hub dataset's configuration name.
-        split: the split; a preset knows its default.
+        split: the split; a preset has a default.
         revision: branch, tag or commit of the hub dataset.
         columns: our name (``prompt``, ``answer``, ``reference``, ``choices``, ``subject``) -> the data's column name.
-            The first four, where neither this nor a preset maps them, are read from columns of the same name.
+            Without a preset, those of the first four that are not mapped are read from columns of the same name.
             Evaluations are broken down by ``subject``.
-        limit: keep the first this many rows.
+        limit: number of rows to keep, from the first.
         task: name of a reasoning-gym task.
         settings: that task's settings.
         size: number of generated problems (reasoning-gym, arithmetic).
-        seed: of the generated problems.
+        seed: seed of the generated problems.
     """
 
     preset: str | None = None
@@ -90,12 +90,12 @@ class DataSource:
 
     @property
     def generated(self) -> bool:
-        """True where problems are made from a seed rather than read."""
+        """True where problems are generated from a seed, not read."""
         return self.task is not None or self.preset == "arithmetic"
 
     @property
     def name(self) -> str:
-        """What messages call this source."""
+        """The name of this source in messages."""
         return self.path or self.dataset or self.task or str(self.preset)
 
 
@@ -107,7 +107,7 @@ def load_rows(source: DataSource) -> list[Row]:
         row's index in its origin), and every other column of the data as it is.
 
     Raises:
-        ValueError: naming the file and line, or the dataset and row, that cannot be read.
+        ValueError: a row cannot be read; names its file and line, or its dataset and row.
         ImportError: a reasoning-gym task without the package.
     """
     if source.preset == "arithmetic":
@@ -135,7 +135,7 @@ def arithmetic_prompt(*terms: int) -> str:
 
 
 def arithmetic_solution(*terms: int, slip: Callable[[], int] = lambda: 0) -> str:
-    """The built-in task's worked solution, from left to right; ``slip`` draws by how much each result is off.
+    """The built-in task's worked solution, from left to right. ``slip`` draws the error of each result.
 
     Example:
         >>> arithmetic_solution(1, 2, 3)
@@ -155,7 +155,7 @@ def arithmetic_rows(split: str, *, size: int | None = None, seed: int = 0) -> li
     Args:
         split: ``"train"`` or ``"test"``; for one seed they have no sum in common.
         size: number of rows; None means all of the split.
-        seed: of the order.
+        seed: seed of the order.
 
     Raises:
         ValueError: unknown split, or more rows than there are.
@@ -202,11 +202,15 @@ def _reasoning_gym_rows(source: DataSource) -> list[Row]:
     ]
 
 
-def jsonl_rows(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Objects of a JSONL file, and where each stands.
+def jsonl_rows(path: str, *, unfinished: bool = False) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Objects of a JSONL file, each with its file and line.
+
+    Args:
+        path: the file.
+        unfinished: omit a last line without an end: somebody is still writing it.
 
     Raises:
-        ValueError: naming the file and line that cannot be read.
+        ValueError: a line cannot be read; names the file and line.
     """
     try:
         file = Path(path).expanduser().open("rb")
@@ -221,9 +225,9 @@ def jsonl_rows(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
             try:
                 row = json.loads(line.decode("utf-8-sig"))
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(
-                    f"{where} is not valid JSON: {error}. Each line must hold one whole object."
-                ) from error
+                if unfinished and not line.endswith(b"\n"):
+                    return
+                raise ValueError(f"{where} is not valid JSON: {error}. Each line must be one whole object.") from error
             except RecursionError as error:
                 raise ValueError(f"{where} is nested too deeply to be read; flatten it.") from error
             except ValueError as error:
@@ -254,7 +258,7 @@ def _hub_rows(source: DataSource, preset: Preset) -> Iterator[tuple[str, Mapping
 def _convert(row: Mapping[str, Any], index: int, where: str, source: DataSource, preset: Preset) -> Row:
     own = {name: column for name, column in source.columns.items() if name != _SUBJECT}
     columns = {**preset.columns, **own}
-    if source.preset is None:  # what is not mapped is found under its own name
+    if source.preset is None:  # fields that are not mapped are read under their own name
         columns |= {name: name for name in _FIELDS if name in row and name not in {*own, *own.values()}}
     subject = source.columns.get(_SUBJECT) or next((name for name in preset.subjects if name in row), None)
     missing = [name for name in (*columns.values(), *([subject] if subject else [])) if name not in row]
@@ -285,5 +289,5 @@ def _prompt_of(value: object) -> str | list[dict[str, str]]:
     else:
         raise RowError(f"the prompt must be a non-empty text or a list of chat messages, got {reprlib.repr(value)}")
     if any(map(LONE_SURROGATE.search, texts)):
-        raise RowError("the prompt has half of a surrogate pair (\\ud800 to \\udfff), which no tokenizer takes")
+        raise RowError("the prompt has half of a surrogate pair (\\ud800 to \\udfff), which no tokenizer accepts")
     return cast(str | list[dict[str, str]], value)

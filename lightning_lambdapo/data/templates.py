@@ -18,8 +18,8 @@ class PromptTemplate:
 
     Attributes:
         system: system prompt; None for none.
-        user: the user's turn; ``{prompt}`` in it is replaced by the problem (literally: problems hold braces).
-        chat: use the tokenizer's chat template; None: where it has one.
+        user: the user's turn; ``{prompt}`` in it is replaced literally by the problem, which may contain braces.
+        chat: use the tokenizer's chat template; None uses it where there is one.
         chat_kwargs: further arguments of the chat template, such as ``enable_thinking``.
     """
 
@@ -37,7 +37,7 @@ class PromptTemplate:
 
         Args:
             tokenizer: the policy's.
-            prompt: a problem, which goes into ``user``, or whole chat messages, which are taken as they are.
+            prompt: a problem, which is put into ``user``, or whole chat messages, which are used as they are.
 
         Raises:
             ValueError: a prompt that is neither, messages that the chat template refuses, or ``chat=True`` with a
@@ -56,9 +56,10 @@ class PromptTemplate:
         return "\n\n".join(message["content"] for message in messages)
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-        """Token ids of a rendered prompt: a chat template writes its own special tokens, none is added twice.
+        """Token ids of a rendered prompt.
 
-        An end-of-sequence token that the tokenizer appends is taken off: the completion goes on from here.
+        A chat template writes its own special tokens, so none are added to its text. An end-of-sequence token that the
+        tokenizer appends is removed, because the completion continues from here.
         """
         ids: list[int] = tokenizer(text, add_special_tokens=not self.uses_chat(tokenizer))["input_ids"]
         return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token) else ids

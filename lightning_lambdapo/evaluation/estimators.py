@@ -1,4 +1,4 @@
-"""Accuracy of one prompt's samples in the field's forms, and statistics over prompts with bootstrap intervals."""
+"""pass@k and majority vote of one prompt's samples, and statistics over prompts with bootstrap intervals."""
 
 import math
 from collections import Counter
@@ -14,10 +14,10 @@ _DRAWN_AT_ONCE = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A statistic and the interval it lies in.
+    """A statistic and its bootstrap interval.
 
     Attributes:
-        value: the statistic of the data as they are.
+        value: the statistic of the data.
         low: lower end of the interval; None with fewer than two prompts.
         high: upper end of the interval.
     """
@@ -43,15 +43,15 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
         >>> pass_at_k(4, 1, 2)
         0.5
     """
-    # A product of ratios, each in [0, 1]: no binomial coefficient to overflow.
+    # A product of ratios, each in [0, 1], because binomial coefficients could overflow.
     return 1 - math.prod(max(samples - correct - i, 0) / (samples - i) for i in range(k))
 
 
 def majority_is_right(votes: Sequence[object], correct: Sequence[bool]) -> bool:
     """Whether the most frequent answer of one prompt's samples is correct.
 
-    None does not vote; a tie goes to the answer that came first; without a vote it is wrong. The answer is correct
-    where a sample that voted for it is. Source: self-consistency, Wang et al. 2022, arXiv 2203.11171.
+    None does not vote. A tie goes to the answer that came first. Without a vote, the result is False. The answer is
+    correct where a sample that voted for it is. Source: self-consistency, Wang et al. 2022, arXiv 2203.11171.
 
     Example:
         >>> majority_is_right(["7", "9", "9"], [False, True, True])
@@ -78,18 +78,18 @@ def estimate(
 
     .. math:: \sum_i s_i / \sum_i c_i
 
-    Prompts, not rows, are drawn with replacement: the samples of one prompt are not independent of each other. The
-    order of the prompts has no effect. Source: Efron and Tibshirani 1993, chapter 13.
+    Prompts, not rows, are drawn with replacement, because the samples of one prompt are not independent. The order of
+    the prompts has no effect. Source: Efron and Tibshirani 1993, chapter 13.
 
     Args:
         sums: :math:`s_i` of each prompt.
-        counts: :math:`c_i`, the rows that add up to it; 1 where None. A prompt of count 0 has no part in anything.
+        counts: :math:`c_i`, the rows that add up to it; 1 where None. A prompt with count 0 is ignored.
         confidence: share of the bootstrap distribution that lies in the interval.
         resamples: number of bootstrap resamples.
-        seed: of the resampling.
+        seed: seed of the resampling.
 
     Raises:
-        ValueError: no prompt, sums and counts of unlike number, or a value that is not finite.
+        ValueError: no prompt, different numbers of sums and counts, or a value that is not finite.
 
     Example:
         >>> estimate([0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0])
@@ -102,7 +102,7 @@ def estimate(
     if numerators.ndim != 1 or numerators.shape != denominators.shape:
         raise ValueError(f"{numerators.shape} sums have {denominators.shape} counts; give one of each per prompt.")
     if not (np.isfinite(numerators).all() and np.isfinite(denominators).all()):
-        raise ValueError("The values of all prompts must be finite; leave out the prompts that have none.")
+        raise ValueError("The values of all prompts must be finite; omit the prompts that have none.")
     numerators, denominators = numerators[denominators > 0], denominators[denominators > 0]
     prompts = len(numerators)
     if not prompts:

@@ -1,7 +1,7 @@
 """torchmetrics of reasoning reinforcement learning.
 
-Every state is a sum, so merging ranks equals one process that saw all rows, and whether a statistic has data is decided
-after merging, alike on every rank.
+Every state is a sum, so merging ranks gives the result of one process that saw all rows. Whether a statistic has data
+is decided after merging, so all ranks agree on it.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ class SemanticDensity(Metric):
     """Mean precision, recall and F of reasoning traces against reference solutions.
 
     See :func:`~lightning_lambdapo.functional.semantic_density`. Both texts are cut before their last final-answer
-    marker and tokenised alike.
+    marker and tokenised in the same way.
 
     Args:
         kind: ``"token"`` (clipped n-gram overlap) or ``"rouge_l"``.
@@ -73,10 +73,10 @@ class SemanticDensity(Metric):
         self.add_state("rows", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, generated: Sequence[str], references: Sequence[str | None]) -> None:
-        """Take in texts and their references, one each; a row whose reference is None is skipped."""
+        """Add texts and their references, one each. A row whose reference is None is skipped."""
         if len(generated) != len(references):
             raise ValueError(f"{len(generated)} generated texts have {len(references)} references; give one each.")
-        # A group's rows share their reference: tokenised once.
+        # Rows of a group share their reference, which is tokenised once.
         tokens = {text: self.tokenizer(reasoning_trace(text)) for text in {*references} if text is not None}
         scores = [
             _density_compute(
@@ -133,7 +133,7 @@ class PassAtK(Metric):
         self.add_state("prompts", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, correct: Tensor) -> None:
-        """Take in ``(B, n)`` bool, ``n`` at least ``k``."""
+        """Add ``(B, n)`` bool, ``n`` at least ``k``."""
         _check_samples(correct, self.k)
         for right in correct.bool().sum(-1).tolist():
             self.total += pass_at_k(correct.shape[1], right, self.k)
@@ -147,7 +147,7 @@ class PassAtK(Metric):
 class MajorityAtK(Metric):
     """maj@k: the share of prompts whose most frequent answer among the first ``k`` samples is correct.
 
-    None does not vote; a tie goes to the answer that came first; without a vote the prompt counts as wrong. The answer
+    None does not vote. A tie goes to the answer that came first. Without a vote, the prompt counts as wrong. The answer
     is correct where a sample that voted for it is. Source: self-consistency, Wang et al. 2022, arXiv 2203.11171.
 
     Args:
@@ -179,7 +179,7 @@ class MajorityAtK(Metric):
         self.add_state("prompts", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, votes: Sequence[Sequence[str | None]], correct: Tensor) -> None:
-        """Take in each prompt's ``n`` answers and which of them are correct, ``(B, n)`` bool, ``n`` at least ``k``."""
+        """Add each prompt's ``n`` answers and which of them are correct, ``(B, n)`` bool, ``n`` at least ``k``."""
         _check_samples(correct, self.k)
         if [len(row) for row in votes] != [correct.shape[1]] * len(correct):
             raise ValueError(f"`votes` must hold {len(correct)} rows of {correct.shape[1]} answers, as `correct` does.")
@@ -193,9 +193,9 @@ class MajorityAtK(Metric):
 
 
 class GroupDiagnostics(Metric):
-    """What the pairwise advantage sees: weights, ranking, balance, length; over valid rows alone.
+    """Diagnostics of the pairwise advantage, over valid rows only: weights, ranking, balance, length.
 
-    ``compute`` gives, as far as there is data:
+    ``compute`` returns, where there is data:
 
     - ``weight_q05``, ``weight_q25``, ``weight_q50``, ``weight_q75``, ``weight_q95``: quantiles of the pair weights,
       from a histogram of 1,000 bins over [0, 1]: the middle of the quantile's bin, at most 0.0005 off;
@@ -206,13 +206,13 @@ class GroupDiagnostics(Metric):
     - ``equal_reward_share``: share of groups whose rewards are all equal, among groups with a valid row.
 
     Args:
-        weighting: of the pairs, see :func:`~lightning_lambdapo.functional.pairwise_weights`; None (a baseline
-            estimator) leaves the weights out.
-        temperature: of the pairs.
+        weighting: see :func:`~lightning_lambdapo.functional.pairwise_weights`; None (a baseline estimator) omits the
+            statistics of weights.
+        temperature: see :func:`~lightning_lambdapo.functional.pairwise_weights`.
         **kwargs: as for ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: settings that :func:`~lightning_lambdapo.functional.pairwise_weights` refuses, unlike shapes.
+        ValueError: settings that :func:`~lightning_lambdapo.functional.pairwise_weights` refuses, different shapes.
 
     Example:
         >>> metric = GroupDiagnostics(weighting="confidence", temperature=1.0)
@@ -244,7 +244,7 @@ class GroupDiagnostics(Metric):
         self.temperature = temperature
         self.add_state("histogram", torch.zeros(_BINS, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("extreme", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-        # float64, since float32 stops counting at 2^24 and a correlation from sums cancels:
+        # float64, because float32 cannot count beyond 2^24 and a correlation from sums loses digits:
         # pairs ranked right, pairs
         self.add_state("ordered", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
         # sum of group sums, groups with a peer, groups of equal rewards, groups with a valid row
@@ -253,7 +253,7 @@ class GroupDiagnostics(Metric):
         self.add_state("moments", torch.zeros(6, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, rewards: Tensor, scores: Tensor, advantages: Tensor, lengths: Tensor, valid: Tensor) -> None:
-        """Take in ``(B, G)`` tensors of a rollout; what stands in invalid places has no effect."""
+        """Add ``(B, G)`` tensors of a rollout. Values in invalid places have no effect."""
         check_same_shape(rewards=rewards, scores=scores, advantages=advantages, lengths=lengths, valid=valid)
         valid = valid.bool()
         peers = valid.unsqueeze(-1) & valid.unsqueeze(-2)
@@ -288,7 +288,7 @@ class GroupDiagnostics(Metric):
         pairs = self.histogram.sum()
         if pairs > 0:
             cumulative = self.histogram.cumsum(0).double()
-            wanted = cumulative.new_tensor(_QUANTILES) * pairs * (1 - 1e-12)  # rounding must not cost a bin
+            wanted = cumulative.new_tensor(_QUANTILES) * pairs * (1 - 1e-12)  # so that rounding skips no bin
             for quantile, index in zip(_QUANTILES, torch.searchsorted(cumulative, wanted), strict=True):
                 values[f"weight_q{round(100 * quantile):02d}"] = (index + 0.5) / _BINS
             values["weight_extreme_share"] = self.extreme / pairs
@@ -300,7 +300,7 @@ class GroupDiagnostics(Metric):
             values["equal_reward_share"] = self.groups[2] / self.groups[3]
         n, a, length, aa, ll, al = self.moments
         spread_a, spread_length = n * aa - a * a, n * ll - length * length
-        # Below this a spread is what rounding leaves of a constant.
+        # A smaller spread is only the rounding error of a constant.
         if n > 1 and spread_a > 1e-12 * n * aa and spread_length > 1e-12 * n * ll:
             correlation = (n * al - a * length) / (spread_a.sqrt() * spread_length.sqrt())
             values["advantage_length_correlation"] = correlation.clamp(-1, 1)

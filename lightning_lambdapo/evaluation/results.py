@@ -17,7 +17,8 @@ from lightning_lambdapo.evaluation.estimators import (
     majority_is_right,
     pass_at_k,
 )
-from lightning_lambdapo.runs.tables import table
+from lightning_lambdapo.runs.files import unused_path
+from lightning_lambdapo.runs.text import markdown_table, metric_label
 
 Results = dict[str, Any]
 
@@ -176,11 +177,11 @@ def markdown(found: Results) -> str:
         ("prompts", f"{prompts:,}" if judged == prompts else f"{prompts:,}, of which {judged:,} could be judged"),
         ("samples per prompt", f"{few}" if few == many else f"{few} to {many}"),
     ]
-    lines = [f"# Results of {settings.get('stage', 'an evaluation')}", "", *table(["", ""], facts), ""]
+    lines = [f"# Results of {settings.get('stage', 'an evaluation')}", "", *markdown_table(["", ""], facts), ""]
     shown = [name for name in found["metrics"] if name not in ("reward/accuracy", "avg_at_1")]
     percent = f"{100 * found['interval']['confidence']:g}% interval"
-    rows = [(_label(name), *_value_and_interval(name, found["metrics"][name])) for name in shown]
-    lines += [*table(["metric", "value", percent], rows), ""]
+    rows = [(metric_label(name), *_value_and_interval(name, found["metrics"][name])) for name in shown]
+    lines += [*markdown_table(["metric", "value", percent], rows), ""]
     if found["subjects"]:
         averaged = any(name.startswith("avg_at_") for name in shown)  # which is what pass@1 is, too
         hidden = ("pass_at_1",) if averaged else ()
@@ -189,7 +190,7 @@ def markdown(found: Results) -> str:
             (name, f"{some['prompts']:,}", *(_cell(column, some["metrics"].get(column)) for column in columns))
             for name, some in found["subjects"].items()
         ]
-        lines += ["## By subject", "", *table(["subject", "prompts", *map(_label, columns)], rows), ""]
+        lines += ["## By subject", "", *markdown_table(["subject", "prompts", *map(metric_label, columns)], rows), ""]
     lines.append(_NOTE.format(resamples=found["interval"]["resamples"]))
     return "\n".join(lines) + "\n"
 
@@ -201,13 +202,8 @@ def write(found: Results, directory: Path, stem: str) -> tuple[Path, Path]:
         The two paths.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    count = 0
-    while True:
-        name = stem if count == 0 else f"{stem}-{count}"
-        files = directory / f"{name}.json", directory / f"{name}.md"
-        if not any(file.exists() for file in files):
-            break
-        count += 1
+    file = unused_path(directory / f"{stem}.json", ".md")
+    files = file, file.with_suffix(".md")
     outcomes = ",\n".join(json.dumps(each) for each in found["outcomes"])  # one line each: they are many
     head = json.dumps({name: value for name, value in found.items() if name != "outcomes"}, indent=1, default=str)
     files[0].write_text(f'{head[:-2]},\n "outcomes": [\n{outcomes}\n ]\n}}\n', encoding="utf-8")
@@ -224,17 +220,6 @@ def _described(outcomes: Sequence[Outcome], k: Sequence[int]) -> dict[str, Any]:
         "samples_per_prompt": [min(samples), max(samples)],
         "metrics": {name: dataclasses.asdict(value) for name, value in statistics(outcomes, k).items()},
     }
-
-
-def _label(name: str) -> str:
-    """A statistic's name as the field writes it.
-
-    Example:
-        >>> _label("pass_at_4"), _label("truncated"), _label("reward/format")
-        ('pass@4', 'truncated share', 'reward format')
-    """
-    names = {"truncated": "truncated share", "completion_length": "completion length (tokens)"}
-    return names.get(name, name.replace("_at_", "@").replace("/", " "))
 
 
 def _value_and_interval(name: str, value: Mapping[str, float | None]) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""The mathematics: tensors in, tensors out (token lists in the density). Needs torch alone."""
+"""The formulas: tensors in, tensors out. The semantic density also takes lists of tokens. Imports only torch."""
 
 from lightning_lambdapo.functional.advantages import (
     group_advantages,

@@ -1,7 +1,7 @@
 r"""Advantages: pairwise, weighted by the policy's confidence, and the group baselines they are compared with.
 
-Sources: LambdaPO, arXiv 2605.19416, and LamPO, arXiv 2605.21235 (both withdrawn; an independent implementation of
-the published description). LambdaRank: Burges 2010, MSR-TR-2010-82. GRPO: arXiv 2402.03300. Dr. GRPO: arXiv
+Sources: LambdaPO, arXiv 2605.19416, and LamPO, arXiv 2605.21235. Both are withdrawn, and this is an independent
+implementation of what they describe. LambdaRank: Burges 2010, MSR-TR-2010-82. GRPO: arXiv 2402.03300. Dr. GRPO: arXiv
 2503.20783. RLOO: arXiv 2402.14740.
 """
 
@@ -34,12 +34,12 @@ _WEIGHT_EPS = 1e-12
 
 @torch.no_grad()
 def sequence_scores(logprobs: Tensor, mask: Tensor, *, score: Score = "mean") -> Tensor:
-    r"""Score of each completion under the policy that sampled it.
+    r"""Confidence: the log-probability of each completion under the policy that sampled it.
 
     .. math:: s_i = \sum_t \log \pi_{old}(o_{i,t} \mid q, o_{i,<t})
 
-    over the masked tokens, divided by their number under ``score="mean"``. Summed log-probabilities of whole
-    completions differ by tens of nats, so that a sigmoid of their difference is 0 or 1 and orders a group by length.
+    over the masked tokens, divided by their number under ``score="mean"``. Sums over whole completions differ by tens
+    of nats. The sigmoid of such a difference is 0 or 1, and orders a group by length.
 
     Args:
         logprobs: ``(N, T)`` float, recorded while sampling.
@@ -47,10 +47,10 @@ def sequence_scores(logprobs: Tensor, mask: Tensor, *, score: Score = "mean") ->
         score: ``"mean"`` or ``"sum"``.
 
     Returns:
-        ``(N,)`` float32, or float64 for such input, without gradient. An empty row scores 0.
+        ``(N,)`` float32, or float64 for float64 input, without gradient. 0 for an empty row.
 
     Raises:
-        ValueError: unknown ``score`` or unlike shapes.
+        ValueError: unknown ``score`` or different shapes.
 
     Example:
         >>> logprobs = torch.tensor([[-1.0, -2.0, 0.0], [-0.5, -0.5, -2.0]])
@@ -73,7 +73,7 @@ def pairwise_weights(
     temperature: Temperature = "group_std",
     valid: Tensor | None = None,
 ) -> Tensor:
-    r"""How much the comparison of rollout ``i`` with its peer ``j`` counts.
+    r"""Weight of the comparison of rollout ``i`` with its peer ``j``.
 
     With :math:`d_{ij} = (s_i - s_j) / \tau`:
 
@@ -88,18 +88,18 @@ def pairwise_weights(
 
     Args:
         rewards: ``(B, G)`` float.
-        scores: ``(B, G)`` float, see :func:`sequence_scores`.
+        scores: ``(B, G)`` float, the confidences of :func:`sequence_scores`.
         weighting: one of the above.
         temperature: a finite number above 0, or ``"group_std"``: the population standard deviation of the group's
-            valid scores, at least 1e-6. With ``G = 2`` the latter makes ``|d| = 2`` whatever the gap.
+            valid confidences, at least 1e-6. With ``G = 2``, ``"group_std"`` makes ``|d| = 2`` whatever the gap.
         valid: ``(B, G)`` bool; None means all.
 
     Returns:
         ``(B, G, G)``, 0 on the diagonal and in rows and columns of invalid rollouts, without gradient.
 
     Raises:
-        ValueError: unknown names, unlike shapes, fewer than two rollouts, a temperature that is not above 0, or a
-            reward or score in a valid place that is not finite or is too large to be squared.
+        ValueError: unknown names, different shapes, fewer than two rollouts, a temperature that is not above 0, or a
+            valid reward or confidence that is not finite or is too large to be squared.
 
     Example:
         >>> pairwise_weights(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]]), temperature=1.0)
@@ -128,21 +128,21 @@ def lambda_advantages(
 
     .. math:: A_i = \sum_{j \ne i} w_{ij} (R_i - R_j)
 
-    over the valid peers of the group; divided by their number under ``reduction="mean"``, by :math:`\sum_j w_{ij}`
-    under ``"weighted_mean"``. Then ``center`` subtracts the group's mean and ``scale`` divides by a standard deviation
-    of rewards plus 1e-4. A group whose valid rewards are all equal, or with fewer than two valid rows, gets exact
+    over the valid peers of the group. ``reduction="mean"`` divides the sum by their number, ``"weighted_mean"`` by
+    :math:`\sum_j w_{ij}`. Then ``center`` subtracts the group's mean, and ``scale`` divides by a standard deviation of
+    rewards plus 1e-4. A group whose valid rewards are all equal, or that has fewer than two valid rows, gets exact
     zeros.
 
     Args:
         rewards: ``(B, G)`` float.
-        scores: ``(B, G)`` float, see :func:`sequence_scores`.
+        scores: ``(B, G)`` float, the confidences of :func:`sequence_scores`.
         weighting: see :func:`pairwise_weights`.
         temperature: see :func:`pairwise_weights`.
         reduction: ``"sum"``, ``"mean"`` or ``"weighted_mean"``.
         center: subtract the mean over the group's valid rows.
         scale: ``"group"``: unbiased standard deviation of the group's valid rewards; ``"batch"``: of all valid
             rewards; ``"none"``.
-        valid: ``(B, G)`` bool; an invalid row gets 0 and is nobody's peer. None means all valid.
+        valid: ``(B, G)`` bool; an invalid row gets 0 and is no peer of other rows. None means all valid.
         reward_std: the global unbiased standard deviation for ``scale="batch"``; None takes that of ``rewards``.
 
     Returns:
@@ -173,7 +173,7 @@ def lambda_advantages(
     elif scale == "batch":
         std = _unbiased_std(rewards.flatten(), valid.flatten(), -1) if reward_std is None else reward_std
         advantages = advantages / (torch.as_tensor(std, dtype=rewards.dtype, device=rewards.device) + _STD_EPS)
-    # Equal rewards differ by exact zeros, so that their group has exact zeros here without further ado.
+    # Equal rewards differ by exactly 0, so the advantages of their group are already exact zeros.
     return torch.where(valid, advantages, 0.0)
 
 
@@ -193,8 +193,8 @@ def group_advantages(rewards: Tensor, *, estimator: GroupEstimator, valid: Tenso
         ``(B, G)``; exact zeros for groups of equal rewards or with fewer than two valid rows.
 
     Raises:
-        ValueError: unknown estimator, unlike shapes, fewer than two rollouts, a valid reward that is not finite or is
-            too large to be squared.
+        ValueError: unknown estimator, different shapes, fewer than two rollouts, or a valid reward that is not finite
+            or is too large to be squared.
 
     Example:
         >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), estimator="rloo")
@@ -223,7 +223,7 @@ def check_weighting(weighting: Weighting, temperature: Temperature, *, prefix: s
 def rewards_differ(rewards: Tensor, valid: Tensor) -> Tensor:
     """Whether two valid rewards of a group differ, ``(B,)`` bool, from ``(B, G)`` rewards and their validity.
 
-    By maximum and minimum: rewards minus their rounded mean are not exact zeros.
+    Compares maximum and minimum, because equal rewards minus their rounded mean may differ from 0.
     """
     largest = torch.where(valid, rewards, -math.inf).amax(-1)
     smallest = torch.where(valid, rewards, math.inf).amin(-1)
@@ -231,7 +231,7 @@ def rewards_differ(rewards: Tensor, valid: Tensor) -> Tensor:
 
 
 def _prepare(rewards: Tensor, scores: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Check, raise to one float type, and put 0 in invalid places, so that junk there reaches nothing."""
+    """Check, convert to one float type, and put 0 in invalid places, so that junk there has no effect."""
     check_same_shape(rewards=rewards, scores=scores, valid=rewards if valid is None else valid)
     if rewards.ndim != 2:
         raise ValueError(f"`rewards` must have shape (B, G), got {tuple(rewards.shape)}.")
@@ -276,7 +276,7 @@ def _weights(rewards: Tensor, scores: Tensor, valid: Tensor, weighting: Weightin
 
 def _tau(scores: Tensor, valid: Tensor, temperature: Temperature) -> Tensor | float:
     if temperature != "group_std":
-        return max(float(temperature), torch.finfo(scores.dtype).tiny)  # 0 / 0 where the type would round it to 0
+        return max(float(temperature), torch.finfo(scores.dtype).tiny)  # one that rounds to 0 would give 0 / 0
     deviations = scores - masked_mean(scores, valid, -1).unsqueeze(-1)
     std = masked_mean(deviations.square(), valid, -1).sqrt()
     return std.clamp(min=_TEMPERATURE_EPS)[:, None, None]

@@ -28,12 +28,12 @@ def embedding_density(
         r = \frac{1}{|y|} \sum_{y_j} \max_{x_i} \cos^+(x_i, y_j), \quad
         F_\beta = \frac{(1 + \beta^2)\, p r}{\beta^2 p + r}
 
-    for the trace's tokens x and the reference's y. A negative cosine counts as 0, which keeps all three in [0, 1];
-    BERTScore lets it be.
+    for the trace's tokens x and the reference's y. A negative cosine counts as 0, so that all three are in [0, 1].
+    BERTScore keeps negative cosines.
 
     Args:
         generated: ``(N, S, D)`` float, token embeddings of the traces, of any length.
-        generated_mask: ``(N, S)`` bool, True where a token counts; what stands elsewhere, NaN included, has no effect.
+        generated_mask: ``(N, S)`` bool, True where a token counts; values elsewhere, NaN included, have no effect.
         reference: ``(N, R, D)`` float, token embeddings of each trace's own reference.
         reference_mask: ``(N, R)`` bool.
         beta: weight of recall against precision, above 0.
@@ -42,7 +42,7 @@ def embedding_density(
         Precision, recall, F: ``(N,)`` each, float64 where an input is, else float32; all 0 where a side is empty.
 
     Raises:
-        ValueError: shapes that do not fit together, beta that is not a finite number above 0.
+        ValueError: shapes that do not match, beta that is not a finite number above 0.
 
     Example:
         >>> generated = torch.tensor([[[2.0, 0.0], [0.0, 2.0]]])
@@ -61,7 +61,7 @@ def embedding_density(
         return EmbeddingDensityScore(*generated.new_zeros(3, len(generated), dtype=dtype))
     with torch.autocast(generated.device.type, enabled=False):
         cosines = _directions(generated, generated_mask, dtype) @ _directions(reference, reference_mask, dtype).mT
-    # What is masked out has a cosine of 0 with everything: as none is below that, no maximum is taken from it.
+    # Masked-out tokens have cosine 0 with everything. No cosine is below 0, so they change no maximum.
     cosines = cosines.clamp(0, 1)
     precision = cosines.amax(2).sum(1) / generated_mask.sum(1).clamp(min=1)
     recall = cosines.amax(1).sum(1) / reference_mask.sum(1).clamp(min=1)
@@ -72,7 +72,7 @@ def embedding_density(
 
 
 def _directions(embeddings: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Embeddings of length 1; of length 0 where masked out."""
+    """Embeddings scaled to length 1, or to 0 where masked out."""
     kept = torch.where(mask.unsqueeze(-1), embeddings, 0).to(dtype)
     kept = kept / kept.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)  # no square overflows
     directions: Tensor = kept / kept.norm(dim=-1, keepdim=True).clamp(min=1)

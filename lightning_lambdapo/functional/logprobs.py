@@ -1,4 +1,4 @@
-"""Token log-probabilities without ever holding all logits at once."""
+"""Token log-probabilities, with the logits of only one chunk in memory at a time."""
 
 import sys
 from collections.abc import Callable
@@ -22,10 +22,10 @@ def logprobs_from_logits(logits: Tensor, targets: Tensor, *, temperature: float 
         temperature: above 0.
 
     Returns:
-        ``(...)`` float32, or float64 for such logits.
+        ``(...)`` float32, or float64 for float64 logits.
 
     Raises:
-        ValueError: unlike shapes, or a temperature that is not a finite number above 0.
+        ValueError: different shapes, or a temperature that is not a finite number above 0.
 
     Example:
         >>> logprobs_from_logits(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
@@ -33,7 +33,9 @@ def logprobs_from_logits(logits: Tensor, targets: Tensor, *, temperature: float 
     """
     temperature = _checked_temperature(temperature)
     if logits.shape[:-1] != targets.shape:
-        raise ValueError(f"`logits` must be `targets`' shape and (V,), got {(*logits.shape,)} and {(*targets.shape,)}.")
+        raise ValueError(
+            f"`logits` must have shape (*targets.shape, V), got {(*logits.shape,)} and {(*targets.shape,)}."
+        )
     scaled = at_least_float32(logits) / temperature
     return scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
 
@@ -52,29 +54,29 @@ def chunked_logprobs(
 
     .. math:: \log softmax(head(h) / temperature)[target]
 
-    Memory grows with ``chunk_size`` times the vocabulary and not with ``M`` times the vocabulary: each chunk's logits
-    are recomputed in the backward pass or, with ``recompute=False``, the gradient of each log-probability with respect
-    to its own hidden state,
+    Memory grows with ``chunk_size`` times the vocabulary, not with ``M`` times the vocabulary. Each chunk's logits are
+    recomputed in the backward pass. With ``recompute=False``, the gradient of each log-probability with respect to its
+    own hidden state,
 
     .. math:: \frac{\partial \log p_m}{\partial h_m} = J_{head}(h_m)^\top (e_{target} - p_m) / temperature,
 
-    is formed while the logits exist, and the backward pass only multiplies it by what arrives: one product with the
-    vocabulary less, for a head without parameters to train.
+    is computed in the forward pass, while the logits exist. The backward pass only multiplies it by the incoming
+    gradient. This saves one product with the vocabulary. Use it for a head without trainable parameters.
 
     Args:
         hidden: ``(M, H)`` float, of the positions that predict ``targets``.
         targets: ``(M,)`` int64.
-        head: ``(m, H) -> (m, V)`` logits, with whatever the model does to them (scaling, soft cap).
+        head: ``(m, H) -> (m, V)`` logits, including the model's scaling or soft cap of them.
         temperature: divisor of the logits; above 0.
         chunk_size: positions per chunk.
         entropy: also return the entropy of each position's distribution, without gradient.
-        recompute: False forms the gradient ahead; whatever ``head`` depends on beside ``hidden`` then gets none.
+        recompute: False computes the gradient in the forward pass. Then only ``hidden`` gets a gradient.
 
     Returns:
         Log-probabilities ``(M,)``, float32 or float64; entropies ``(M,)`` in nats, or None.
 
     Raises:
-        ValueError: unlike lengths, or a temperature or chunk size that is not above 0.
+        ValueError: different lengths, or a temperature or chunk size that is not above 0.
 
     Example:
         >>> hidden = torch.eye(2)
@@ -108,7 +110,7 @@ def chunked_logprobs(
         scorer = score_ahead
     logprobs: list[Tensor] = []
     entropies: list[Tensor] = []
-    # An empty `hidden` is one empty chunk, so that the result has a graph all the same.
+    # An empty `hidden` is one empty chunk, so that even its result has a graph.
     for part, wanted in zip(torch.split(hidden, chunk_size), torch.split(targets, chunk_size), strict=True):
         scored = scorer(part, wanted)
         logprobs.append(scored[0])
@@ -117,7 +119,7 @@ def chunked_logprobs(
 
 
 class _GradientAhead(torch.autograd.Function):
-    """Log-probabilities of one chunk, with their gradient formed while its logits exist."""
+    """Log-probabilities of one chunk, with their gradient computed in the forward pass."""
 
     @staticmethod
     def forward(
@@ -155,7 +157,7 @@ def softmax_and_normaliser(logits: Tensor) -> tuple[Tensor, Tensor]:
     r"""Probabilities ``(..., V)`` and :math:`\log \sum_v e^{z_v}` ``(...)`` of logits ``z``, in one pass over them.
 
     The most likely token has :math:`p_{max} = e^{z_{max} - \log \sum e^z} \ge 1 / V`, so that
-    :math:`z_{max} - \log p_{max}` is the normaliser without loss.
+    :math:`z_{max} - \log p_{max}` is the normaliser without loss of precision.
 
     Example:
         >>> softmax_and_normaliser(torch.zeros(4))[1]
@@ -168,7 +170,7 @@ def softmax_and_normaliser(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def entropy_from_softmax(logits: Tensor, probabilities: Tensor, normaliser: Tensor) -> Tensor:
-    r"""Entropy in nats, :math:`\log \sum_v e^{z_v} - \sum_v p_v z_v`; logits of -inf have no part in it."""
+    r"""Entropy in nats, :math:`\log \sum_v e^{z_v} - \sum_v p_v z_v`; logits of -inf contribute 0."""
     entropy: Tensor = normaliser - torch.linalg.vecdot(probabilities, logits)
     if bool(entropy.isnan().any()):  # 0 * -inf
         finite = logits.clamp(min=torch.finfo(logits.dtype).min)
@@ -178,7 +180,5 @@ def entropy_from_softmax(logits: Tensor, probabilities: Tensor, normaliser: Tens
 
 def _checked_temperature(temperature: float) -> float:
     if not 0 < temperature <= sys.float_info.max:
-        raise ValueError(
-            f"`temperature` must be a finite number above 0, got {temperature}; sampling's divides logits."
-        )
-    return float(temperature)  # torch divides by no integer beyond 64 bits
+        raise ValueError(f"`temperature` must be a finite number above 0, got {temperature}. It divides the logits.")
+    return float(temperature)  # torch cannot divide by an integer of more than 64 bits

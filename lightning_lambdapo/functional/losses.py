@@ -27,7 +27,7 @@ _LARGEST_LOG_RATIO = 60.0
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """A loss and what is worth logging about it; all but the loss are without gradient.
+    """A loss and the statistics to log with it. Only the loss has a gradient.
 
     Attributes:
         loss: scalar, with gradient.
@@ -59,22 +59,24 @@ def policy_loss(
     token_count: int | None = None,
     row_count: int | None = None,
 ) -> LossOutput:
-    r"""Loss of a part of an optimizer step; with the whole step's counts, the parts' losses add up to the step's.
+    r"""Loss of one part of an optimizer step.
+
+    With the counts of the whole step, the losses of its parts add up to the loss of the step.
 
     Per token, with :math:`r = \exp(\log \pi - \log \pi_{old})`, at most :math:`e^{60}`:
 
     .. math:: -\min(r A, clip(r, 1 - \epsilon_{low}, 1 + \epsilon_{high}) A) + \beta\, kl
 
-    and with :math:`d = \log \pi_{ref} - \log \pi`: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1. ``aggregation``:
-    ``"token"`` divides the sum over masked tokens by their number, ``"sequence"`` is the mean over rows of each row's
-    mean, ``"constant"`` divides the sum by rows times ``max_new_tokens``.
+    and with :math:`d = \log \pi_{ref} - \log \pi`: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1.
+    ``aggregation="token"`` divides the sum over masked tokens by their number. ``"sequence"`` is the mean over rows of
+    each row's mean. ``"constant"`` divides the sum by rows times ``max_new_tokens``.
 
     Args:
         logprobs: ``(N, T)`` float with gradient.
         old_logprobs: ``(N, T)`` float, before the first update; ``logprobs.detach()`` on-policy.
         ref_logprobs: ``(N, T)`` float, or None for no KL term.
         advantages: ``(N,)`` float.
-        mask: ``(N, T)`` bool; all False in invalid rows. Whatever stands in masked-out places has no effect.
+        mask: ``(N, T)`` bool; all False in invalid rows. Values in masked-out places have no effect.
         clip_low: the ratio is clipped below at ``1 - clip_low``.
         clip_high: the ratio is clipped above at ``1 + clip_high``.
         level: ratio per ``"token"``, or exp of the length-normalised log-ratio of the ``"sequence"``.
@@ -82,14 +84,14 @@ def policy_loss(
         kl: the estimator.
         aggregation: the denominator.
         max_new_tokens: needed by ``"constant"``.
-        token_count: masked tokens of the whole optimizer step, over all parts and ranks; None: of this call.
-        row_count: rows with a non-empty mask of the whole step; None: of this call.
+        token_count: masked tokens of the whole optimizer step, over all parts and ranks; None counts this call's.
+        row_count: rows with a non-empty mask of the whole step; None counts this call's.
 
     Returns:
         Loss and statistics. Without a masked token the loss is 0, with a graph.
 
     Raises:
-        ValueError: unlike shapes, unknown names, clipping distances that cannot be, ``"constant"`` without
+        ValueError: different shapes, unknown names, clipping distances out of range, ``"constant"`` without
             ``max_new_tokens``, ``kl_coef`` without ``ref_logprobs``.
 
     Example:
@@ -104,12 +106,12 @@ def policy_loss(
     tokens_per_row = max_new_tokens if aggregation == "constant" else 1
     if tokens_per_row is None or tokens_per_row < 1:
         raise ValueError(
-            f'`max_new_tokens` must be at least 1 with aggregation="constant", whose denominator it is; got '
+            f'`max_new_tokens` must be at least 1 with aggregation="constant", because it is in the denominator; got '
             f"{max_new_tokens}."
         )
     check_clipping(clip_low, clip_high)
     if kl_coef and ref_logprobs is None:
-        raise ValueError(f"`kl_coef` is {kl_coef} and `ref_logprobs` is None; a KL term needs reference log-probs.")
+        raise ValueError(f"`kl_coef` is {kl_coef} and `ref_logprobs` is None, but a KL term needs them.")
     check_same_shape(
         logprobs=logprobs,
         old_logprobs=old_logprobs,
@@ -122,12 +124,12 @@ def policy_loss(
             f"{tuple(advantages.shape)}."
         )
     mask = mask.bool()
-    # Junk is replaced before exp, not multiplied away after it: 0 * inf is NaN, in the gradient too.
+    # Junk is replaced before exp, not multiplied by 0 after it, because 0 * inf is NaN, also in the gradient.
     logprobs = _keep(logprobs, mask)
     log_ratio = logprobs - _keep(old_logprobs, mask).detach()
     if level == "sequence":
         log_ratio = masked_mean(log_ratio, mask, -1).unsqueeze(-1).expand_as(log_ratio)
-    # An infinite ratio times 0, a zero advantage or the gradient of what is clipped, would be NaN.
+    # An infinite ratio times 0 would be NaN: times a zero advantage, or times the zero gradient of a clipped term.
     ratio = log_ratio.clamp(max=_LARGEST_LOG_RATIO).exp()
     weight = _keep(advantages.detach().unsqueeze(-1).expand_as(mask), mask)
     surrogate = ratio * weight
@@ -153,15 +155,15 @@ def policy_loss(
 
 
 def check_clipping(clip_low: float, clip_high: float) -> None:
-    """Raise ``ValueError`` for clipping distances that cannot be."""
+    """Raise ``ValueError`` for clipping distances out of range."""
     if not (0 <= clip_low <= 1 and clip_high >= 0):
         raise ValueError(
-            f"`clip_low` must be in [0, 1] and `clip_high` at least 0, got {clip_low} and {clip_high}; the "
+            f"`clip_low` must be in [0, 1] and `clip_high` at least 0, got {clip_low} and {clip_high}. The "
             "ratio is clipped to [1 - clip_low, 1 + clip_high]."
         )
 
 
 def _keep(values: Tensor, mask: Tensor) -> Tensor:
-    """Values raised to float32 where they count, 0 elsewhere."""
+    """Values where they count, in float32 at least; 0 elsewhere."""
     values = at_least_float32(values)
     return torch.where(mask, values, torch.zeros_like(values))

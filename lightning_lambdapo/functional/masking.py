@@ -9,7 +9,7 @@ from torch import Tensor
 def completion_mask(completion_ids: Tensor, eos_ids: int | Sequence[int]) -> Tensor:
     """Mark each row from its first token through its first end-of-sequence token.
 
-    The padding token may be one of ``eos_ids``: what follows the first of them never counts.
+    The padding token may be one of ``eos_ids``, because nothing after the first of them counts.
 
     Args:
         completion_ids: ``(N, T)`` int64.
@@ -28,7 +28,7 @@ def completion_mask(completion_ids: Tensor, eos_ids: int | Sequence[int]) -> Ten
     """
     ids = [eos_ids] if isinstance(eos_ids, int) else list(eos_ids)
     if not ids:
-        raise ValueError("`eos_ids` is empty; without an end-of-sequence id no completion could end.")
+        raise ValueError("`eos_ids` is empty; give at least one end-of-sequence id.")
     if completion_ids.ndim != 2:
         raise ValueError(f"`completion_ids` must have shape (N, T), got {tuple(completion_ids.shape)}.")
     ends = torch.isin(completion_ids, torch.tensor(ids, device=completion_ids.device))
@@ -39,7 +39,7 @@ def completion_mask(completion_ids: Tensor, eos_ids: int | Sequence[int]) -> Ten
 def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     r"""Sum over the positions that count: :math:`\sum_t m_t x_t`.
 
-    Junk elsewhere, NaN included, reaches neither value nor gradient: it is replaced, not multiplied by 0.
+    Junk elsewhere, NaN included, affects neither value nor gradient, because it is replaced, not multiplied by 0.
 
     Args:
         values: float, of any shape.
@@ -88,7 +88,7 @@ def at_least_float32(values: Tensor) -> Tensor:
 
 
 def check_same_shape(**tensors: Tensor) -> None:
-    """Raise ``ValueError``, listing all of them, unless the named tensors have one shape."""
+    """Raise ``ValueError`` with all shapes unless the named tensors have the same shape."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if len(set(shapes.values())) > 1:
         listed = ", ".join(f"`{name}` {shape}" for name, shape in shapes.items())

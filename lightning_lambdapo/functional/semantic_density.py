@@ -26,24 +26,26 @@ class SemanticDensityScore(NamedTuple):
 
 
 def tokenize(text: str) -> list[str]:
-    r"""LaTeX commands, numbers, words and symbols of a text; commas leave numbers, all but commands is lower-cased.
+    r"""Split a text into LaTeX commands, numbers, words and symbols.
+
+    Commas are removed from numbers. Everything but commands is lower-cased.
 
     Args:
         text: any text.
 
     Returns:
-        Its tokens, in order; white space is not among them.
+        Its tokens, in order, without white space.
 
     Example:
         >>> tokenize(r"She pays $1,200 = \frac{1}{2} x")
         ['she', 'pays', '$', '1200', '=', '\\frac', '{', '1', '}', '{', '2', '}', 'x']
     """
-    # A match that starts with a comma is that symbol; elsewhere only numbers hold commas.
+    # A token that starts with a comma is that symbol. Otherwise only numbers contain commas.
     return [token if token[0] in "\\," else token.replace(",", "").lower() for token in _TOKEN.findall(text)]
 
 
 def reasoning_trace(text: str) -> str:
-    r"""A text before its last final-answer marker (``####``, ``\boxed{``, ``<answer>``); all of it without one.
+    r"""The text before the last final-answer marker (``####``, ``\boxed{``, ``<answer>``); all of it without one.
 
     Args:
         text: a completion or a reference solution.
@@ -64,8 +66,8 @@ def semantic_density(
 ) -> SemanticDensityScore:
     r"""Precision, recall and F of a generated token list against a reference token list.
 
-    ``kind="token"``: clipped n-gram overlap; ``"rouge_l"``: length of the longest common subsequence. The overlap over
-    the trace's size is the precision p, over the reference's the recall r, and
+    The overlap is the clipped n-gram overlap with ``kind="token"``, and the length of the longest common subsequence
+    with ``"rouge_l"``. Divided by the trace's size it is the precision p, by the reference's size the recall r, and
 
     .. math:: F_\beta = \frac{(1 + \beta^2)\, p r}{\beta^2 p + r}
 
@@ -102,7 +104,7 @@ def check_density_settings(*, kind: Kind, n: int, beta: float) -> None:
 
 
 def check_beta(beta: float) -> None:
-    """Raise ``ValueError`` for a weight of recall that no F can have."""
+    """Raise ``ValueError`` unless ``beta`` is a finite number above 0."""
     if not 0 < beta < math.inf:
         raise ValueError(f"`beta` must be a finite number above 0, got {beta}.")
 
@@ -112,7 +114,7 @@ def _density_update(generated: Sequence[str], reference: Sequence[str], *, kind:
     if kind == "rouge_l":
         from rapidfuzz.distance import LCSseq
 
-        ids: dict[str, int] = {}  # rapidfuzz compares hashes, and those of "" and "\0" are alike
+        ids: dict[str, int] = {}  # rapidfuzz compares hashes, and those of "" and "\0" are equal
         numbered = [[ids.setdefault(token, len(ids)) for token in tokens] for tokens in (generated, reference)]
         return LCSseq.similarity(*numbered), len(generated), len(reference)
     ours, theirs = _ngrams(generated, n), _ngrams(reference, n)
@@ -124,7 +126,7 @@ def _density_compute(overlap: int, generated_size: int, reference_size: int, *, 
     if overlap == 0:
         return SemanticDensityScore(0.0, 0.0, 0.0)
     precision, recall = overlap / generated_size, overlap / reference_size
-    square = min(beta * beta, 1e300)  # F is the recall long before, and infinity / infinity is NaN
+    square = min(beta * beta, 1e300)  # F equals the recall long before that, and infinity / infinity is NaN
     f = (1 + square) * precision * recall / (square * precision + recall)
     return SemanticDensityScore(precision, recall, f)
 

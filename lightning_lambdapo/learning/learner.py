@@ -93,10 +93,10 @@ class Learner:
             batch: ``B`` prompts.
             rollout: ``N`` completions.
             advantages: ``(N,)``.
-            valid: ``(N,)`` bool.
+            valid: ``(B, G)`` bool, rows with a usable reward.
         """
         planned = plan_updates(
-            batch, rollout, advantages, valid, algorithm=self.algorithm, mini_batches=self.mini_batches
+            batch, rollout, advantages, valid.flatten(), algorithm=self.algorithm, mini_batches=self.mini_batches
         )
         if self.mini_batches * self.passes > 1:
             old_logprobs = self.old_logprobs(planned)
@@ -126,7 +126,7 @@ class Learner:
         rollout = updates[0].rollout
         logprobs = torch.zeros_like(rollout.sampling_logprobs)
 
-        def score(update: Update, micro_batches: list[MicroBatch], idle: int, tally: Tally) -> None:
+        def record(update: Update, micro_batches: list[MicroBatch], idle: int, tally: Tally) -> None:
             for _ in range(idle):
                 self.scorer(self._idle_micro_batch())
             for micro_batch in micro_batches:
@@ -136,7 +136,7 @@ class Learner:
 
         with evaluating(self.policy), self.scorer.attention():
             for update in updates:
-                self._within_memory(update, score)
+                self._within_memory(update, record)
         return logprobs
 
     @torch.no_grad()

@@ -26,7 +26,7 @@ class PolicyOptimizer:
     """
 
     def __init__(
-        self, module: LightningModule, state: RunState, *, max_grad_norm: float | None, max_skipped_updates: int
+        self, module: LightningModule, state: RunState, max_grad_norm: float | None, max_skipped_updates: int
     ) -> None:
         self.module = module
         self.state = state

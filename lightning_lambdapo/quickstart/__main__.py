@@ -1,7 +1,7 @@
 """Make a tiny policy: ``python -m lightning_lambdapo.quickstart DIRECTORY [--task sums|sorting|chain]``.
 
-Supervised training on demonstrations with slips. The built-in policy is that of the task ``sums``: three-term sums,
-each of whose two results is wrong with probability 0.35, so that the policy gets about 0.65 squared of them right.
+Supervised training on demonstrations with slips. The built-in policy is that of the task ``sums``: three-term sums in
+which each of the two results is wrong with probability 0.35. The policy gets about 0.65 squared of them right.
 """
 
 import argparse
@@ -77,14 +77,14 @@ def train(
 
 
 def main() -> None:
-    """Train and save, with problems for training and test as JSONL."""
+    """Train and save a policy, with problems for training and test as JSONL."""
     parser = argparse.ArgumentParser(prog="python -m lightning_lambdapo.quickstart", description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--task", choices=TASKS, default="sums")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.directory.exists() and any(arguments.directory.iterdir()):
-        parser.error(f"{arguments.directory} is not empty; nothing is written over, choose another directory.")
+        parser.error(f"{arguments.directory} is not empty, and nothing is overwritten; choose another directory.")
     model = train(arguments.task, seed=arguments.seed)
     model.save_pretrained(arguments.directory)
     build_tokenizer().save_pretrained(arguments.directory)

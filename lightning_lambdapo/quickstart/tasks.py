@@ -12,7 +12,7 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of problem, and demonstrations of it that are often wrong: a policy to start from knows how, sometimes.
+    """A kind of problem, and demonstrations of it that are often wrong, so that the first policy is sometimes right.
 
     Attributes:
         problem: draws a prompt, its answer and a worked reference solution.
@@ -24,9 +24,9 @@ class Task:
 
 
 def steps_right(completions: Sequence[str], references: Sequence[str | None], **columns: Any) -> list[float | None]:
-    """Reward of a few levels: the share of the reference's steps that the completion has in their places.
+    """Reward of a few levels: the share of the reference's steps that the completion has in the same places.
 
-    Steps are separated by commas and end at a semicolon; a completion with more steps is judged by its first ones.
+    Steps are separated by commas and end at a semicolon. A completion with more steps is judged by its first ones.
 
     Example:
         >>> steps_right(["1+2=3,3+3=7;7", "1+2=3"], ["1+2=3,3+3=6;6", None])

@@ -38,30 +38,30 @@ _WORD = re.compile(r"[^\W\d_]{4}|[A-Z][a-z]{2}")
 class AccuracyReward(Reward):
     r"""1 where the completion's final answer equals the gold answer, else 0; None where the data has no answer.
 
-    :func:`~lightning_lambdapo.rewards.extraction.final_answer` finds the final answer. It is compared as a cleaned
-    string, then as an exact number (grouped digits, decimals, percentages, fractions, units, ratios), and what neither
-    decides goes to math-verify in a worker process, where it is killed at the deadline. Gold answers may be worked
-    solutions that end in ``#### N``, ``\boxed{N}`` or ``<answer>N</answer>``.
+    :func:`~lightning_lambdapo.rewards.verifier.extraction.final_answer` finds the final answer. It is compared as a
+    cleaned string, then as an exact number (grouped digits, decimals, percentages, fractions, units, ratios). If
+    neither decides, math-verify compares it in a worker process, and is killed at the deadline. Gold answers may be
+    worked solutions that end in ``#### N``, ``\boxed{N}`` or ``<answer>N</answer>``.
 
     Answers that cannot be judged safely (over 512 characters, numbers over 64 digits, exponents over four digits, power
-    towers, factorials of large numbers, brackets nested over 20 deep) count as wrong, and so do those on which
-    math-verify fails or uses up its deadline. A row that it did not get to, because the time for the whole batch was
-    over (see :class:`~lightning_lambdapo.rewards.verifier.MathVerifier`), is not applicable. A verdict that rests on a
-    timeout is the one thing that may differ between two runs on the same machine.
+    towers, factorials of large numbers, brackets nested over 20 deep) count as wrong. So do those on which math-verify
+    fails or uses up its deadline. If the time for the whole batch ends before a row is compared, the row is not
+    applicable (see :class:`~lightning_lambdapo.rewards.verifier.pool.MathVerifier`). Only a verdict that depends on a
+    timeout may differ between two runs on the same machine.
 
     Args:
         weight: coefficient in the total.
-        name: key in logs; the part called ``accuracy`` is what accuracy, pass@k and maj@k are computed from.
-        answer_format: where the final answer stands: ``"boxed"``, ``"hash"`` (``#### x``), ``"tag"``
+        name: key in logs. Accuracy, pass@k and maj@k are computed from the part called ``accuracy``.
+        answer_format: how the final answer is marked: ``"boxed"``, ``"hash"`` (``#### x``), ``"tag"``
             (``<answer>x</answer>``), ``"letter"`` (multiple choice, A to J), or ``"auto"``: the last of those marks or
-            of "the answer is x", else the last number; letters where the gold answer is one.
+            of "the answer is x", else the last number; the letter where the gold answer is one.
         deadline: CPU seconds that math-verify gets for one answer.
         workers: math-verify processes.
-        max_failure_rate: largest share of verifications that may fail, time out or stay undecided, once there were 20.
+        max_failure_rate: largest share of verifications that may fail, time out or stay undecided, checked from 20 on.
 
     Raises:
         ValueError: a setting out of range.
-        RuntimeError: more verifications failed than ``max_failure_rate`` allows (from calling it).
+        RuntimeError: when called, if more verifications failed than ``max_failure_rate`` allows.
 
     Example:
         >>> reward = AccuracyReward()
@@ -76,7 +76,7 @@ class AccuracyReward(Reward):
     """
 
     requires = ("answers",)
-    timeout = None  # the verifier has deadlines of its own, by the row
+    timeout = None  # the verifier has its own deadline for each row
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class AccuracyReward(Reward):
         """Judge every row."""
         verdicts: list[float | None] = []
         refused = 0
-        hard: dict[tuple[str, str], list[int]] = {}  # distinct questions to math-verify, and their rows
+        hard: dict[tuple[str, str], list[int]] = {}  # distinct pairs for math-verify, and their rows
         for row, (completion, gold) in enumerate(zip(inputs.completions, inputs.answers, strict=True)):
             if gold is None or not str(gold).strip():
                 verdicts.append(None)
@@ -137,11 +137,12 @@ class AccuracyReward(Reward):
         return canonical(answer[:_MAX_CHARACTERS]) or None if answer else None
 
     def statistics(self) -> dict[str, float]:
-        """Of the last call: ``verifier_failure_share`` of the rows that went to math-verify, where any did.
+        """Shares of the last call.
 
+        ``verifier_failure_share`` is the share of failures among the rows that went to math-verify, if any did.
         Failures include timeouts and undecided rows, whose own shares are ``verifier_timeout_share`` and
-        ``verifier_undecided_share``, where there were any. And ``refused_share`` of all rows, those whose answer was
-        too long or too costly to judge, where there were any.
+        ``verifier_undecided_share``, if there were any. ``refused_share`` is the share of all rows whose answer was
+        too long or too costly to judge, if there were any.
         """
         return dict(self._statistics)
 
@@ -150,7 +151,7 @@ class AccuracyReward(Reward):
         self.verifier.close()
 
     def _answers(self, gold: str, completion: str) -> tuple[str, str | None]:
-        """The bare gold answer, and the completion's final answer to hold against it."""
+        """The bare gold answer, and the completion's final answer to compare with it."""
         if self.answer_format == "letter":
             letter = leading_letter(gold) or final_letter(gold)
             if letter is None:
@@ -161,7 +162,7 @@ class AccuracyReward(Reward):
         return (option[1], final_letter(completion)) if option else (gold, final_answer(completion, self.answer_format))
 
     def _verify(self, hard: dict[tuple[str, str], list[int]], verdicts: list[float | None]) -> None:
-        """Fill in what only math-verify can tell."""
+        """Fill in the verdicts that only math-verify can give."""
         if not hard:
             return
         counts: Counter[Verdict] = Counter()
@@ -184,7 +185,7 @@ class AccuracyReward(Reward):
 
 
 def _cheap_verdict(gold: str, answer: str) -> bool | None:
-    """Compare as strings, as exact numbers and by kind; None where none of these can tell."""
+    """Compare as strings, as exact numbers and by kind; None where none of these decides."""
     same = gold.strip() == answer.strip()
     if same or max(len(gold), len(answer)) > _MAX_CHARACTERS:
         return same or None
@@ -200,7 +201,7 @@ def _cheap_verdict(gold: str, answer: str) -> bool | None:
     numbers = quantity(gold), quantity(answer)
     if numbers[0] and numbers[1]:
         return same_quantity(numbers[0], numbers[1])
-    unlike = {bracketing(gold), bracketing(answer)} == {"set", "ordered"}  # which math-verify takes for equal
+    unlike = {bracketing(gold), bracketing(answer)} == {"set", "ordered"}  # math-verify calls these equal
     return False if unlike or (any(numbers) and any(wordy)) else None
 
 

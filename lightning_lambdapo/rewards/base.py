@@ -45,17 +45,17 @@ class Reward(ABC):
 
     Args:
         weight: coefficient of this reward in the total. Finite.
-        name: key of this part in logs; unique among a module's rewards. The part called ``accuracy`` is also what
-            accuracy, pass@k and maj@k are computed from: a row is correct where it exceeds 0.5.
+        name: key of this part in logs; unique among a module's rewards. Accuracy, pass@k and maj@k are computed from
+            the part called ``accuracy``: a row is correct where it exceeds 0.5.
     """
 
-    #: Wall seconds that one call may take before the run ends with an error; None where the reward sees to that itself.
+    #: Wall seconds that one call may take before the run ends with an error; None if the reward has its own limit.
     timeout: float | None = 600.0
 
-    #: Fields of :class:`RewardInputs` without which this reward has nothing to say: ``"answers"``, ``"references"``.
+    #: Fields of :class:`RewardInputs` that this reward cannot judge without: ``"answers"``, ``"references"``.
     requires: ClassVar[tuple[str, ...]] = ()
 
-    #: Hidden state that the module's encoder gives where ``needs_encoder``: 0 is the input embedding, -1 the last.
+    #: Hidden state that the module's encoder returns if ``needs_encoder``: 0 is the input embedding, -1 the last.
     encoder_layer: int = -1
 
     def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
@@ -64,15 +64,15 @@ class Reward(ABC):
 
     @property
     def needs_encoder(self) -> bool:
-        """True where the module is to hand over an encoder: the policy as it was before training."""
+        """True if the module must provide an encoder: the policy as it was before training."""
         return False
 
     def prepare_encoder(self, encoder: Encoder | None, device: torch.device) -> None:  # noqa: B027 -- most need none
-        """Take what reads texts; called by the module before a run, once its models are there.
+        """Receive the encoder. The module calls this before a run, once its models are loaded.
 
         Args:
             encoder: of the policy before training; None unless ``needs_encoder``.
-            device: where the module computes, for a reward that brings a model of its own.
+            device: where the module computes, for a reward with its own model.
         """
 
     @abstractmethod
@@ -80,15 +80,15 @@ class Reward(ABC):
         """Judge every row: a finite number, or None where the reward is not applicable."""
 
     def vote(self, completion: str) -> str | None:
-        """The final answer in a canonical form, for majority voting; None where there is none (or no such notion)."""
+        """The final answer in a canonical form, for majority voting; None where there is none."""
         return None
 
     def statistics(self) -> dict[str, float]:
         """Extra numbers about the last call, logged as ``reward/<name>/<key>``."""
         return {}
 
-    def close(self) -> None:  # noqa: B027 -- most rewards hold nothing
-        """Free what the reward holds (worker processes); called once at the end of a run."""
+    def close(self) -> None:  # noqa: B027 -- most rewards have nothing to free
+        """Free resources such as worker processes. Called once at the end of a run."""
 
 
 class FunctionReward(Reward):
@@ -102,10 +102,10 @@ class FunctionReward(Reward):
         function: returns ``N`` finite numbers, None where it does not apply.
         weight: coefficient in the total.
         name: key in logs; by default the function's own name, which a lambda or a partial lacks.
-        timeout: wall seconds that one call may take before the run ends with an error; None waits for ever.
+        timeout: wall seconds that one call may take before the run ends with an error; None waits forever.
 
     Raises:
-        TypeError: not a function that can be called so.
+        TypeError: not a function that can be called in this way.
         ValueError: no name, or a timeout that is not above 0.
 
     Example:
@@ -129,7 +129,7 @@ class FunctionReward(Reward):
         if not callable(function) or isinstance(function, type):
             raise TypeError(f"A reward must be a Reward object or a function, got {function!r}.")
         if inspect.iscoroutinefunction(function):
-            raise TypeError(f"The reward function {function!r} is asynchronous; wrap it in one that runs it.")
+            raise TypeError(f"The reward function {function!r} is asynchronous; wrap it in a function that runs it.")
         name = name or getattr(function, "__name__", "")
         if not name or name == "<lambda>":
             raise ValueError(f"{function!r} has no name of its own to log it under; use FunctionReward(..., name=...).")
@@ -141,7 +141,9 @@ class FunctionReward(Reward):
         parameters = inspect.signature(function).parameters.values()
         positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
         if positional:
-            raise TypeError(f"The reward function {name!r} must take its arguments by name; {positional} cannot be.")
+            raise TypeError(
+                f"The reward function {name!r} must take its arguments by name; {positional} are positional-only."
+            )
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         keywords = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         self._takes = {p.name for p in keywords}
@@ -158,7 +160,7 @@ class FunctionReward(Reward):
         taken = [name for name in columns if name in arguments]
         if taken:
             raise ValueError(
-                f"The data has columns named {taken}, as arguments of every reward function are; rename them."
+                f"The data has columns named {taken}, but these are arguments of every reward function; rename them."
             )
         missing = self._needs - arguments.keys() - set(columns)
         if missing:
@@ -171,7 +173,11 @@ class FunctionReward(Reward):
         return self.function(**chosen)
 
 
-def as_rewards(rewards: Sequence[Reward | Callable[..., Any]]) -> list[Reward]:
+#: What a user may put into a list of rewards.
+RewardLike = Reward | Callable[..., Any]
+
+
+def as_rewards(rewards: Sequence[RewardLike]) -> list[Reward]:
     """Check a list of rewards, and wrap the plain functions in it.
 
     Args:
@@ -194,11 +200,11 @@ def as_rewards(rewards: Sequence[Reward | Callable[..., Any]]) -> list[Reward]:
         raise TypeError(f"`rewards` must be a list of rewards, got {rewards!r}; put it in a list.")
     wrapped = [reward if isinstance(reward, Reward) else FunctionReward(reward) for reward in rewards]
     if not wrapped:
-        raise ValueError("`rewards` is empty; learning needs at least one reward.")
+        raise ValueError("`rewards` is empty; give at least one reward.")
     names = [reward.name for reward in wrapped]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"Rewards need unique names, and there are several of {twice}; give them a `name`.")
+        raise ValueError(f"Rewards need unique names, but several are called {twice}; give each its own `name`.")
     for reward in wrapped:
         if not isinstance(reward.weight, Real) or not math.isfinite(reward.weight):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""A deadline for code that may hang: a user's reward."""
+"""A deadline for code that may hang, such as a user's reward."""
 
 import faulthandler
 import io
@@ -14,17 +14,17 @@ _GRACE_SECONDS = 30.0
 
 
 class DeadlineError(BaseException):
-    """Raised where the code hangs; no ``Exception``, so that a handler there does not swallow it."""
+    """Raised where the code hangs. It is no ``Exception``, so that a handler there does not catch it."""
 
 
 @contextmanager
 def deadline(seconds: float | None) -> Iterator[None]:
-    """Interrupt the body after ``seconds`` of wall time; None never does.
+    """Interrupt the body after ``seconds`` of wall time; None never interrupts it.
 
     In the main thread a signal (SIGVTALRM, which hardly anything else uses) interrupts waiting calls too. Code that
-    does not come back to Python's interpreter cannot be interrupted; after 30 seconds more, the program is ended with a
-    traceback of all threads. In another thread, and where the platform lacks such signals, only that last resort is
-    left.
+    does not return to Python's interpreter cannot be interrupted. After 30 more seconds, the program ends with a
+    traceback of all threads. In another thread, and where the platform lacks such signals, only this second limit
+    applies.
 
     Raises:
         DeadlineError: the time is over.
@@ -61,12 +61,12 @@ def _interrupting_after(seconds: float) -> Iterator[None]:
     finally:
         running = False
         alarm.cancel()
-        alarm.join()  # it has either rung or never will, so that the handler can go
+        alarm.join()  # the signal was sent or never will be, so the handler can be removed
         signal.signal(signal.SIGVTALRM, before)
 
 
 def _end_program_after(seconds: float) -> None:
-    for stream in (sys.stderr, sys.__stderr__):  # notebooks and tests put in streams that are no files
+    for stream in (sys.stderr, sys.__stderr__):  # notebooks and tests replace these by objects that are no files
         with suppress(io.UnsupportedOperation, AttributeError, ValueError):
             faulthandler.dump_traceback_later(seconds, exit=True, file=stream)  # type: ignore[arg-type]
             return

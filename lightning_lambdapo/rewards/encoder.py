@@ -1,4 +1,4 @@
-"""Contextual token embeddings of texts, by any transformers model."""
+"""Contextual token embeddings of texts, from any transformers model."""
 
 import inspect
 import warnings
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 class TokenEncoder:
     """Texts -> the hidden states of their tokens in one model.
 
-    Special tokens that the tokenizer adds are read and do not count. Where it adds none, the beginning-of-sequence
-    token (or else that of the end) goes first and does not count either: causal models turn whatever stands first into
-    a place to rest attention on, and its hidden state says nothing of the text.
+    The model reads the special tokens that the tokenizer adds, but they do not count. If there are none, the
+    beginning-of-sequence token (or else the end-of-sequence token) is put first and does not count either, because
+    causal models use the first token as an attention sink. Its hidden state says nothing about the text.
 
     Args:
         model: encoder, or decoder without its output head. It is used as it is.
         tokenizer: the model's.
         layer: which hidden state: 0 is the input embedding, -1 the last, after the final norm.
-        max_tokens: tokens, padding included, that are read at once; bounds memory and changes no embedding.
-        reading: gives the context in which the model reads. For a policy it switches the adapter off.
+        max_tokens: tokens, padding included, that are read at once. It limits memory and changes no embedding.
+        reading: returns the context in which the model reads. For a policy, it switches the adapter off.
 
     Raises:
         ValueError: a layer that the model does not have.
@@ -57,7 +57,7 @@ class TokenEncoder:
 
     @classmethod
     def from_pretrained(cls, name: str, *, layer: int, device: torch.device | str) -> Self:
-        """Load a frozen model with its tokenizer; of an encoder-decoder model the encoder.
+        """Load a frozen model with its tokenizer. Of an encoder-decoder model, only the encoder is used.
 
         Args:
             name: hub id or directory.
@@ -69,13 +69,13 @@ class TokenEncoder:
         """
         from transformers import AutoModel, AutoTokenizer
 
-        with torch.inference_mode(False):  # a model that validation loads serves training too
+        with torch.inference_mode(False):  # a model loaded in validation is used in training too
             try:
                 model, tokenizer = AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
             except (OSError, ValueError) as error:
                 raise ValueError(
                     f"`encoder` is {name!r}, and no model could be loaded from there ({error}); give a hub id, or a "
-                    "directory that holds a transformers model and its tokenizer."
+                    "directory with a transformers model and its tokenizer."
                 ) from error
             if model.config.is_encoder_decoder:
                 model = model.get_encoder()
@@ -86,11 +86,11 @@ class TokenEncoder:
         """Embed the tokens of each text.
 
         Args:
-            texts: ``N`` of them. Of one that is longer than the model's positions, the beginning is read.
+            texts: ``N`` texts. Only the beginning of one that is longer than the model's positions is read.
 
         Returns:
-            Embeddings ``(N, S, D)`` in the model's type and, True where a token counts, ``(N, S)`` bool. Row by row
-            they do not depend on the other texts, but for rounding.
+            Embeddings ``(N, S, D)`` in the model's type and, True where a token counts, ``(N, S)`` bool. A row does
+            not depend on the other texts, except by rounding.
         """
         ids, read, counts = self._tokens(texts)
         embeddings = torch.zeros(len(texts), 0, 1, device=ids.device)
@@ -115,8 +115,8 @@ class TokenEncoder:
         return chosen
 
     def _tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, padded on the right; where there are any; which of those count: ``(N, S)`` each."""
-        texts = [text.encode(errors="replace").decode() for text in texts]  # half a surrogate pair is no text
+        """Ids, padded on the right; where there is a token; which tokens count: ``(N, S)`` each."""
+        texts = [text.encode(errors="replace").decode() for text in texts]  # half a surrogate pair cannot be tokenized
         encoded = self.tokenizer(texts, return_special_tokens_mask=True, verbose=False)
         first: list[int] = []
         if not any(map(any, encoded["special_tokens_mask"])):
@@ -127,7 +127,7 @@ class TokenEncoder:
         if longest > room:
             warnings.warn(
                 f"A text of {longest} tokens does not fit the {self.positions} positions of "
-                f"{type(self.model).__name__}; the density is of its beginning.",
+                f"{type(self.model).__name__}; only its beginning is read.",
                 stacklevel=4,
             )
             encoded = self.tokenizer(texts, return_special_tokens_mask=True, truncation=True, max_length=room)
@@ -141,7 +141,7 @@ class TokenEncoder:
         return padded.to(device), read.to(device), counts.to(device)
 
     def _batches(self, lengths: list[int], counts: list[bool]) -> Iterator[list[int]]:
-        """Rows to read together, of like length; those in which nothing counts are left out."""
+        """Rows of similar length to read together. Rows in which nothing counts are omitted."""
         batch: list[int] = []
         for row in sorted(range(len(lengths)), key=lengths.__getitem__):
             if not counts[row]:
@@ -154,13 +154,27 @@ class TokenEncoder:
             yield batch
 
 
-def prepare_encoders(rewards: Sequence[Reward], encoder: Callable[[int], TokenEncoder], device: torch.device) -> None:
+def prepare_encoders(
+    rewards: Sequence[Reward],
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    device: torch.device,
+    *,
+    max_tokens: int,
+    reading: Callable[[], AbstractContextManager[None]],
+) -> None:
     """Give each reward that needs one an encoder of the frozen policy, and all rewards the device.
 
     Args:
         rewards: the judges.
-        encoder: makes an encoder of the frozen policy that reads this layer.
+        model: the policy's decoder, or that of its frozen copy.
+        tokenizer: the policy's.
         device: where the module computes.
+        max_tokens: see :class:`TokenEncoder`.
+        reading: the context in which the model answers as it was before training.
     """
     for reward in rewards:
-        reward.prepare_encoder(encoder(reward.encoder_layer) if reward.needs_encoder else None, device)
+        encoder = None
+        if reward.needs_encoder:
+            encoder = TokenEncoder(model, tokenizer, layer=reward.encoder_layer, max_tokens=max_tokens, reading=reading)
+        reward.prepare_encoder(encoder, device)

@@ -33,7 +33,7 @@ class FormatReward(Reward):
         name: key in logs.
         style: the form.
         pattern: regular expression to search for instead of a ``style``. A completion of more than 100,000 characters
-            scores 0 unsearched; beyond that the cost of a pattern is its author's business.
+            gets 0 without a search. Make sure that the pattern is fast on shorter ones.
 
     Raises:
         ValueError: unknown style, or a pattern that does not compile.
@@ -88,5 +88,5 @@ class FormatReward(Reward):
 
 
 def _between(text: str, opening: str, closing: str) -> bool:
-    """Whether something stands between two marks."""
+    """Whether there is text between two marks."""
     return bool(text[text.find(opening) + len(opening) : text.find(closing)].strip())

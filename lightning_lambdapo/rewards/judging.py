@@ -25,22 +25,22 @@ def judge(
 
     .. math:: R_n = \sum_{k\,\text{applicable to } n} \text{weight}_k \, \text{part}_{k,n}
 
-    Weights are not renormalised. A part that is None for a whole group is left out of that group's totals; a part that
-    is None for some rows of a group makes those rows invalid, since their totals could not be compared with their
+    Weights are not renormalised. A part that is None for a whole group is omitted from that group's totals. A part that
+    is None for some rows of a group makes those rows invalid, because their totals could not be compared with their
     peers'. A row without any applicable part is invalid.
 
     Args:
         rewards: judges with unique names.
         inputs: the ``N = B * G`` rows, group-major.
         group_size: ``G``.
-        device: where the result goes; None: the CPU.
+        device: where the result goes; None is the CPU.
 
     Returns:
         ``(B, G)`` float32 total and parts (NaN where None), bool validity.
 
     Raises:
         RuntimeError: a reward raised an exception, which is its cause, or did not return within its ``timeout``.
-        TypeError: a reward returned something else than a sequence of numbers and None.
+        TypeError: a reward returned anything but a sequence of numbers and None.
         ValueError: wrong number of values, a value or total that is not finite in float32, or a group size that does
             not divide ``N``.
 
@@ -76,7 +76,7 @@ def judge(
 
 
 def _judged(reward: Reward, inputs: RewardInputs) -> Tensor:
-    """What one reward says of every row: ``(N,)`` float64, NaN for None."""
+    """The values that one reward gives to all rows: ``(N,)`` float64, NaN for None."""
     try:
         with deadline(reward.timeout):
             values: Any = reward(inputs)
@@ -103,14 +103,14 @@ def _judged(reward: Reward, inputs: RewardInputs) -> Tensor:
 
 
 def _number(value: Any, name: str, row: int, completion: str) -> float:
-    """One value as a float, or an error that says whose it is."""
+    """One value as a float, or an error that names its reward and row."""
     if isinstance(value, Tensor) and value.ndim == 0:
         value = value.item()
     shown = completion if len(completion) <= _SHOWN_CHARACTERS else completion[:_SHOWN_CHARACTERS] + "..."
     if not isinstance(value, Real):
         raise TypeError(
-            f"The reward {name!r} returned {value!r} ({type(value).__name__}) for row {row}, where a number or None "
-            f"belongs; its completion: {shown!r}."
+            f"The reward {name!r} returned {value!r} ({type(value).__name__}) for row {row}; it must be a number or "
+            f"None. Its completion: {shown!r}."
         )
     number = float(value) if not isinstance(value, int) or abs(value) <= _LARGEST else math.inf
     if not abs(number) <= _LARGEST:  # NaN too

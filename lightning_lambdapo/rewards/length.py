@@ -4,7 +4,7 @@ from lightning_lambdapo.rewards.base import Reward, RewardInputs
 
 
 class LengthPenalty(Reward):
-    r"""Soft punishment of overlong completions.
+    r"""Soft penalty on overlong completions.
 
     With ``L`` the length in tokens, ``M`` the maximum and ``b`` the buffer:
 
@@ -17,7 +17,7 @@ class LengthPenalty(Reward):
         name: key in logs.
 
     Raises:
-        ValueError: a buffer that does not fit.
+        ValueError: a buffer out of range.
 
     Example:
         >>> inputs = RewardInputs(

@@ -29,11 +29,11 @@ class SemanticDensityReward(Reward):
 
     Both texts are cut before their last final-answer marker and compared by
     :func:`~lightning_lambdapo.functional.semantic_density.semantic_density`, or with ``kind="embedding"`` by
-    :func:`~lightning_lambdapo.functional.embedding_density.embedding_density`, which knows other words of like meaning.
-    Its embeddings are hidden states of the policy as it was before training, which the module hands over, or of a model
-    of one's own, ``encoder``. Under strategies that shard the policy it takes the latter. Cosines of hidden states are
-    rarely small, so that its values lie closer together, and higher, than those of the other kinds; advantages are made
-    of differences, and ``weight`` makes up for the scale.
+    :func:`~lightning_lambdapo.functional.embedding_density.embedding_density`, which recognises other words of similar
+    meaning. The embeddings are hidden states of the model ``encoder`` or, without one, of the policy as it was before
+    training. Strategies that shard the policy need an ``encoder``. Cosines of hidden states are rarely small, so the
+    values of this kind are higher and closer together than those of the others. ``weight`` compensates for that,
+    because advantages are made of differences.
 
     Args:
         weight: coefficient in the total.
@@ -43,12 +43,12 @@ class SemanticDensityReward(Reward):
         n: length of the n-grams; 1 with the other kinds.
         beta: weight of recall against precision in F.
         measure: ``"f"``, ``"precision"`` or ``"recall"``.
-        tokenizer: text to tokens, for both texts; an encoder brings its own.
-        encoder: with ``kind="embedding"``, hub id or directory of a transformers model; None: the frozen policy.
+        tokenizer: text to tokens, for both texts; an encoder uses its own.
+        encoder: with ``kind="embedding"``, hub id or directory of a transformers model; None takes the frozen policy.
         layer: which of the encoder's hidden states: 0 is the input embedding, -1 the last.
 
     Raises:
-        ValueError: a setting out of range, or one that the kind has no use for.
+        ValueError: a setting out of range, or one that the kind does not use.
 
     Example:
         >>> inputs = RewardInputs(
@@ -83,15 +83,15 @@ class SemanticDensityReward(Reward):
                 raise ValueError(f"`n` must be 1 with kind='embedding', got {n}; n-grams need kind='token'.")
             if tokenizer is not tokenize:
                 raise ValueError(
-                    f"`tokenizer` is {tokenizer!r} with kind='embedding': embeddings are of the encoder's tokens, "
-                    "which its own tokenizer makes; leave `tokenizer` out."
+                    f"`tokenizer` is {tokenizer!r} with kind='embedding', but the encoder uses its own tokenizer; "
+                    "omit `tokenizer`."
                 )
         else:
             check_density_settings(kind=kind, n=n, beta=beta)
             if encoder is not None or layer != -1:
                 raise ValueError(
                     f"`encoder` ({encoder!r}) and `layer` ({layer}) are for kind='embedding', got kind={kind!r}, which "
-                    "compares the tokens themselves; leave them out, or set kind='embedding'."
+                    "compares the tokens themselves; omit them, or set kind='embedding'."
                 )
         self.kind = kind
         self.n = n
@@ -137,7 +137,7 @@ class SemanticDensityReward(Reward):
             (reasoning_trace(completion).strip(), reasoning_trace(reference).strip()) if reference else None
             for completion, reference in zip(inputs.completions, inputs.references, strict=True)
         ]
-        # Each distinct text is read once, and rows of the same texts get exactly the same number.
+        # Each distinct text is read once, and rows with the same texts get exactly the same number.
         pairs = list(dict.fromkeys(pair for pair in rows if pair is not None))
         if not pairs:
             return [None] * len(rows)
@@ -159,6 +159,6 @@ class SemanticDensityReward(Reward):
         if self._encode is None:
             raise RuntimeError(
                 "kind='embedding' without `encoder` compares embeddings of the frozen policy, which LambdaPOModule "
-                "hands over when a run starts, and there is none; set `encoder` to a hub id or directory."
+                "hands over when a run starts, but none was given; set `encoder` to a hub id or directory."
             )
         return self._encode(texts)

@@ -29,7 +29,7 @@ class RolloutSampler:
     """
 
     def __init__(
-        self, policy: Policy, engine: RolloutEngine, *, training: RolloutConfig, evaluation: EvaluationConfig
+        self, policy: Policy, engine: RolloutEngine, training: RolloutConfig, evaluation: EvaluationConfig
     ) -> None:
         self.policy = policy
         self.engine = engine

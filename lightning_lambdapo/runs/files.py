@@ -1,7 +1,7 @@
 """Reading what a run has left behind: its directory, settings, logged values and completions."""
 
 import csv
-import json
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from lightning_lambdapo.config import upgraded
+from lightning_lambdapo.data.sources import jsonl_rows
 
 Record = dict[str, Any]
 
@@ -66,7 +69,7 @@ def section(config: Mapping[str, Any] | None, name: str) -> Record:
     """Arguments of ``model`` or ``data`` in a run's settings, with or without a ``class_path`` around them."""
     found = (config or {}).get(name) or {}
     arguments = found.get("init_args") or {} if found.keys() & {"class_path", "init_args"} else found
-    return dict(arguments)
+    return upgraded(arguments) if name == "model" else dict(arguments)
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
@@ -94,25 +97,30 @@ def first_and_last(values: Sequence[float]) -> tuple[float, float] | None:
     return sum(finite[:count]) / count, sum(finite[-count:]) / count
 
 
-def read_completions(file: Path) -> Iterator[tuple[int, Record]]:
-    """Line numbers and records of a file of completions.
+def read_training_completions(file: Path) -> Iterator[tuple[str, Record]]:
+    """Records of a run's file of completions, each with its file and line.
 
-    A last line without an end is left out: its run was interrupted, or is still writing.
+    A last line without an end is omitted: its run was interrupted, or is still writing.
 
     Raises:
-        RunFileError: a line that is no record of a training step.
+        ValueError: a line that is no record of a training step.
     """
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                if not line.endswith(b"\n"):
-                    return
-                raise RunFileError(f"{file}, line {number}, is not JSON ({error}); delete or mend it.") from error
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                raise RunFileError(f"{file}, line {number}, is no completion of a training step: it has no `step`.")
-            yield number, record
+    for where, record in jsonl_rows(str(file), unfinished=True):
+        if not isinstance(record.get("step"), int):
+            raise RunFileError(f"{where} is no completion of a training step: it has no `step`.")
+        yield where, dict(record)
+
+
+def unused_path(wanted: Path, *suffixes: str) -> Path:
+    """``wanted``, or the first of ``wanted-1``, ``wanted-2``, ... that does not exist: nothing is overwritten.
+
+    Args:
+        wanted: a file or directory; the directory that it is in is made.
+        suffixes: of files beside it that must not exist either.
+    """
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    names = (wanted if number == 0 else wanted.with_stem(f"{wanted.stem}-{number}") for number in itertools.count())
+    return next(path for path in names if not any(p.exists() for p in (path, *map(path.with_suffix, suffixes))))
 
 
 def versions(directory: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from lightning_lambdapo.data import PRESETS
 from lightning_lambdapo.policy.loading import BUILTIN, eos_token_ids, locate, save_policy
 from lightning_lambdapo.policy.model import Policy, causal_lm
 from lightning_lambdapo.runs.files import first_and_last, read_metrics, section
-from lightning_lambdapo.runs.tables import table
+from lightning_lambdapo.runs.text import markdown_table
 
 Settings = Mapping[str, Any]
 T = TypeVar("T")
@@ -265,8 +265,7 @@ def _results(metrics: Sequence[Mapping[str, float]]) -> str:
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    stripped = [[cell.strip() for cell in row] for row in rows]
-    return "\n".join(table(headers, stripped, numbers=False)) + "\n"
+    return "\n".join(markdown_table(headers, rows, numbers=False)) + "\n"
 
 
 def cast_weights(policy: Policy, dtype: torch.dtype) -> None:

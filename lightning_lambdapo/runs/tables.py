@@ -1,11 +1,13 @@
 """Completions of a group as a table: in a terminal, in Markdown, and as plain rows."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
+
+from lightning_lambdapo.runs.text import markdown_table
 
 Record = Mapping[str, Any]
 
@@ -87,15 +89,16 @@ def plain_rows(records: Sequence[Record]) -> tuple[list[str], list[list[Any]]]:
     return ["prompt_id", "sample", "prompt", "completion", *names, *plain], rows
 
 
-def markdown_table(records: Sequence[Record]) -> str:
+def markdown_group(records: Sequence[Record]) -> str:
     """A group as Markdown: the prompt, then a row per completion."""
     headers, rows = plain_rows(records)
     kept = [index for index, name in enumerate(headers) if name not in ("prompt_id", "prompt")]
-    lines = [[headers[index] for index in kept], ["---"] * len(kept)]
-    lines += [[_markdown(row[index]) for index in kept] for row in rows]
+    shown = [headers[index] for index in kept]
+    cells = ([_markdown(row[index]) for index in kept] for row in rows)
+    lines = markdown_table(shown, cells, numbers=False, escape=str)
     prompt = records[0]
     heading = f"**prompt {prompt['prompt_id']}**: {_markdown(prompt['prompt'])}"
-    return "\n".join([heading, "", *(f"| {' | '.join(line)} |" for line in lines)])
+    return "\n".join([heading, "", *lines])
 
 
 def _number(value: float | None) -> str:
@@ -109,11 +112,3 @@ def _markdown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return _number(value) if isinstance(value, float) else "-" if value is None else str(value)
-
-
-def table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True) -> list[str]:
-    """Lines of a Markdown table; ``numbers`` aligns all columns but the first to the right, where there are headers."""
-    escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    right = "---:" if numbers and headers[0] else "---"
-    aligned = ["---", *([right] * (len(headers) - 1))]
-    return [f"| {' | '.join(line)} |" for line in (headers, aligned, *escaped)]

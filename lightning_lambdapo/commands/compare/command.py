@@ -22,12 +22,13 @@ from lightning_lambdapo.commands.compare.plan import (
 from lightning_lambdapo.commands.compare.report import Report
 from lightning_lambdapo.commands.main import rehearse
 from lightning_lambdapo.runs.files import load_yaml
+from lightning_lambdapo.runs.text import clock
 
 _DESCRIPTION = """\
 Train with several estimators or settings, each with several seeds, one run after another, and report which helps:
 runs.csv, curves.csv, report.md, curves.png and finals.png (both also as SVG) in the output directory.
-Stopped at any moment, the same command goes on: finished runs are not repeated, a killed one continues from its last
-checkpoint. All other options go to each run as they would to `lambdapo fit`."""
+You can stop it at any moment. The same command then continues: finished runs are not repeated, and a killed run resumes
+from its last checkpoint. All other options are passed to each run, as to `lambdapo fit`."""
 
 
 def main(args: list[str]) -> None:
@@ -99,8 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minimize", action="store_true", help="a smaller metric is better")
     parser.add_argument(
         "--baseline",
-        help="label of the arm to hold all others against (default: each against the GRPO arm whose other settings are "
-        "its own; all against the first, where there is no GRPO)",
+        help="label of the arm to compare all others with (default: the GRPO arm with the same other settings, or the "
+        "first arm if there is no GRPO)",
     )
     return parser
 
@@ -116,7 +117,7 @@ def _arms(options: argparse.Namespace, arguments: Sequence[str]) -> list[Arm]:
     """The arms of the options.
 
     Raises:
-        ValueError: nothing is compared, or a setting is both varied and fixed, or two labels make one directory.
+        ValueError: nothing is compared, or a setting is both varied and fixed, or two labels give the same directory.
     """
     estimators = [name.strip() for name in options.estimators.split(",") if name.strip()]
     variations = [parse_variation(text) for text in options.vary]
@@ -133,14 +134,16 @@ def _arms(options: argparse.Namespace, arguments: Sequence[str]) -> list[Arm]:
         raise ValueError("Nothing to compare: give --estimators lambda,grpo or --vary KEY=V1,V2.")
     for slug, count in Counter(arm.slug for arm in arms).items():
         if count > 1:
-            raise ValueError(f"Several arms would share the directory {slug!r}; choose values of more distinct names.")
+            raise ValueError(
+                f"Several arms would share the directory {slug!r}; choose values with more distinct names."
+            )
     if options.baseline is not None and options.baseline not in [arm.label for arm in arms]:
         raise ValueError(f"There is no arm {options.baseline!r}; there are {', '.join(arm.label for arm in arms)}.")
     return arms
 
 
 class _Progress:
-    """Says which run of how many has ended, how, and how long the rest will take."""
+    """Prints which run has ended, whether it succeeded, and how long the rest will take."""
 
     def __init__(self, console: Console, *, total: int, done: int, workers: int) -> None:
         self.console = console
@@ -155,12 +158,6 @@ class _Progress:
         left = sum(self.seconds) / len(self.seconds) * (self.total - self.done) / self.workers
         self.console.print(
             f"run {self.done} of {self.total}: {run.arm.label}, seed {run.seed}: "
-            f"{'done' if succeeded else 'FAILED'} in {_clock(seconds)}; about {_clock(left)} left",
+            f"{'done' if succeeded else 'FAILED'} in {clock(seconds)}; about {clock(left)} left",
             markup=False,
         )
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

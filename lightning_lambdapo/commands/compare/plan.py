@@ -1,4 +1,4 @@
-"""Which runs a comparison consists of: arms of settings, times seeds, each a configuration of its own."""
+"""Which runs a comparison consists of: arms of settings, times seeds, each with its own configuration."""
 
 import copy
 import itertools
@@ -16,11 +16,11 @@ _PAIRWISE = ("weighting", "temperature", "score", "reduction", "center", "scale"
 
 @dataclass(frozen=True, eq=False)
 class Arm:
-    """One of the things that are compared.
+    """One combination of settings that is compared.
 
     Attributes:
         label: short and unique.
-        settings: dotted key -> value, what is set over the base configuration.
+        settings: dotted key -> the value that replaces the base configuration's.
     """
 
     label: str
@@ -34,7 +34,7 @@ class Arm:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One arm with one seed, in a directory of its own."""
+    """One arm with one seed, in its own directory."""
 
     arm: Arm
     seed: int
@@ -71,16 +71,16 @@ def parse_variation(text: str) -> list[dict[str, Any]]:
 
 
 def plan_arms(estimators: Sequence[str], variations: Iterable[Sequence[Mapping[str, Any]]]) -> list[Arm]:
-    """Every estimator with every combination of alternatives, without those that could not differ.
+    """Every estimator with every combination of alternatives, without duplicates.
 
-    Settings of the pairwise advantage are left out of the baselines' arms, and temperature and score out of those with
-    ``weighting: uniform``, which do not use them; arms that become equal stand once.
+    An arm omits settings that it does not use: those of the pairwise advantage in a baseline's arm, temperature and
+    score with ``weighting: uniform``. Arms that become equal are listed once.
 
     Args:
-        estimators: values of ``model.algorithm.estimator``; none leaves the base configuration's.
-        variations: of each variation its alternatives.
+        estimators: values of ``model.algorithm.estimator``; none keeps the base configuration's.
+        variations: the alternatives of each variation.
     """
-    # None has no estimator key: the base configuration's estimator then decides what an arm uses.
+    # Without estimators an arm has no estimator key, and the base configuration's estimator decides what it uses.
     choices = [[{ESTIMATOR: name} for name in estimators] or [{}], *variations]
     found: dict[str, Arm] = {}
     for combination in itertools.product(*choices):
@@ -101,7 +101,7 @@ def plan_runs(arms: Sequence[Arm], seeds: Sequence[int], root: Path) -> list[Run
 
 
 def with_settings(base: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a configuration with dotted keys set; ``init_args`` may be left out, numbers index lists.
+    """A copy of a configuration with dotted keys set. Keys may omit ``init_args``, and numbers index lists.
 
     Raises:
         ValueError: a key that leads through something that is neither a mapping nor a list, or past a list's end.
@@ -144,7 +144,7 @@ def is_part(key: str, whole: str) -> bool:
 
 
 def option_keys(arguments: Sequence[str]) -> list[str]:
-    """The dotted keys that a command line sets, those inside of mappings too.
+    """The dotted keys that a command line sets, including those inside mappings.
 
     Example:
         >>> option_keys(["--trainer.max_steps=4", "--model.seed", "3", "--trainer.callbacks+=a.B"])
@@ -163,7 +163,7 @@ def option_keys(arguments: Sequence[str]) -> list[str]:
 
 
 def _leaves(key: str, text: str) -> list[str]:
-    """The keys of a value: its own, or, of a mapping, those inside of it."""
+    """The key of a value or, for a mapping, the keys inside it."""
     try:
         value = yaml.safe_load(text) if text.lstrip().startswith("{") else None
     except yaml.YAMLError:
@@ -194,7 +194,7 @@ def _item(place: Any, part: str, key: str) -> Any:
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """Split at separators that stand outside brackets, braces and quotes."""
+    """Split at separators outside brackets, braces and quotes."""
     parts, depth, quote = [""], 0, ""
     for symbol in text:
         if quote:
@@ -217,7 +217,7 @@ def _plain(text: str) -> Any:
         raise ValueError(f"The value {text!r} of a variation is not YAML; close its brackets and quotes.") from error
     if isinstance(value, str):
         try:
-            return float(value)  # YAML takes 1e-4 for a text
+            return float(value)  # YAML reads 1e-4 as text
         except ValueError:
             return value
     return value
@@ -240,7 +240,7 @@ def _label(used: Mapping[str, Any], settings: Mapping[str, Any], shown: Callable
         for key, value in used.items()
     ]
     if used.get(ESTIMATOR) == "lambda" and any(_last(key) == "weighting" for key in used):
-        parts.remove("lambda")  # the weighting says it
+        parts.remove("lambda")  # the weighting implies it
     return " ".join(parts) or "base"
 
 

@@ -1,4 +1,4 @@
-"""What a comparison leaves: a CSV of runs and of curves, a Markdown report, plots as PNG and SVG."""
+"""What a comparison writes: a CSV of runs and of curves, a Markdown report, plots as PNG and SVG."""
 
 import csv
 import math
@@ -21,7 +21,7 @@ from lightning_lambdapo.commands.compare.statistics import (
     tokens_at,
     total_tokens,
 )
-from lightning_lambdapo.runs.tables import table
+from lightning_lambdapo.runs.text import markdown_table
 
 Curves = dict[str, tuple[Array, Array]]
 _PREFERRED = ("val/pass_at_1", "val/reward", "train/accuracy", "train/reward")
@@ -35,10 +35,10 @@ class Report:
 
     Args:
         runs: the runs that have finished.
-        metric: what is compared; None: the first of ``val/pass_at_1``, ``val/reward``, ``train/accuracy``,
+        metric: what is compared; None takes the first of ``val/pass_at_1``, ``val/reward``, ``train/accuracy``,
             ``train/reward`` that all runs logged.
-        baseline: label of the arm that the others are held against; None: each against the GRPO arm whose other
-            settings are its own, or all against the first where no arm is GRPO.
+        baseline: label of the arm to compare the others with. None compares each with the GRPO arm that has the same
+            other settings, or with the first arm if no arm is GRPO.
         minimize: True where a smaller metric is better.
 
     Raises:
@@ -78,7 +78,7 @@ class Report:
         return mean_interval(list(self.finals[arm].values()))
 
     def difference(self, arm: Arm) -> Difference:
-        """Paired difference of an arm to its baseline; of no pairs, where it has none."""
+        """Paired difference of an arm from its baseline, with no pairs if it has none."""
         baseline = self.baselines.get(arm)
         return paired_difference(self.finals[arm], {} if baseline is None else self.finals[baseline])
 
@@ -91,27 +91,27 @@ class Report:
         self._plot_finals(directory)
 
     def markdown(self, *, command: str = "", missing: int = 0) -> str:
-        """The table, how it came about, and what it does not say."""
+        """The table, how it was computed, and its limits."""
         labels = {arm.label for arm in self.baselines.values()}
         other = next(iter(labels)) if len(labels) == 1 else "its baseline"
         count = sum(map(len, self.finals.values()))
         lines = [f"# {self.metric} of {len(self.finals)} arms, {count} runs", ""]
         lines += [f"    {command}", ""] if command else []
         if missing:
-            lines += [f"**{missing} runs are not in it**: they failed or have not been made.", ""]
+            lines += [f"**{missing} runs are not in it**: they failed or have not run.", ""]
         interval = "95% interval"
         titles = ["arm", "seeds", self.metric, interval, f"minus {other}", interval, "p", "reading", "tokens"]
         titles += ["length", "entropy"]
-        lines += table(titles, [self._row(arm) for arm in self.ranked], numbers=False)
+        lines += markdown_table(titles, [self._row(arm) for arm in self.ranked], numbers=False)
         budgets = [self._tokens(arm) for arm in self.finals]
         if max(budgets) > _UNLIKE * min(budgets):
             lines += ["", f"**Budgets differ**: from {min(budgets):,.0f} to {max(budgets):,.0f} tokens per run."]
         final = "last tenth of the steps" if self.metric.startswith("train/") else "last evaluation"
         notes = (
             f"Final value: {final}, mean over seeds with Student's interval. Differences are paired by seed, with "
-            f"Student's interval and the sign-flip permutation test; with n seeds its p-value is at least 2 / 2^n. "
-            f"At 95%, one in twenty arms that equal {other} would read otherwise. Tokens: sampled in training, per "
-            "run. Length (tokens) and entropy (nats per token): last tenth of the steps."
+            f"Student's interval and the sign-flip permutation test. With n seeds its p-value is at least 2 / 2^n. "
+            f"At 95%, one in twenty arms that equal {other} would read better or worse. Tokens: sampled in training, "
+            "per run. Length (tokens) and entropy (nats per token): last tenth of the steps."
         )
         if len(labels) > 1:
             notes += " The baseline of an arm is the GRPO arm whose other settings are the same."
@@ -170,7 +170,7 @@ class Report:
 
     @property
     def _curve(self) -> str:
-        """What the learning curve shows: the metric itself, or what training logs of it at every step."""
+        """What the learning curve shows: the metric itself, or the one that training logs for it at every step."""
         if self.metric.startswith("train/"):
             return self.metric
         own = f"train/{self.metric.partition('/')[2]}"
@@ -198,7 +198,7 @@ class Report:
         left_out = len(self.finals) - len(shown)
         figure.suptitle(
             "mean over seeds, bootstrap 95% band"
-            + (f"; {left_out} arms between these are left out" if left_out else ""),
+            + (f"; {left_out} arms between these are omitted" if left_out else ""),
             fontsize="medium",
         )
         _save(figure, directory / "curves")
@@ -234,7 +234,7 @@ class Report:
 
 
 def _own_baselines(arms: Collection[Arm]) -> dict[Arm, Arm]:
-    """Arm -> the GRPO arm all of whose other settings it shares; the first for all, where no arm is GRPO."""
+    """Arm -> the GRPO arm with the same other settings, or the first arm for all if no arm is GRPO."""
     baselines = [arm for arm in arms if arm.settings.get(ESTIMATOR) == "grpo"]
     if not baselines:
         return dict.fromkeys(arms, next(iter(arms)))

@@ -1,4 +1,4 @@
-"""Training runs in processes of their own: resumable, logged, ended with their parent."""
+"""Training runs, each in its own process: resumable, logged, ended with the parent."""
 
 import json
 import multiprocessing
@@ -23,20 +23,19 @@ _FINISHED = "finished.json"
 
 
 def finished(run: Run) -> bool:
-    """Whether a run has ended as it should; it is not repeated then."""
+    """Whether a run has succeeded. It is not repeated then."""
     return (run.directory / _FINISHED).exists()
 
 
 def prepare(run: Run, base: Mapping[str, Any], arguments: Sequence[str]) -> list[str]:
-    """Write a run's configuration into its directory, and return the command line that makes or continues the run.
+    """Write a run's configuration into its directory, and return the command line that starts or resumes the run.
 
-    The run logs every step to CSV in its directory, beside the loggers of the base configuration, with the seed for
-    sampling and, where the data are this package's, for the order of the prompts.
+    The run logs every step to CSV in its directory, in addition to the loggers of the base configuration. Its seed is
+    used for sampling and, with this package's data module, for the order of the prompts.
 
     Raises:
-        ValueError: an option or a varied setting is one that a run needs to have of its own, or the directory holds
-            logs or checkpoints of other settings. What a run left that ended before its first, over a mistake that is
-            mended now, is written over.
+        ValueError: an option or a varied setting is one that each run sets itself, or the directory contains logs or
+            checkpoints of other settings. The files of a run that failed before its first log are overwritten.
     """
     own: dict[str, Any] = {
         "seed_everything": run.seed,
@@ -47,7 +46,7 @@ def prepare(run: Run, base: Mapping[str, Any], arguments: Sequence[str]) -> list
     if isinstance(data, dict) and data.get("class_path", "LambdaPODataModule").endswith("LambdaPODataModule"):
         own["data.seed"] = run.seed
     if section(base, "model").get("seed") is not None:
-        own["model.seed"] = None  # of sampling; follows seed_everything then
+        own["model.seed"] = None  # the sampling seed then follows seed_everything
     given = [*option_keys(arguments), *run.arm.settings]
     for name in (*own, "model.seed", "trainer.logger", "ckpt_path"):
         if any(is_part(key, name) for key in given):
@@ -79,15 +78,15 @@ def _has_learnt(run: Run) -> bool:
 def train_all(
     commands: Sequence[tuple[Run, list[str]]], *, workers: int, report: Callable[[Run, bool, float], None]
 ) -> list[Run]:
-    """Make the runs in order, ``workers`` at a time.
+    """Train the runs in order, ``workers`` at a time.
 
     Args:
         commands: the runs with their command lines.
-        workers: processes at once. More than one share the cores evenly, and a GPU whole.
+        workers: processes at once. More than one share the cores evenly. Each uses the whole GPU.
         report: called as each run ends: the run, whether it succeeded, its seconds.
 
     Returns:
-        Those that failed; ``train.log`` in their directories says how.
+        The runs that failed; ``train.log`` in their directories says why.
     """
     context = _context()
     threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 else None
@@ -117,7 +116,7 @@ def train_all(
 
 
 def _context() -> ForkServerContext | SpawnContext:
-    """Fresh processes that share nothing but the imports, where the system can do that."""
+    """Fresh processes that share only the imports, where the system supports it."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -141,7 +140,7 @@ def _train(arguments: list[str], log: str, threads: int | None) -> None:
     from lightning_lambdapo import __main__ as program
     from lightning_lambdapo.commands.main import main
 
-    sys.modules["__main__"] = program  # what a strategy starts its other ranks as, with these arguments
+    sys.modules["__main__"] = program  # a strategy starts its other ranks as this program, with these arguments
     sys.argv = [str(program.__file__), *arguments]
     if threads is not None:
         torch.set_num_threads(threads)
@@ -159,7 +158,7 @@ def _end_with_parent() -> None:
 
 
 def _kill(pid: int | None) -> None:
-    """End a process and what it has started. Nothing is lost: a run goes on from its last checkpoint."""
+    """Kill a process and those that it has started. The run can resume from its last checkpoint."""
     if pid is None:
         return
     try:

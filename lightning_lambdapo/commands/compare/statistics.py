@@ -34,7 +34,7 @@ class Difference(Interval):
     pairs: int
 
     def reading(self, *, minimize: bool = False) -> str:
-        """What may be said of it: nothing, where the interval includes zero or there are fewer than three pairs.
+        """What the difference shows: nothing if the interval includes zero or there are fewer than three pairs.
 
         Example:
             >>> Difference(0.1, -0.02, 0.22, 0.25, 5).reading(), Difference(0.1, 0.02, 0.18, 0.0625, 5).reading()
@@ -52,7 +52,7 @@ class Difference(Interval):
 def read_curves(directory: Path) -> dict[str, tuple[Array, Array]]:
     """All that a run logged: name -> steps and values, over the attempts that an interrupted run consists of.
 
-    A later attempt goes on from a checkpoint, so that its first training step ends what counts of the earlier ones.
+    A later attempt resumes from a checkpoint, so earlier attempts count only up to its first training step.
 
     Raises:
         ValueError: there is no log in ``directory``.
@@ -77,15 +77,15 @@ def read_curves(directory: Path) -> dict[str, tuple[Array, Array]]:
 
 
 def final_value(curves: Mapping[str, tuple[Array, Array]], metric: str) -> float:
-    """A run's last value of an evaluation's metric; of a training step's, the mean over the last tenth of the steps.
+    """A run's last value of an evaluation metric, or a training metric's mean over the last tenth of the steps.
 
     Raises:
         ValueError: the run did not log it.
     """
     if metric not in curves:
         raise ValueError(
-            f"The metric {metric!r} was not logged; there are {', '.join(sorted(curves))}. Choose one with --metric: "
-            "finished runs are not repeated."
+            f"The metric {metric!r} was not logged; there are {', '.join(sorted(curves))}. Choose one with --metric. "
+            "Finished runs are not repeated."
         )
     values = curves[metric][1]
     if not metric.startswith("train/"):
@@ -123,13 +123,13 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference:
-    """Differences to the baseline over the seeds that both have; NaN where there is none.
+    """Differences from the baseline over the seeds that both have; NaN where there is none.
 
     The permutation test flips the signs of the differences: with n seeds its smallest p-value is 2 / 2^n.
 
     Args:
         values: seed -> final value.
-        baseline: the same of the baseline.
+        baseline: the same for the baseline.
     """
     from scipy import stats
 
@@ -150,10 +150,10 @@ def band(curves: Sequence[tuple[Array, Array]], points: int = 100) -> tuple[Arra
     """Mean over seeds of smoothed curves with its bootstrap 95% band: places, mean, low, high, ``(points,)`` each.
 
     Each curve is a running mean over a twelfth of its steps, at the places that all curves reach; seeds are resampled
-    2,000 times. One curve has a band of no width.
+    2,000 times. One curve has a band of width 0.
 
     Args:
-        curves: of each seed places (ascending) and values.
+        curves: places (ascending) and values of each seed.
         points: how many places.
     """
     from scipy import stats

@@ -1,6 +1,6 @@
 r"""Exact comparison of short answers: cleaned strings, and numbers as fractions. No floats, no evaluation.
 
-What cannot be decided here is left to math-verify (:mod:`lightning_lambdapo.rewards.verifier`).
+What cannot be decided here goes to math-verify (:mod:`lightning_lambdapo.rewards.verifier.pool`).
 """
 
 import re
@@ -65,7 +65,7 @@ _ORDERED = re.compile(r"[(\[].*,.*[)\]]")
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """A number with what stands around it.
+    """A number with its percent sign, unit and number of decimals.
 
     Attributes:
         value: the number; of a percentage, the number before the sign.
@@ -151,7 +151,7 @@ def same_quantity(gold: Quantity, answer: Quantity) -> bool:
     """Whether two quantities are equal.
 
     A percentage also equals its number without the sign, and its value (10% = 10 = 0.1). A ratio also equals its
-    decimal rounded to six or more places. Units count where both sides name a known one; they are not converted.
+    decimal rounded to six or more places. Units are compared where both sides name a known one. They are not converted.
 
     Example:
         >>> same_quantity(quantity("1/2"), quantity("50%")), same_quantity(quantity("3 cm"), quantity("3 km"))
@@ -170,8 +170,8 @@ def same_quantity(gold: Quantity, answer: Quantity) -> bool:
 def notation(cleaned: str) -> tuple[Fraction | str, ...] | None:
     r"""Read a cleaned ratio, such as 2:3:5, or a numeral with its base, such as ``1011_2``; None where it is neither.
 
-    A ratio comes divided by its first term. With a term that is 0 or written as 05 it may be a time of day, and stays
-    as it is.
+    A ratio is divided by its first term. If a term is 0 or written like 05, it may be a time of day and is kept as it
+    is.
 
     Example:
         >>> notation("6:8") == notation("3:4"), notation("9:05") == notation("18:10"), notation("1011_{2}")
@@ -224,7 +224,7 @@ def is_text(cleaned: str) -> bool:
 
 
 def too_costly(text: str) -> bool:
-    """Whether symbolic evaluation may take for ever: long numbers, large exponents, power towers, factorials, nesting.
+    """Whether symbolic evaluation may take forever: long numbers, large exponents, power towers, factorials, nesting.
 
     Example:
         >>> too_costly("9^{9^{9}}"), too_costly("2^100000"), too_costly("e^{x^2} + 2^{10}")

@@ -1,7 +1,7 @@
 r"""Find the final answer in a text.
 
-All searches take time linear in the text (bounded quantifiers, one pass over braces), since completions are hostile
-input.
+All searches take time linear in the text (bounded quantifiers, one pass over braces), because completions are
+untrusted input.
 """
 
 import re
@@ -87,8 +87,8 @@ def last_number(text: str) -> str | None:
 def final_letter(text: str) -> str | None:
     r"""The option letter, A to J, that a text chooses; None without one.
 
-    Looked for in the marked answers from the last to the first, then as the last ``(C)``, then as a bare letter at the
-    end, then as the only option that a line starts with. A mark with several letters, "B and C", chooses none.
+    It is the letter of the last marked answer that has one, else the last ``(C)``, else a bare letter at the end, else
+    the only option that a line starts with. A mark with several letters, such as "B and C", chooses none.
 
     Example:
         >>> final_letter(r"(A) is too small, so \boxed{\text{(C)}}"), final_letter("It must be\nB."), final_letter("12")
@@ -107,8 +107,8 @@ def leading_letter(content: str, *, strict: bool = False) -> str | None:
     r"""The option letter, A to J, that a marked answer starts with.
 
     Args:
-        content: what stands in the mark.
-        strict: take only what cannot be a word or a variable: ``(C)``, ``C)``, ``C.`` or the letter alone.
+        content: the content of the mark.
+        strict: accept only what cannot be a word or a variable: ``(C)``, ``C)``, ``C.`` or the letter alone.
 
     Example:
         >>> leading_letter("(C) 15"), leading_letter(r"\textbf{b}"), leading_letter("15")
@@ -158,7 +158,7 @@ def boxed(text: str) -> list[tuple[int, str]]:
 
 
 def iter_boxed(text: str) -> Iterator[tuple[int, str]]:
-    """As :func:`boxed`, one after the other: the contents of deeply nested boxes are long together."""
+    """Like :func:`boxed`, but one at a time, because the contents of deeply nested boxes add up."""
     opened: list[re.Match[str]] = []
     for match in _BRACES.finditer(text):
         brace = match.group()

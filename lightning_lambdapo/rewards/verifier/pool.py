@@ -26,14 +26,14 @@ _CANNOT_START = "A math-verify worker cannot start: {}. Is `math-verify` install
 
 
 class Verdict(StrEnum):
-    """What became of one comparison.
+    """The result of one comparison.
 
     Attributes:
         EQUAL: the answers are equivalent.
         DIFFERENT: they are not.
         FAILED: math-verify raised, ran out of memory or was killed twice, or a text has more than 10,000 characters.
         TIMEOUT: the comparison used up its deadline.
-        UNDECIDED: the time for the whole batch was over before.
+        UNDECIDED: the time for the whole batch ended before it.
     """
 
     EQUAL = "equal"
@@ -46,18 +46,18 @@ class Verdict(StrEnum):
 class MathVerifier:
     r"""Decide with math-verify whether answers are equivalent, in worker processes that can be killed.
 
-    math-verify can hang without end on model output (``(10^9)!``), and its own timeout needs the main thread. Here a
-    comparison is killed when it has used its deadline up in CPU time, so that a busy machine does not make a right
-    answer wrong, and no other row is affected. A comparison that something else killed is repeated once. A call ends
-    within ``ceil(rows / workers) * deadline + 5`` seconds of wall time once its workers run.
+    math-verify can hang forever on model output (``(10^9)!``), and its own timeout needs the main thread. Here a
+    comparison is killed when its CPU time reaches the deadline. No other row is affected, and a busy machine does not
+    make a right answer wrong. A comparison that something else killed is repeated once. A call ends within
+    ``ceil(rows / workers) * deadline + 5`` seconds of wall time once its workers run.
 
-    Workers start when first needed; they are stopped by :meth:`close`, by the end of a ``with`` block, with the object,
-    and at the end of the program. Copies and forked children start workers of their own. A worker cannot write files
-    or dump core, where the platform supports it.
+    Workers start when first needed. They stop at :meth:`close`, at the end of a ``with`` block, with the object, and at
+    the end of the program. Copies and forked children start their own workers. Where the platform supports it, a worker
+    cannot write files or dump core.
 
     Args:
-        workers: number of processes that compare at the same time; more than there are free cores makes rows wait for
-            one, and end undecided.
+        workers: number of processes that compare at the same time. With more workers than free cores, rows wait for a
+            core and may end undecided.
         deadline: CPU seconds one comparison may take.
         memory_limit_mb: bound on the address space of a worker, where the platform supports it.
 
@@ -106,7 +106,7 @@ class MathVerifier:
             with suppress(TimeoutError):
                 self._judge(pairs, waiting, verdicts, until)
         except BaseException:
-            # A worker that is left busy would answer this request when asked the next.
+            # A worker that is still busy would answer this request when asked the next.
             self.close()
             raise
         for worker in [worker for worker in self._pool if worker.row is not None or not worker.ready]:
@@ -114,7 +114,7 @@ class MathVerifier:
         return verdicts
 
     def _start_for(self, waiting: deque[int]) -> None:
-        """Have a worker ready for every row, as far as there may be; those that died while idle are replaced."""
+        """Start a worker for every row, up to the limit, and replace those that died while idle."""
         for worker in [worker for worker in self._pool if worker.has_output()]:
             self._discard(worker)
         try:
@@ -131,7 +131,7 @@ class MathVerifier:
     def _judge(
         self, pairs: Sequence[tuple[str, str]], waiting: deque[int], verdicts: list[Verdict], until: float
     ) -> None:
-        """Fill in verdicts until no row waits. TimeoutError at the end of the time."""
+        """Fill in verdicts until no row waits. TimeoutError when the time is over."""
         died: set[int] = set()
         while True:
             for worker in self._pool:
@@ -207,10 +207,10 @@ class _Worker:
                 _wait([self], until, selectors.EVENT_WRITE)
                 request = request[self.input.write(request) or 0 :]
         except BrokenPipeError:
-            pass  # it died; reading says so
+            pass  # it died, as reading will show
 
     def receive(self, until: float) -> dict[str, Any] | None:
-        """The next message, None where there will be none. TimeoutError at the end of the time."""
+        """The next message; None if the worker has ended. TimeoutError when the time is over."""
         while b"\n" not in self._received:
             _wait([self], until)
             chunk = os.read(self.output.fileno(), 65536)
@@ -222,13 +222,13 @@ class _Worker:
         return message
 
     def has_output(self) -> bool:
-        """Whether there is something to read; of an idle worker that is the end of its output."""
+        """Whether there is something to read. For an idle worker, that means that it has ended."""
         with suppress(TimeoutError):
             return bool(_wait([self], 0.0))
         return False
 
     def wait_until_ready(self, until: float) -> None:
-        """Take the first message. RuntimeError where there is none, or an error; TimeoutError if it takes too long."""
+        """Wait for the first message. RuntimeError if there is none or it is an error, TimeoutError if it is late."""
         if self.ready:
             return
         message = self.receive(until)
@@ -237,11 +237,11 @@ class _Worker:
         self.ready = True
 
     def stop(self) -> None:
-        """Kill the process with its child and reap it; those that belong to a parent are only let go of."""
+        """Kill the process with its child and reap it. Of a parent's process, only close the pipes."""
         if self.owner != os.getpid():
             self.process.returncode = 0  # not ours to wait for
         elif self.process.returncode is None:
-            # Not reaped yet, so that the number of the process group is still its own.
+            # Not reaped yet, so the id of the process group still belongs to it.
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
@@ -250,7 +250,7 @@ class _Worker:
 
 
 def _wait(workers: Iterable[_Worker], until: float, event: int = selectors.EVENT_READ) -> list[_Worker]:
-    """The workers that can be read from or written to. TimeoutError where none can in time."""
+    """The workers that can be read from or written to. TimeoutError if none can in time."""
     with selectors.DefaultSelector() as selector:
         for worker in workers:
             selector.register(worker.output if event == selectors.EVENT_READ else worker.input, event, worker)

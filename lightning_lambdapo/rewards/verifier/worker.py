@@ -1,13 +1,13 @@
-"""The program of one math-verify worker; :mod:`lightning_lambdapo.rewards.verifier` runs it as a script.
+"""The program of one math-verify worker. :mod:`lightning_lambdapo.rewards.verifier.pool` runs it as a script.
 
-It imports math-verify once, says ``{"ready": true}``, and answers every request ``{"gold": ..., "answer": ...}``, a
-JSON line each, with one ``{"verdict": ...}``: ``equal``, ``different``, ``failed``, ``timeout`` or ``died``. The
-comparing is done by a forked child, which costs a millisecond to replace. A timer of the child's own CPU time kills it
-at the deadline, even inside C code. The first process stays out of harm's way: it hands requests over, says what became
-of them, and ends with its input.
+It imports math-verify once and writes ``{"ready": true}``. Then it answers every request, a JSON line ``{"gold": ...,
+"answer": ...}``, with a line ``{"verdict": ...}``: ``equal``, ``different``, ``failed``, ``timeout`` or ``died``. A
+forked child compares, because replacing it costs only a millisecond. A timer of the child's own CPU time kills it at
+the deadline, even inside C code. The first process only passes requests on, reports their results, and ends when its
+input ends.
 
-Only LaTeX is parsed: math-verify's route for plain expressions goes through ``eval``. Its own timeouts (SIGALRM) are
-off. Nothing of this package is imported, so that a worker starts fast and holds no copy of torch.
+Only LaTeX is parsed, because math-verify's route for plain expressions goes through ``eval``. Its own timeouts
+(SIGALRM) are off. Nothing of this package is imported, so that a worker starts fast and does not load torch.
 """
 
 import gc
@@ -39,7 +39,7 @@ def load_verifier() -> Comparison:
     def read(text: str) -> Any:
         latex = " ".join(text.replace("$", " ").replace("**", "^").split())
         parsed = parse(f"${latex}$", extraction, fallback_mode="no_fallback", parsing_timeout=None, raise_on_error=True)
-        if not parsed and latex.count(r"\pm") == 1 and "," not in latex:  # a sign inside of a fraction, say
+        if not parsed and latex.count(r"\pm") == 1 and "," not in latex:  # such as a sign inside a fraction
             return read(latex.replace(r"\pm", "+") + "," + latex.replace(r"\pm", "-"))
         return parsed
 
@@ -62,12 +62,12 @@ def load_verifier() -> Comparison:
             return complex_sides != list(sides) and same(*complex_sides)
         return False
 
-    equal(r"\frac{\sqrt{8}}{2}", r"\sqrt{2}")  # what is loaded lazily, children find loaded
+    equal(r"\frac{\sqrt{8}}{2}", r"\sqrt{2}")  # load now what is loaded lazily, for all children
     return equal
 
 
 def limit(name: str, value: int) -> None:
-    """Bound a resource for good, where the platform can."""
+    """Limit a resource permanently, where the platform can."""
     with suppress(ImportError, AttributeError, OSError, ValueError):
         import resource
 
@@ -75,7 +75,7 @@ def limit(name: str, value: int) -> None:
 
 
 def read_line(source: int) -> bytes:
-    """The next line, unbuffered; empty at the end of input. The other side waits for an answer before the next one."""
+    """The next line, unbuffered; empty at the end of input. The other side sends one line at a time, and waits."""
     line = b""
     while not line.endswith(b"\n"):
         try:
@@ -94,7 +94,7 @@ def write_verdict(sink: int, verdict: str) -> None:
 
 
 def compare(equal: Comparison, gold: str, answer: str, deadline: float) -> str:
-    """The verdict on one request; the process dies of SIGPROF at the deadline."""
+    """The verdict on one request. SIGPROF kills the process at the deadline."""
     if _CAN_FORK:
         signal.setitimer(signal.ITIMER_PROF, deadline)
     try:
@@ -116,7 +116,7 @@ def serve(equal: Comparison, source: int, sink: int, deadline: float) -> None:
 
 
 class Child:
-    """A forked process that serves, and the channel to it."""
+    """A forked process that answers requests, and the channel to it."""
 
     def __init__(self, equal: Comparison, deadline: float, not_its_business: tuple[int, ...]) -> None:
         self.channel, other_end = socket.socketpair()
@@ -141,7 +141,7 @@ class Child:
         return self.status is not None
 
     def reap(self) -> str:
-        """What its death means for the request it was working on."""
+        """Reap it, and return the verdict on the request that it was working on."""
         self.channel.close()
         if self.status is None:
             self.status = os.waitpid(self.pid, 0)[1]
@@ -150,14 +150,14 @@ class Child:
 
 
 def supervise(equal: Comparison, requests: int, replies: int, deadline: float) -> None:
-    """Hand requests to a child, and replace it when it dies. Every request gets exactly one reply."""
+    """Pass requests to a child, and replace it when it dies. Every request gets exactly one reply."""
     child: Child | None = None
     while request := read_line(requests):
         if child is not None and child.ended():
             child.reap()  # died while idle: no request is to blame
             child = None
         child = child or Child(equal, deadline, (requests, replies))
-        with suppress(OSError):  # it has just died; reading says so
+        with suppress(OSError):  # it has just died, as reading will show
             child.channel.sendall(request)
         with selectors.DefaultSelector() as selector:
             selector.register(child.channel, selectors.EVENT_READ)
@@ -176,7 +176,7 @@ def supervise(equal: Comparison, requests: int, replies: int, deadline: float) -
 
 def main(deadline: float, memory_limit_mb: int, load: Callable[[], Comparison] = load_verifier) -> None:
     """Serve until standard input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     requests, replies, nothing = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
     os.dup2(nothing, 1)  # a library that prints cannot break the protocol
