@@ -1,7 +1,7 @@
 """LambdaPO for PyTorch Lightning: pairwise, confidence-weighted advantages and a semantic-density reward.
 
-Public names are imported when they are first used, so that ``import lightning_lambdapo.functional`` loads neither
-lightning nor transformers.
+Public names are imported on first use, so that ``import lightning_lambdapo.functional`` loads neither lightning nor
+transformers.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Said at every import on a CPU, of an optional kernel that nothing here needs.
+# bitsandbytes prints this at every import on a CPU. It is about an optional kernel that is not needed here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in str(record.msg))
 
 _HOMES = {
@@ -95,7 +95,7 @@ def __dir__() -> list[str]:
 
 
 class _Moved(MetaPathFinder, Loader):
-    """Lets class paths and imports of release 0.1 find the modules that have moved since."""
+    """Lets class paths and imports of release 0.1 find modules that have moved."""
 
     homes = {  # noqa: RUF012 -- never changed
         f"{__name__}.cli": f"{__name__}.commands.main",

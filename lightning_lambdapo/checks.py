@@ -1,4 +1,4 @@
-"""Everything that can be found wrong before a rollout is paid for."""
+"""Every check that is made before a rollout is computed."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from lightning_lambdapo.rewards import Reward
 
 
 def check_schedule(updates_per_rollout: int, epochs_per_rollout: int, max_tokens_per_micro_batch: int) -> None:
-    """Refuse numbers of updates that cannot be."""
+    """Refuse impossible numbers of updates."""
     if updates_per_rollout < 1 or epochs_per_rollout < 1 or updates_per_rollout % epochs_per_rollout:
         raise ValueError(
             f"`updates_per_rollout` ({updates_per_rollout}) must be a positive multiple of `epochs_per_rollout` "
@@ -28,71 +28,71 @@ def check_schedule(updates_per_rollout: int, epochs_per_rollout: int, max_tokens
 
 
 def warn_of_settings(algorithm: AlgorithmConfig, sampling: SamplingConfig, updates_per_rollout: int) -> None:
-    """Say what is allowed but does not do what its name promises."""
+    """Warn of settings that are allowed but do less than their name says."""
     if sampling.filters:
         warnings.warn(
-            f"Rollouts are drawn with {', '.join(sampling.filters)}, but log-probabilities, and with them ratio, KL "
-            "and scores, are those of the unfiltered policy.",
+            f"Rollouts are drawn with {', '.join(sampling.filters)}, but log-probabilities are those of the unfiltered "
+            "policy. Ratio, KL and confidence are computed from them.",
             stacklevel=3,
         )
     if algorithm.kl_coef > 0 and algorithm.kl_estimator == "k1" and updates_per_rollout == 1:
         warnings.warn(
-            'kl_estimator="k1" has zero expected gradient on-policy: it restrains nothing. Use "k2" or "k3".',
+            'kl_estimator="k1" has zero expected gradient on-policy, so it has no effect. Use "k2" or "k3".',
             stacklevel=3,
         )
 
 
 def check_trainer(trainer: Trainer, *, adapted: bool, quantized: bool) -> None:
-    """Refuse ``Trainer`` settings that cannot work with manual optimisation or would quietly do harm."""
+    """Refuse ``Trainer`` settings that cannot work with manual optimisation or that silently do harm."""
     if trainer.gradient_clip_val is not None:
         raise ValueError(
-            f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) has no effect under manual optimisation; set "
-            "`max_grad_norm` of LambdaPOModule, and gradient_clip_val to null."
+            f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) has no effect under manual optimisation, so "
+            "set `max_grad_norm` of LambdaPOModule, and gradient_clip_val to null."
         )
     if trainer.accumulate_grad_batches != 1:
         raise ValueError(
             f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) has no effect under manual "
-            "optimisation; LambdaPOModule splits rollouts into micro-batches by `max_tokens_per_micro_batch`, and a "
-            "larger `batch_size` gives larger updates."
+            "optimisation. LambdaPOModule splits rollouts into micro-batches by `max_tokens_per_micro_batch`. For "
+            "larger updates raise `batch_size`."
         )
     if quantized and flattens(trainer.strategy):
         raise ValueError(
-            f"{type(trainer.strategy).__name__} flattens parameters, which quantised weights do not allow; use "
+            f"{type(trainer.strategy).__name__} flattens parameters, which quantised weights do not allow. Use "
             "ModelParallelStrategy, or set `policy.quantization` to null."
         )
     if trainer.precision in ("bf16-true", "16-true") and adapted:
         raise ValueError(
-            f"Trainer(precision={trainer.precision!r}) would hold the adapter in 16 bits, where a step of a usual "
-            'learning rate is rounded away; use precision="bf16-mixed" with `policy.dtype: bfloat16`.'
+            f"Trainer(precision={trainer.precision!r}) would store the adapter in 16 bits, where rounding loses a "
+            'step of a usual learning rate, so use precision="bf16-mixed" with `policy.dtype: bfloat16`.'
         )
 
 
 def check_encoders(trainer: Trainer, rewards: Sequence[Reward]) -> None:
-    """Refuse to read texts with sharded weights: each pass is a collective, and ranks need not judge equally often."""
+    """Refuse embeddings from sharded weights: each pass is a collective, and ranks may judge unequally often."""
     wanting = [reward.name for reward in rewards if reward.needs_encoder]
     if wanting and is_sharded(trainer.strategy):
         raise ValueError(
-            f"The reward {wanting[0]!r} wants embeddings of the frozen policy, which {type(trainer.strategy).__name__} "
-            "shards over the ranks; set the reward's `encoder` to a model that each rank holds whole (the policy's own "
+            f"The reward {wanting[0]!r} needs embeddings of the frozen policy, which {type(trainer.strategy).__name__} "
+            "shards over the ranks. Set the reward's `encoder` to a model that each rank loads whole (the policy's own "
             "hub id, or a small sentence encoder), or use DDP."
         )
 
 
 def check_trainable(policy: nn.Module) -> None:
-    """Refuse a policy of which an optimizer would change nothing."""
+    """Refuse a policy without trainable parameters."""
     if not any(parameter.requires_grad for parameter in policy.parameters()):
         raise ValueError(
-            "The policy has no trainable parameter, so training would change nothing; set `lora`, or leave "
+            "The policy has no trainable parameter, so training would change nothing. Set `lora`, or keep "
             "`requires_grad` on in `build_policy`."
         )
 
 
 def check_scheduler(scheduler: object) -> None:
-    """Refuse a schedule that cannot be stepped without a monitored value."""
+    """Refuse a schedule that needs a monitored value."""
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ValueError(
-            "`lr_scheduler` is ReduceLROnPlateau, which needs a monitored value at every update; use a schedule that "
-            "is a function of the update count."
+            "`lr_scheduler` is ReduceLROnPlateau, which needs a monitored value at every update. Use a schedule that "
+            "depends on the update count alone."
         )
 
 
@@ -101,27 +101,27 @@ def check_mini_batches(mini_batches: int, prompts: int) -> None:
     if mini_batches > prompts:
         raise ValueError(
             f"`updates_per_rollout` / `epochs_per_rollout` asks for {mini_batches} mini-batches of a global batch of "
-            f"{prompts} prompts; raise `batch_size`, lower the one, or raise the other."
+            f"{prompts} prompts. Raise `batch_size` or `epochs_per_rollout`, or lower `updates_per_rollout`."
         )
 
 
 def check_context(model: PreTrainedModel, prompt_length: int, max_new_tokens: int, *, quiet: bool = False) -> None:
-    """Refuse prompts that with their completions would run past the positions that the model has.
+    """Refuse prompts that do not fit the model's positions together with their completions.
 
-    Rotary positions go on beyond those that the model was trained with; for them this only says so.
+    Rotary positions continue beyond those that the model was trained with, so for them this only prints a message.
 
     Args:
-        model: its configuration names the number of positions; one that names none has no such limit.
+        model: its configuration names the number of positions. Without that number there is no limit.
         prompt_length: tokens of the longest prompt.
         max_new_tokens: tokens that may follow it.
-        quiet: say nothing where rotary positions go on.
+        quiet: print no message about rotary positions.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is None or prompt_length + max_new_tokens <= positions:
         return
     message = (
         f"A prompt of {prompt_length} tokens and max_new_tokens = {max_new_tokens} more do not fit the {positions} "
-        f"positions of {type(model).__name__}; lower `max_prompt_length` (longer prompts are dropped) or "
+        f"positions of {type(model).__name__}. Lower `max_prompt_length` (longer prompts are dropped) or "
         "`max_new_tokens`."
     )
     if not any("Rotary" in type(module).__name__ for module in model.modules()):
@@ -133,7 +133,7 @@ def check_context(model: PreTrainedModel, prompt_length: int, max_new_tokens: in
 def check_data(
     trainer: Trainer, rewards: Sequence[Reward], model: PreTrainedModel, longest_completion: Callable[[str], int]
 ) -> None:
-    """Refuse data, as far as they are known beforehand, that do not fit the rewards or the model's positions."""
+    """Refuse data that does not fit the rewards or the model's positions, if it is known beforehand."""
     data = getattr(trainer, "datamodule", None)
     if rows := getattr(data, "train_rows", None):
         check_fields(rewards, rows)
@@ -142,17 +142,17 @@ def check_data(
 
 
 def check_reserve(reserve: int, prompts: int) -> int:
-    """How many prompts of a batch are trained on; refuses to hold all of them back."""
+    """Number of prompts of a batch to train on. Refuse a reserve of all prompts."""
     if reserve >= prompts:
         raise ValueError(
-            f"`rollout.reserve_prompts` is {reserve}, and a batch has {prompts} prompts: none would be left to train "
-            "on. Raise `batch_size`, which counts the reserve too, or lower `reserve_prompts`."
+            f"`rollout.reserve_prompts` is {reserve}, and a batch has {prompts} prompts, so none is left to train on. "
+            "Raise `batch_size`, which includes the reserve, or lower `reserve_prompts`."
         )
     return prompts - reserve
 
 
 def check_fields(rewards: Sequence[Reward], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse a training set in which no row has what a reward needs.
+    """Refuse a training set in which no row has a field that a reward needs.
 
     Raises:
         ValueError: naming the reward and the missing field.
@@ -161,6 +161,6 @@ def check_fields(rewards: Sequence[Reward], rows: Sequence[Mapping[str, Any]]) -
         for field in reward.requires:
             if not any(row.get(field.removesuffix("s")) is not None for row in rows):
                 raise ValueError(
-                    f"The reward {reward.name!r} needs {field}, and none of the {len(rows)} training rows has one; map "
-                    f"the column that holds them (`columns: {{{field.removesuffix('s')}: ...}}`), or drop the reward."
+                    f"The reward {reward.name!r} needs {field}, and none of the {len(rows)} training rows has one. Map "
+                    f"the column that has them (`columns: {{{field.removesuffix('s')}: ...}}`), or drop the reward."
                 )

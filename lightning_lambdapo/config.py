@@ -1,4 +1,4 @@
-"""Every settings dataclass that a user writes in YAML, checked when it is made."""
+"""Every settings dataclass that a user writes in YAML. Values are checked when one is created."""
 
 import dataclasses
 import math
@@ -22,20 +22,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """Where the policy comes from and how it is held in memory.
+    """Where the policy comes from and how it is stored in memory.
 
     Attributes:
         model: a hub id, a local directory, the path of a ``.gguf`` file, or ``builtin:arithmetic`` (the tiny policy
             of the quickstart).
         revision: branch, tag or commit of the hub repository.
-        tokenizer: hub id or directory of the tokenizer, where it is not the model's own.
-        adapter: hub id or directory of a PEFT adapter to continue training from; the reference is then that adapter.
-        dtype: type of the base weights; adapters are float32 whatever the base is.
-        quantization: hold the frozen base in 4 bits (``"nf4"``, ``"fp4"``) or 8 bits (``"int8"``) by bitsandbytes.
+        tokenizer: hub id or directory of the tokenizer, if it is not the model's own.
+        adapter: hub id or directory of a PEFT adapter to continue training from. The reference is then that adapter.
+        dtype: type of the base weights. Adapters are always float32.
+        quantization: store the frozen base in 4 bits (``"nf4"``, ``"fp4"``) or 8 bits (``"int8"``) with bitsandbytes.
         double_quantization: quantise the 4-bit scales too.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
-        attn_implementation: transformers' name of the attention implementation; None lets transformers choose. It
-            serves where prompts are not shared: the ``hf`` engine, padded rows.
+        attn_implementation: transformers' name of the attention implementation. None lets transformers choose. It is
+            used only where prompts are not shared: in the ``hf`` engine and for padded rows.
     """
 
     model: str
@@ -50,24 +50,24 @@ class PolicyConfig:
 
     def __post_init__(self) -> None:
         if not self.model:
-            raise ValueError("`policy.model` is empty; give a hub id, a directory or the path of a .gguf file.")
+            raise ValueError("`policy.model` is empty. Give a hub id, a directory or the path of a .gguf file.")
         if self.model.endswith(".gguf") and not Path(self.model).expanduser().is_file():
             raise ValueError(f"`policy.model` names a GGUF file that does not exist: {self.model}.")
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """``dtype`` as torch has it."""
+        """``dtype`` as a torch dtype."""
         return cast(torch.dtype, getattr(torch, self.dtype))
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """A LoRA adapter. Everything that peft's ``LoraConfig`` takes beyond the four usual settings goes to ``options``.
+    """A LoRA adapter. Other arguments of peft's ``LoraConfig`` go to ``options``.
 
     Attributes:
         r: rank.
         alpha: the update is scaled by ``alpha / r``.
-        dropout: dropout on the adapter's input while learning (never during rollouts).
+        dropout: dropout on the adapter's input while learning, never during rollouts.
         target_modules: ``"all-linear"``, a regular expression, or module name endings.
         options: further arguments of ``peft.LoraConfig``, such as ``use_dora``, ``use_rslora``, ``rank_pattern``.
     """
@@ -99,11 +99,11 @@ class SamplingConfig:
     The filters are applied in the order repetition penalty, temperature, top-k, top-p, min-p.
 
     Attributes:
-        temperature: divisor of the logits; 0 decodes greedily.
-        top_p: keep the smallest set of tokens whose probability reaches this; 1 keeps all.
-        top_k: keep this many most likely tokens; 0 keeps all.
-        min_p: drop tokens below this share of the most likely token's probability; 0 keeps all.
-        repetition_penalty: divide positive (multiply negative) logits of the tokens seen so far; 1 does nothing.
+        temperature: divisor of the logits. 0 decodes greedily.
+        top_p: keep the smallest set of tokens whose probability reaches this. 1 keeps all.
+        top_k: keep this many most likely tokens. 0 keeps all.
+        min_p: drop tokens below this share of the most likely token's probability. 0 keeps all.
+        repetition_penalty: divide positive (multiply negative) logits of the tokens seen so far. 1 does nothing.
     """
 
     temperature: float = 1.0
@@ -126,7 +126,7 @@ class SamplingConfig:
 
     @property
     def greedy(self) -> bool:
-        """True where the most likely token is always taken."""
+        """True if the most likely token is always chosen."""
         return self.temperature == 0
 
     @property
@@ -136,7 +136,7 @@ class SamplingConfig:
 
     @property
     def filters(self) -> list[str]:
-        """Names of the settings that make the drawing distribution differ from the one log-probs are taken of."""
+        """Names of the settings that make tokens come from another distribution than the log-probabilities."""
         neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
         return [name for name, value in neutral.items() if getattr(self, name) != value]
 
@@ -146,16 +146,16 @@ class RolloutConfig:
     """How completions are generated for training.
 
     Attributes:
-        engine: ``"grouped"`` (prompts stored once, finished rows dropped) or ``"hf"`` (transformers' ``generate``, also
-            what ``"grouped"`` falls back to for architectures it cannot decode).
+        engine: ``"grouped"`` (prompts stored once, finished rows dropped) or ``"hf"`` (transformers' ``generate``).
+            ``"grouped"`` falls back to ``"hf"`` for architectures that it cannot decode.
         group_size: rollouts per prompt, G. At least 2.
         max_new_tokens: longest completion, in tokens.
         sampling: how tokens are drawn.
-        reserve_prompts: of each training batch hold back this many prompts, which then take the places of groups whose
-            rewards are all equal (dynamic sampling). A step trains on the others' number; what is left of the reserve
-            waits for the next epoch. 0 switches it off. With several ranks each has a reserve of its own.
-        max_live_tokens: tokens for which the grouped engine holds keys and values at once, each row counting with its
-            longest possible completion; further prompts come in as rows end. None decodes all prompts together.
+        reserve_prompts: keep this many prompts of each training batch in reserve. They replace groups whose rewards are
+            all equal (dynamic sampling). A step trains on as many prompts as are not in reserve. Unused reserve
+            prompts wait for the next epoch. 0 switches it off. Each rank has its own reserve.
+        max_live_tokens: tokens whose keys and values the grouped engine may store at once. Each row counts with its
+            longest possible completion. Further prompts start as rows end. None decodes all prompts together.
     """
 
     engine: Literal["grouped", "hf"] = "grouped"
@@ -179,19 +179,19 @@ class RolloutConfig:
         if self.sampling.greedy:
             raise ValueError(
                 "`rollout.sampling.temperature` is 0: greedy decoding makes all rollouts of a group the same, so there "
-                "is nothing to compare; set it above 0."
+                "is nothing to compare. Set it above 0."
             )
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How validation, test and prediction decode; training's sampling settings have no say in it.
+    """How validation, test and prediction decode. The sampling settings of training do not apply here.
 
     Attributes:
         num_samples: completions per prompt.
-        k: pass@k and maj@k are logged for each of these; at most ``num_samples``.
-        max_new_tokens: longest completion; None takes that of training.
-        sampling: how tokens are drawn; greedy unless told otherwise.
+        k: pass@k and maj@k are logged for each of these, at most ``num_samples``.
+        max_new_tokens: longest completion. None uses that of training.
+        sampling: how tokens are drawn. The default is greedy.
     """
 
     num_samples: int = 1
@@ -204,41 +204,44 @@ class EvaluationConfig:
             raise ValueError(f"`validation.num_samples` must be at least 1, got {self.num_samples}.")
         if not self.k or not all(1 <= k <= self.num_samples for k in self.k):
             raise ValueError(
-                f"`validation.k` must list numbers from 1 to num_samples = {self.num_samples}, got {list(self.k)}; "
-                "pass@k needs k samples."
+                f"`validation.k` must list numbers from 1 to num_samples = {self.num_samples}, got {list(self.k)}, "
+                "because pass@k needs k samples."
             )
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"`validation.max_new_tokens` must be at least 1, got {self.max_new_tokens}.")
         if self.num_samples > 1 and self.sampling.greedy:
             raise ValueError(
                 f"`validation.num_samples` is {self.num_samples} and `validation.sampling.temperature` is 0: greedy "
-                "decoding gives the same completion every time; set a temperature above 0, or num_samples to 1."
+                "decoding gives the same completion every time. Set a temperature above 0, or num_samples to 1."
             )
 
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """From rewards to loss. The papers publish no values, so every default here is this package's own choice.
+    """How rewards become advantages and the loss. The papers publish no values: every default is this package's own.
 
     Attributes:
         estimator: ``"lambda"`` (pairwise, the settings up to ``scale``) or a baseline: ``"grpo"``, ``"dr_grpo"``,
             ``"rloo"``.
         weighting: weight of a pair, see :func:`~lightning_lambdapo.functional.pairwise_weights`.
-        score: a row's score is the ``"mean"`` or the ``"sum"`` of its log-probabilities at sampling.
-        temperature: divisor of score differences, or ``"group_std"``: the standard deviation of the group's scores.
+        score: a row's confidence is the ``"mean"`` or the ``"sum"`` of its log-probabilities at sampling.
+        temperature: divisor of confidence differences. ``"group_std"`` uses the standard deviation of the group's
+            confidences.
         reduction: how a row's pairs become one number.
         center: subtract the group's mean advantage.
         scale: divide by the standard deviation of the rewards of the ``"group"`` or of the global ``"batch"``.
         clip_low: the ratio is clipped below at ``1 - clip_low``.
-        clip_high: and above at ``1 + clip_high``. With one update per rollout the ratio is 1 and clipping is inert.
+        clip_high: the ratio is clipped above at ``1 + clip_high``. With one update per rollout the ratio is 1, so
+            clipping does nothing.
         importance_level: ratio per ``"token"``, or per ``"sequence"`` (GSPO).
-        kl_coef: coefficient of the KL penalty; 0 runs no reference in learning, and builds one for a reward alone.
+        kl_coef: coefficient of the KL penalty. With 0 learning does not run the reference. It is then built only if a
+            reward needs it.
         kl_estimator: ``"k1"``, ``"k2"`` or ``"k3"``.
-        log_kl: run the reference for the log's sake though ``kl_coef`` is 0. Then all rows are scored, also those of
-            zero advantage.
+        log_kl: run the reference even if ``kl_coef`` is 0, to log the KL. Log-probabilities are then computed for all
+            rows, also those of zero advantage.
         aggregation: mean over ``"token"``, mean of row means (``"sequence"``), or sum over rows times
             ``max_new_tokens`` (``"constant"``).
-        mask_truncated: leave rows that hit ``max_new_tokens`` out of everything.
+        mask_truncated: ignore rows that reach ``max_new_tokens``.
     """
 
     estimator: Estimator = "lambda"
@@ -272,26 +275,26 @@ class AlgorithmConfig:
 
     @property
     def needs_reference(self) -> bool:
-        """True where reference log-probabilities are computed at all."""
+        """True if learning computes reference log-probabilities."""
         return self.kl_coef > 0 or self.log_kl
 
 
 @dataclass(frozen=True)
 class PerformanceConfig:
-    """Ways of doing less work. They change speed and memory, and results by rounding alone.
+    """Ways of doing less work. They change speed and memory, and results only by rounding.
 
-    The defaults are the fast ways. Switch one off to measure what it is worth, or to rule it out as a cause.
+    The defaults are the fast ways. Switch one off to measure its effect, or to rule it out as a cause.
 
     Attributes:
         share_prompts_in_rollouts: the grouped engine computes and stores a prompt once for all rows of its group.
         compaction: the grouped engine drops a row as soon as it has ended.
-        merge_adapter: decode with a merged copy of the LoRA-adapted weights; None does so on the CPU.
-        share_prompts_in_learning: score all rows of a group in a micro-batch with one copy of their prompt.
-        recompute_logits: compute each chunk of logits once more in the backward pass. False uses each chunk for the
-            gradient while it exists, which needs an output head that is not trained.
+        merge_adapter: decode with a merged copy of the LoRA-adapted weights. None does so on the CPU.
+        share_prompts_in_learning: use one copy of the prompt for all rows of a group in a micro-batch.
+        recompute_logits: compute each chunk of logits again in the backward pass. False computes the gradient from each
+            chunk while it is in memory, which needs an output head that is not trained.
         fused_lora: compute base and LoRA adapter of a linear layer as one operation.
-        onednn: compute float32 linear layers on the CPU by oneDNN instead of torch's usual library (MKL). None does so
-            on processors with AVX-512, which MKL leaves unused on AMD's.
+        onednn: compute float32 linear layers on the CPU with oneDNN instead of torch's usual library (MKL). None does
+            so on processors with AVX-512, because MKL does not use AVX-512 on AMD processors.
     """
 
     share_prompts_in_rollouts: bool = True
@@ -304,7 +307,7 @@ class PerformanceConfig:
 
 
 def from_mapping(cls: type[T], value: T | Mapping[str, Any]) -> T:
-    """A config dataclass from the mapping that a checkpoint holds in its place; an instance is returned as it is."""
+    """A config dataclass from the mapping that a checkpoint contains. An instance is returned unchanged."""
     if not isinstance(value, Mapping):
         return value
     types: dict[str, Any] = {entry.name: entry.type for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -316,7 +319,7 @@ def from_mapping(cls: type[T], value: T | Mapping[str, Any]) -> T:
     )
 
 
-#: Where release 0.1 had the settings that are now in ``performance``, by their path among the module's arguments.
+#: The settings of ``performance`` by their path among the module's arguments in release 0.1.
 MOVED_SETTINGS = {
     "share_prompts": "share_prompts_in_learning",
     "recompute_logits": "recompute_logits",
@@ -329,14 +332,14 @@ MOVED_SETTINGS = {
 
 
 def upgraded(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of the module as this release has them, from those of a configuration or checkpoint of release 0.1.
+    """Convert settings of the module from release 0.1, in a configuration or checkpoint, to this release.
 
     Args:
-        settings: arguments of the module, as plain data; they are not changed.
+        settings: arguments of the module, as plain data. They are not changed.
 
     Example:
         >>> upgraded({"rollout": {"group_size": 8, "compaction": False}, "share_prompts": True})
-        {'rollout': {'group_size': 8}, 'performance': {'compaction': False, 'share_prompts_in_learning': True}}
+        {'rollout': {'group_size': 8}, 'performance': {'share_prompts_in_learning': True, 'compaction': False}}
     """
     found = {name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
     moved = {}

@@ -1,6 +1,6 @@
 """The values that travel through one training step.
 
-Notation, used by every docstring of the package: ``B`` prompts on a rank, ``G`` rollouts per prompt (the group),
+Notation of all docstrings of the package: ``B`` prompts on a rank, ``G`` rollouts per prompt (the group),
 ``N = B * G`` rows in group-major order (row ``n`` belongs to prompt ``n // G``), ``P`` the prompt length (left-padded),
 ``T`` the completion length (right-padded).
 """
@@ -20,16 +20,16 @@ _ROLLOUT_TENSORS = ("completion_ids", "completion_mask", "sampling_logprobs", "e
 
 
 class PromptBatch(NamedTuple):
-    """One batch of prompts, as the DataLoader gives it (a tuple, so that Lightning can move it between devices).
+    """One batch of prompts from the DataLoader. It is a tuple, so that Lightning can move it between devices.
 
     Attributes:
         input_ids: ``(B, P)`` int64, left-padded prompt tokens.
         attention_mask: ``(B, P)`` bool, True on prompt tokens.
-        prompt_ids: ``(B,)`` int64, stable identity of each prompt; the sampling streams are keyed by it.
-        prompts: ``B`` prompt texts as the tokenizer saw them.
+        prompt_ids: ``(B,)`` int64, stable identity of each prompt, and key of its sampling streams.
+        prompts: ``B`` prompt texts, as given to the tokenizer.
         answers: ``B`` final answers, None where the data has none.
         references: ``B`` reference solutions, None where the data has none.
-        columns: ``B`` mappings of all the other columns of the data; rewards receive them.
+        columns: ``B`` mappings of all other columns of the data, for the rewards.
     """
 
     input_ids: Tensor
@@ -48,7 +48,7 @@ class PromptBatch(NamedTuple):
         )
 
     def join(self, other: "PromptBatch") -> "PromptBatch":
-        """These prompts and then the other's, which must be padded to the same width."""
+        """These prompts, followed by the other's, which must be padded to the same width."""
         pairs: Iterable[tuple[Any, Any]] = zip(self, other, strict=True)
         return PromptBatch._make(
             torch.cat([mine, theirs]) if isinstance(mine, Tensor) else mine + theirs for mine, theirs in pairs
@@ -63,8 +63,8 @@ class Rollout:
         completion_ids: ``(N, T)`` int64, right-padded.
         completion_mask: ``(N, T)`` bool, True from the first token through the first end-of-sequence token.
         sampling_logprobs: ``(N, T)`` float, log-probability of each sampled token, ``log_softmax(logits /
-            temperature)`` before top-k, top-p, min-p and repetition penalty; 0 where masked out.
-        entropy: ``(N, T)`` float, entropy in nats of that same distribution; 0 where masked out.
+            temperature)`` before top-k, top-p, min-p and repetition penalty. 0 where masked out.
+        entropy: ``(N, T)`` float, entropy in nats of the same distribution. 0 where masked out.
         truncated: ``(N,)`` bool, True where no end-of-sequence token came before ``max_new_tokens``.
         texts: ``N`` completions, decoded without special tokens.
     """
@@ -83,7 +83,7 @@ class Rollout:
 
     @property
     def finite(self) -> Tensor:
-        """True where a row's log-probabilities are all finite: it was drawn from a distribution. ``(N,)`` bool."""
+        """True for rows whose log-probabilities are all finite, so that sampling was valid. ``(N,)`` bool."""
         return self.sampling_logprobs.isfinite().all(-1)
 
     def select(self, rows: Sequence[int]) -> "Rollout":
@@ -93,7 +93,7 @@ class Rollout:
         return Rollout(**tensors, texts=[self.texts[row] for row in rows])
 
     def join(self, other: "Rollout") -> "Rollout":
-        """These rows and then the other's, padded to the longer of the two (with token 0; it does not count)."""
+        """These rows, followed by the other's. The shorter ones are padded with token 0, which is masked out."""
         width = max(self.completion_ids.shape[1], other.completion_ids.shape[1])
         tensors = {
             name: torch.cat([_widen(getattr(part, name), width) for part in (self, other)]) for name in _ROLLOUT_TENSORS
@@ -105,7 +105,7 @@ class Rollout:
 
         Args:
             batch: the prompts.
-            columns: with the reference and, in one mapping, all the other columns of the data.
+            columns: include the reference and, in one mapping, all other columns of the data.
         """
         samples = len(self.texts) // len(batch.prompts)
         owners = range(len(batch.prompts))
@@ -129,11 +129,11 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class RewardOutcome:
-    """What the rewards said of one rollout.
+    """The rewards of one rollout.
 
     Attributes:
-        total: ``(B, G)`` float32, the sum of weight times part over the applicable parts; 0 where invalid.
-        parts: each reward's own value before its weight, ``(B, G)`` float32 by name; NaN where it is not applicable.
+        total: ``(B, G)`` float32, the sum of weight times part over the applicable parts. 0 where invalid.
+        parts: each reward's own value before its weight, ``(B, G)`` float32 by name. NaN where it is not applicable.
         valid: ``(B, G)`` bool, False where the row has no usable total.
     """
 
@@ -148,11 +148,11 @@ class RewardOutcome:
         return RewardOutcome(self.total[index], parts, self.valid[index])
 
     def join(self, other: "RewardOutcome") -> "RewardOutcome":
-        """These groups and then the other's."""
+        """These groups, followed by the other's."""
         parts = {name: torch.cat([part, other.parts[name]]) for name, part in self.parts.items()}
         return RewardOutcome(torch.cat([self.total, other.total]), parts, torch.cat([self.valid, other.valid]))
 
 
 def _widen(values: Tensor, width: int) -> Tensor:
-    """Pad ``(N, T)`` with zeros to ``(N, width)``; ``(N,)`` stays."""
+    """Pad ``(N, T)`` with zeros to ``(N, width)``. ``(N,)`` stays as it is."""
     return values if values.ndim == 1 else torch.nn.functional.pad(values, (0, width - values.shape[1]))

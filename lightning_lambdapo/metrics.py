@@ -1,4 +1,4 @@
-"""torchmetrics of reasoning reinforcement learning, for any Lightning project."""
+"""torchmetrics for reinforcement learning on reasoning tasks, for any Lightning project."""
 
 from lightning_lambdapo.evaluation.metrics import GroupDiagnostics, MajorityAtK, PassAtK, SemanticDensity
 

@@ -1,4 +1,4 @@
-"""The LightningModule: one ``training_step`` from a batch of prompts all the way to the optimizer."""
+"""The LightningModule: one ``training_step`` goes from a batch of prompts to the optimizer."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -60,36 +60,37 @@ class LambdaPOModule(LightningModule):
 
     .. math:: A_i = \frac{1}{G - 1} \sum_{j \ne i} \sigma\!\left(\frac{s_i - s_j}{\tau}\right) (R_i - R_j)
 
-    (the default ``weighting="confidence"``, ``reduction="mean"``; ``s`` is a completion's mean log-probability under
-    the policy), then makes ``updates_per_rollout`` optimizer updates of the clipped surrogate loss. An independent
-    implementation of the published description of LambdaPO (arXiv 2605.19416); every default is this package's own.
+    (the default ``weighting="confidence"``, ``reduction="mean"``). The confidence ``s`` is a completion's mean
+    log-probability under the policy. The step then makes ``updates_per_rollout`` optimizer updates of the clipped
+    surrogate loss. This is an independent implementation of the published description of LambdaPO (arXiv 2605.19416).
+    Every default is this package's own.
 
-    Three methods are hooks for subclasses: :meth:`build_policy`, :meth:`build_tokenizer` and :meth:`build_engine`.
+    Hooks for subclasses are :meth:`build_policy`, :meth:`build_tokenizer` and :meth:`build_engine`.
 
     Args:
         policy: where the model comes from.
-        lora: a LoRA adapter over a frozen base; None trains all weights (or continues ``policy.adapter``).
+        lora: a LoRA adapter over a frozen base. None trains all weights (or continues ``policy.adapter``).
         rollout: how completions are generated for training.
         validation: how validation, test and prediction decode.
-        algorithm: from rewards to loss.
-        rewards: judges of the completions, objects or plain functions; None means :class:`AccuracyReward` alone.
+        algorithm: how rewards become advantages and the loss.
+        rewards: judges of the completions, objects or plain functions. None means :class:`AccuracyReward` alone.
         optimizer: factory, parameters -> optimizer. Under LightningCLI a ``class_path`` with ``init_args``.
-        lr_scheduler: factory, optimizer -> scheduler, stepped once per update; ``ReduceLROnPlateau`` is refused.
-        max_grad_norm: gradients are clipped to this global norm; None leaves them.
+        lr_scheduler: factory, optimizer -> scheduler, stepped once per update. ``ReduceLROnPlateau`` is refused.
+        max_grad_norm: gradients are clipped to this global norm. None does not clip.
         updates_per_rollout: optimizer updates per rollout, mini-batches times passes. 1 is on-policy: the ratio is
             exactly 1 and clipping does nothing.
-        epochs_per_rollout: passes over each rollout; divides ``updates_per_rollout``.
-        max_tokens_per_micro_batch: tokens, padding included, that go through the learning pass at once. It bounds
+        epochs_per_rollout: passes over each rollout. It must divide ``updates_per_rollout``.
+        max_tokens_per_micro_batch: tokens, padding included, that go through the learning pass at once. It limits
             memory and changes no gradient.
-        logprob_chunk_size: positions whose logits exist at once.
-        max_skipped_updates: updates in a row whose gradient may be non-finite (they are skipped) before an error.
-        performance: switches of ways to do less work, for benchmarks.
-        seed: of the sampling streams; None takes that of ``seed_everything``, else 0.
+        logprob_chunk_size: number of positions whose logits are in memory at once.
+        max_skipped_updates: updates in a row that may be skipped for a non-finite gradient. One more is an error.
+        performance: switches for ways of doing less work, for benchmarks.
+        seed: seed of the sampling streams. None uses that of ``seed_everything``, or else 0.
 
     Attributes:
         tokenizer: ready after construction, before any weights are loaded.
-        policy: the model, a ``PreTrainedModel`` or ``PeftModel``; exists once ``configure_model`` has run.
-        rollout_step: finished training steps.
+        policy: the model, a ``PreTrainedModel`` or ``PeftModel``. It exists once ``configure_model`` has run.
+        rollout_step: number of finished training steps.
     """
 
     policy: Policy
@@ -133,7 +134,7 @@ class LambdaPOModule(LightningModule):
         self.max_skipped_updates = max_skipped_updates
         self.seed = seed
         self.automatic_optimization = False
-        self.strict_loading = False  # frozen tensors are absent; `load_state_dict` sees that all the others are there
+        self.strict_loading = False  # frozen tensors are absent, and `load_state_dict` checks the others
         self.run_state = state.RunState()
         self.interrupts = Interrupts()
         self.tally = Tally()
@@ -146,11 +147,11 @@ class LambdaPOModule(LightningModule):
     # -- what a subclass may replace ------------------------------------------------------------------------------
 
     def build_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Hook: the tokenizer; called once, in the constructor."""
+        """Hook: build the tokenizer. Called once, in the constructor."""
         return load_tokenizer(self.policy_config)
 
     def build_policy(self) -> Policy:
-        """Hook: the policy, with ``requires_grad`` set on what is to be trained; called once, when a run starts."""
+        """Hook: build the policy, with ``requires_grad`` set on what is trained. Called once, when a run starts."""
         return load_policy(
             self.policy_config,
             self.lora,
@@ -160,7 +161,7 @@ class LambdaPOModule(LightningModule):
         )
 
     def build_engine(self, model: PreTrainedModel) -> RolloutEngine:
-        """Hook: what generates the rollouts; called once, when a run starts."""
+        """Hook: build the engine that generates the rollouts. Called once, when a run starts."""
         eos_ids = eos_token_ids(model, self.tokenizer)
         pad_id = self.tokenizer.pad_token_id
         arguments = self.tokenizer, eos_ids, eos_ids[0] if pad_id is None else pad_id
@@ -181,7 +182,7 @@ class LambdaPOModule(LightningModule):
         return self.report(batch, rollout, rewards, confidence, advantages)
 
     def sample_and_judge(self, batch: PromptBatch) -> tuple[PromptBatch, Rollout, RewardOutcome]:
-        """Sample and judge the groups of one training step; dynamic sampling may leave prompts out."""
+        """Sample and judge the groups of one training step. Dynamic sampling may omit prompts."""
         self.tally.clear()
         judge = partial(judge_rollout, self.rewards, mask_truncated=self.algorithm.mask_truncated, tally=self.tally)
         return self.sampler.training_groups(
@@ -194,7 +195,7 @@ class LambdaPOModule(LightningModule):
         return scores.view_as(rewards.total)
 
     def advantages(self, rewards: RewardOutcome, confidence: Tensor) -> Tensor:
-        """Advantage of each row, ``(N,)``, from rewards and confidence, ``(B, G)`` both."""
+        """Advantage of each row, ``(N,)``, from rewards and confidence, both ``(B, G)``."""
         settings = self.algorithm
         if settings.estimator != "lambda":
             return group_advantages(rewards.total, estimator=settings.estimator, valid=rewards.valid).flatten()
@@ -213,7 +214,7 @@ class LambdaPOModule(LightningModule):
     def report(
         self, batch: PromptBatch, rollout: Rollout, rewards: RewardOutcome, confidence: Tensor, advantages: Tensor
     ) -> dict[str, Any]:
-        """Log ``train/...``, and return what callbacks get of the step."""
+        """Log ``train/...``, and return what callbacks receive from the step."""
         self.training_log.update(batch, rollout, rewards, confidence, advantages, self.tally)
         self.training_log.log(self, self.training_log.finish(self.tally), batch_size=len(batch.prompts))
         found = {"batch": batch, "rollout": rollout, "rewards": rewards}
@@ -222,30 +223,30 @@ class LambdaPOModule(LightningModule):
     # -- validation, test, prediction -----------------------------------------------------------------------------
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
-        """Sample with ``validation``'s own settings and measure; callbacks get all of it."""
-        with step_randomness(self.sampling_seed, batch_idx):  # a function of the batch: evaluations repeat
+        """Sample with the settings of ``validation``, and measure. Callbacks receive all of it."""
+        with step_randomness(self.sampling_seed, batch_idx):  # depends on the batch alone, so that evaluations repeat
             rollout = self.sampler.sample(batch, self._stage, seed=self.sampling_seed)
             return self.evaluator.judge(batch, rollout, self._stage)
 
     def on_validation_epoch_start(self) -> None:
-        """Start the metrics anew."""
+        """Reset the metrics."""
         self.evaluator.start(self._stage)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/...`` or ``test/...``."""
         self.evaluator.log(self, self._stage)
 
-    test_step = validation_step  # the test set is treated alike
+    test_step = validation_step  # the test set is treated the same way
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Complete each prompt; one record per completion, with all that judging it again takes."""
+        """Complete each prompt. Each completion gives one record, with everything needed to judge it again."""
         rollout = self.sampler.sample(batch, "predict", seed=self.sampling_seed)
         return rollout.records(batch, columns=True) if batch.prompts else []
 
     def evaluation_settings(self) -> dict[str, Any]:
-        """What the results of validation and test depend on, as plain data for a report."""
+        """Everything that the results of validation and test depend on, as plain data for a report."""
         longest = self.sampler.longest_completion("test")
         return self.evaluator.settings(self.policy_config, max_new_tokens=longest, seed=self.sampling_seed)
 
@@ -253,7 +254,7 @@ class LambdaPOModule(LightningModule):
     def _stage(self) -> str:
         return "test" if self.trainer.testing else "val"
 
-    # -- a run, from its start to its end -------------------------------------------------------------------------
+    # -- a run, from start to end ---------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[Callback]:
         """Refuse ``Trainer`` settings that cannot work, before Lightning's own check and before weights are loaded."""
@@ -301,7 +302,7 @@ class LambdaPOModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Check the data against the rewards, and set up learning on the device where it runs."""
+        """Check that the data fits the rewards, and set up learning on its device."""
         checks.check_data(self.trainer, self.rewards, self.causal_lm, self.sampler.longest_completion)
         optimizer = PolicyOptimizer(self, self.run_state, self.max_grad_norm, self.max_skipped_updates)
         self.learner = Learner(
@@ -320,7 +321,7 @@ class LambdaPOModule(LightningModule):
         )
 
     def on_train_start(self) -> None:
-        """Let all ranks stop together, log the seeds, repeat the validation that a resumed run was killed in."""
+        """Let all ranks stop together, log the seeds, and repeat a validation that the run was killed in."""
         self.interrupts.install(self.trainer)
         log_seeds(self.trainer, sampling=self.sampling_seed)
         if self.run_state.pending_validation:
@@ -328,16 +329,16 @@ class LambdaPOModule(LightningModule):
             pending_validation.repeat(self.trainer)
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Refuse a batch that has too few prompts to hold some back, or to make the mini-batches of."""
+        """Refuse a batch with too few prompts for the reserve or for the mini-batches."""
         prompts = checks.check_reserve(self.rollout_config.reserve_prompts, len(batch.prompts))
         checks.check_mini_batches(self.updates_per_rollout // self.epochs_per_rollout, prompts * parallel.world_size())
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clip the gradient, or drop it where it is not finite."""
+        """Clip the gradient, or drop it if it is not finite."""
         self.learner.optimizer.clip(optimizer)
 
     def on_train_batch_end(self, outputs: Any, batch: PromptBatch, batch_idx: int) -> None:
-        """Stop here, after callbacks have saved what they save, where a rank was told to."""
+        """Stop if a rank received SIGTERM. Callbacks have saved their files by now."""
         self.run_state.updates_in_step = 0
         self.interrupts.stop_together()
 
@@ -349,25 +350,25 @@ class LambdaPOModule(LightningModule):
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained, and what a resume needs."""
+        """Save what is trained, and what resuming needs."""
         state.save(self, self.run_state, checkpoint, seed=self.sampling_seed)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint is this policy's, and take its counters."""
+        """Check that the checkpoint belongs to this policy, and load its counters."""
         self.configure_model()
         state.load(self, self.run_state, checkpoint, seed=self.sampling_seed)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load what is trained; frozen weights come from ``policy`` and may be absent."""
+        """Load what is trained. Frozen weights come from ``policy`` and may be absent."""
         keys = super().load_state_dict(state_dict, strict=False, assign=assign)
         return state.check_keys(self, keys, strict=strict)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Build a module from a checkpoint file; see Lightning's method of this name.
+        """Build a module from a checkpoint file. See Lightning's method of this name.
 
         Raises:
-            CheckpointError: the file is missing, damaged, in shards, or not such a module's.
+            CheckpointError: the file is missing, damaged, in shards, or of another kind of module.
         """
         if not isinstance(checkpoint_path, str | Path) or "://" in str(checkpoint_path):
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
@@ -379,7 +380,7 @@ class LambdaPOModule(LightningModule):
 
     @property
     def rollout_step(self) -> int:
-        """Finished training steps."""
+        """Number of finished training steps."""
         return self.run_state.rollout_step
 
     @property
@@ -389,7 +390,7 @@ class LambdaPOModule(LightningModule):
 
     @property
     def needs_reference(self) -> bool:
-        """True where the policy as it was before training is kept: for the KL term, or to read texts for a reward."""
+        """True if the policy before training is kept, for the KL term or for a reward that needs embeddings."""
         return self.algorithm.needs_reference or any(reward.needs_encoder for reward in self.rewards)
 
     @property

@@ -1,4 +1,4 @@
-"""Callbacks that write a run's files. They see what a training step returns, never how it came about."""
+"""Callbacks that write a run's files. They use only what a training step returns."""
 
 from lightning_lambdapo.callbacks.checkpoint import RolloutCheckpoint
 from lightning_lambdapo.callbacks.completions import CompletionsLogger

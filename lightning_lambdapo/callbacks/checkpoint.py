@@ -18,17 +18,17 @@ from lightning_lambdapo.distributed.lightning_internals import logged_names
 class RolloutCheckpoint(ModelCheckpoint):
     """``ModelCheckpoint`` that counts rollouts.
 
-    Under manual optimisation Lightning's own counts optimizer updates, warns at each save and never honours
+    Under manual optimisation Lightning's own counts optimizer updates, warns at each save and ignores
     ``train_time_interval``. ``ckpt_path="last"`` also finds the last checkpoint of the logger's earlier versions, so
-    that the same command line takes up an interrupted run. With several ranks ``save_on_exception`` saves on SIGTERM,
-    which all of them stop at together; another exception may be one rank's alone, and saving takes all of them.
-    With a ``monitor`` that validation logs, the best are chosen, and saved, when a validation ends; the last is saved
-    when it is due. Everything else, ``save_top_k``, ``mode``, ``save_last``, is its parent's.
+    the same command line resumes an interrupted run. With several ranks ``save_on_exception`` saves only on SIGTERM,
+    because all ranks stop at it together. Saving needs all ranks, and another exception may occur on one rank alone.
+    With a ``monitor`` that validation logs, the best checkpoints are chosen and saved when a validation ends. The last
+    one is saved when it is due. ``save_top_k``, ``mode``, ``save_last`` and the rest work as in the parent class.
 
     Args:
-        every_n_rollouts: save after every this many training steps.
-        train_time_interval: or whenever this much time has passed since the last save.
-        **kwargs: as for ``ModelCheckpoint``, but for ``every_n_train_steps`` and ``every_n_epochs``.
+        every_n_rollouts: save every this many training steps.
+        train_time_interval: save whenever this much time has passed since the last save.
+        **kwargs: as for ``ModelCheckpoint``, without ``every_n_train_steps`` and ``every_n_epochs``.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class RolloutCheckpoint(ModelCheckpoint):
             due = finished_rollouts(trainer) % self.every_n_rollouts == 0
         else:
             passed = time.monotonic() - self._saved_at >= (self.interval or timedelta()).total_seconds()
-            due = bool(trainer.strategy.broadcast(passed))  # clocks differ between ranks; saving is a collective
+            due = bool(trainer.strategy.broadcast(passed))  # clocks differ between ranks, and saving is a collective
         self._trained |= logged_names(trainer)
         if due and not self._should_skip_saving_checkpoint(trainer):
             candidates: dict[str, Tensor] = self._monitor_candidates(trainer)
@@ -64,7 +64,7 @@ class RolloutCheckpoint(ModelCheckpoint):
             self._saved_at = time.monotonic()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the weights that a validation's ``monitor`` is of, where a save has been due since the last one.
+        """Save the weights that this validation's ``monitor`` belongs to, if a save was due since the last one.
 
         Raises:
             MisconfigurationException: the validation did not log ``monitor``.
@@ -77,34 +77,34 @@ class RolloutCheckpoint(ModelCheckpoint):
                 self._save_topk_checkpoint(trainer, candidates)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last where that has not been done, and warn where nothing could be the best."""
+        """Save the last checkpoint if that is not done, and warn if no best one could be chosen."""
         super().on_train_end(trainer, pl_module)
         if self.monitor is not None and not self.best_model_path and trainer.is_global_zero:
             warnings.warn(
-                f"RolloutCheckpoint(monitor={self.monitor!r}) saved no best checkpoint: nothing logged that when a "
-                f"save was due. There are {', '.join(sorted(trainer.callback_metrics))}.",
+                f"RolloutCheckpoint(monitor={self.monitor!r}) saved no best checkpoint, because that value was not "
+                f"logged when a save was due. Logged are {', '.join(sorted(trainer.callback_metrics))}.",
                 stacklevel=2,
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What its parent keeps, and whether a save waits for the validation that comes next."""
+        """The parent's state, and whether a save waits for the next validation."""
         return {**super().state_dict(), "awaits_score": self._awaits_score}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on as ``state_dict`` left off."""
+        """Restore the state."""
         with warnings.catch_warnings():
-            if self.monitor is None:  # there are no scores to lose
+            if self.monitor is None:  # there are no monitored values to lose
                 warnings.filterwarnings("ignore", message="The dirpath has changed")
             super().load_state_dict(state_dict)
         self._awaits_score = state_dict.get("awaits_score", False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save where all ranks can."""
+        """Save if all ranks can."""
         if trainer.world_size == 1 or isinstance(exception, SIGTERMException):
             super().on_exception(trainer, pl_module, exception)
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
-        """Candidates for ``ckpt_path="last"``: of this run's directory, else of the newest earlier version with any."""
+        """Candidates for ``ckpt_path="last"``: of this run's directory, else of the logger's earlier versions."""
         found = super()._find_last_checkpoints(trainer)
         if found or self.dirpath is not None or not trainer.loggers:
             return found

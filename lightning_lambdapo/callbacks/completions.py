@@ -18,15 +18,16 @@ from lightning_lambdapo.runs.tables import group_table, markdown_group, plain_ro
 
 
 class CompletionsLogger(Callback):
-    """Writes completions to JSONL, all of them or every few steps, and shows a group as a table every few steps.
+    """Writes completions to JSONL, and shows a group as a table every few steps.
 
     Training completions go to ``completions.jsonl``: step, prompt_id, sample, prompt, completion, every reward part,
-    total, policy score, advantage, valid, truncated. ``Trainer.predict`` writes ``predictions.jsonl``.
+    total, score (the policy's confidence), advantage, valid, truncated. ``Trainer.predict`` writes
+    ``predictions.jsonl``.
 
     Args:
         every_n_rollouts: write the completions of every this many training steps.
         table_every_n_rollouts: show the first group whose rewards differ as a table every this many training steps, in
-            the terminal and by TensorBoard's and W&B's loggers; 0 never.
+            the terminal and with the loggers of TensorBoard and W&B. 0 shows none.
     """
 
     def __init__(self, every_n_rollouts: int = 1, table_every_n_rollouts: int = 0) -> None:
@@ -40,7 +41,7 @@ class CompletionsLogger(Callback):
         self._path: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start a new file with every run."""
+        """Start a new file for every run."""
         self._path = None
 
     def on_train_batch_end(
@@ -99,7 +100,7 @@ def _training_records(outputs: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _show_group(trainer: Trainer, step: int, records: Sequence[Mapping[str, Any]]) -> None:
-    """Print a group, and give it to the loggers that have a place for tables, beside the step's other values."""
+    """Print a group, and log it with the loggers that support tables, under the same step as the other values."""
     console = get_console()
     console.print(Text(f"step {step}, prompt {records[0]['prompt_id']}: {shorten(records[0]['prompt'], 300)}", "bold"))
     console.print(group_table(records, width=console.width))

@@ -1,4 +1,4 @@
-"""What a training run says in the terminal: a bar with the figures that matter, and a summary when it ends."""
+"""What a training run prints in the terminal: a progress bar with the main figures, and a summary at the end."""
 
 import math
 import time
@@ -31,12 +31,12 @@ _WINDOW = 20
 
 
 class TrainingConsole(ProgressBar):
-    """A progress bar with reward, accuracy, density, entropy, length, tokens/s and the time left; a summary at the end.
+    """A progress bar with reward, accuracy, density, entropy, length, tokens/s and time left, and a summary at the end.
 
-    Where the output is no terminal, such as a log file, it prints a line of the same figures every few steps.
+    If the output is not a terminal but, for example, a log file, it prints a line of the same figures every few steps.
 
     Args:
-        every_n_rollouts: print a line every this many training steps, where there is no terminal.
+        every_n_rollouts: print a line every this many training steps, if there is no terminal.
     """
 
     def __init__(self, every_n_rollouts: int = 10) -> None:
@@ -54,14 +54,14 @@ class TrainingConsole(ProgressBar):
         self._recent: deque[tuple[int, float]] = deque(maxlen=_WINDOW)
         self._began = self._step_began = 0.0
 
-    # -- what Lightning asks of a progress bar -------------------------------------------------------------------------
+    # -- Lightning's interface of a progress bar -----------------------------------------------------------------------
 
     def disable(self) -> None:
-        """Say nothing: Lightning asks this of all ranks but the first."""
+        """Print nothing. Lightning calls this on all ranks but the first."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Speak again."""
+        """Print again."""
         self._enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
@@ -103,11 +103,11 @@ class TrainingConsole(ProgressBar):
             self.print(Text.assemble(f"{place}  ", figures, rest), soft_wrap=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._stop()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the summary, when all callbacks have written their files."""
+        """Print the summary, after all callbacks have written their files."""
         self._stop()
         if self._enabled and self._steps:
             seconds = time.perf_counter() - self._began
@@ -119,11 +119,11 @@ class TrainingConsole(ProgressBar):
             self.print(_files(run_directory(trainer)), soft_wrap=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the terminal to the error."""
+        """Remove the bar before the error is printed."""
         self._stop()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The same, whatever has happened."""
+        """Remove the bar in any case."""
         self._stop()
 
     # -- validation, test, prediction ----------------------------------------------------------------------------------
@@ -143,11 +143,11 @@ class TrainingConsole(ProgressBar):
         self._show("check" if checking else "val", totals[dataloader_idx], completed=batch_idx + 1)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take its bar away."""
+        """Remove the bar of the sanity check."""
         self._hide("check")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print what validation found, which stays."""
+        """Print the results of the validation."""
         self._hide("val")
         if trainer.sanity_checking or trainer.state.fn != "fit" or not self._enabled:
             return
@@ -271,7 +271,7 @@ class _Bars(Progress):
 
 
 def _total_steps(trainer: Trainer, pl_module: LightningModule) -> float:
-    """Rollout steps that the run will have made; infinite where nothing bounds it."""
+    """Number of rollout steps at the end of the run, or infinity if it has no limit."""
     by_epochs = math.inf
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
         by_epochs = trainer.num_training_batches * trainer.max_epochs
@@ -281,7 +281,7 @@ def _total_steps(trainer: Trainer, pl_module: LightningModule) -> float:
 
 
 def _files(run: Path) -> Text:
-    """Where the run's files are, and what to do with them."""
+    """The run's files, and the commands to use them with."""
     place = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
     names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in run.iterdir()) if run.is_dir() else []
     rows = [("files", f"{place}: {', '.join(names)}")]

@@ -1,4 +1,4 @@
-"""The callback that writes what ``validate`` and ``test`` have found."""
+"""The callback that writes the results of ``validate`` and ``test``."""
 
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -19,12 +19,13 @@ _PACKAGES = ("lightning-lambdapo", "torch", "transformers")
 class EvaluationReport(Callback):
     """Writes ``results.json`` and ``results.md`` at the end of ``Trainer.validate`` and ``Trainer.test``.
 
-    They hold avg@n, pass@k, maj@k, truncated share, completion length and reward parts with bootstrap intervals over
-    prompts, the same by ``subject`` where the data has such a column, the settings, and (JSON) each prompt's outcome.
-    Validation inside ``fit`` writes nothing. ``lambdapo validate`` and ``lambdapo test`` add this callback themselves.
+    They contain avg@n, pass@k, maj@k, truncated share, completion length and reward parts with bootstrap intervals over
+    prompts. If the data has a column ``subject``, they contain the same by subject. They also contain the settings and,
+    in the JSON file, each prompt's outcome. Validation inside ``fit`` writes nothing. ``lambdapo validate`` and
+    ``lambdapo test`` add this callback themselves.
 
     Args:
-        stem: name of the files, without an ending.
+        stem: name of the files without extension.
     """
 
     def __init__(self, stem: str = "results") -> None:
@@ -32,7 +33,7 @@ class EvaluationReport(Callback):
         self._outcomes: list[Outcome] = []
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget an earlier stage."""
+        """Discard the outcomes of an earlier stage."""
         self._outcomes = []
 
     def on_validation_batch_end(
@@ -52,7 +53,7 @@ class EvaluationReport(Callback):
         """Write the files, unless this is a validation inside ``fit``."""
         self._write(trainer, pl_module)
 
-    # The test set is treated alike.
+    # The test set is treated the same way.
     on_test_start = on_validation_start
     on_test_batch_end = on_validation_batch_end
     on_test_end = on_validation_end
@@ -65,8 +66,8 @@ class EvaluationReport(Callback):
         self._outcomes = []
         if not outcomes:
             rank_zero_warn(
-                f"EvaluationReport has nothing to report: the module's {stage} step returned no `outcomes`, as that of "
-                "LambdaPOModule does."
+                f"EvaluationReport has nothing to report: the module's {stage} step returned no `outcomes`. That "
+                "of LambdaPOModule returns them."
             )
             return
         if trainer.is_global_zero:
@@ -75,7 +76,7 @@ class EvaluationReport(Callback):
             rank_zero_info(f"The results are in {' and '.join(map(str, files))}.")
 
     def _settings(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> dict[str, Any]:
-        """What was evaluated and how."""
+        """What was evaluated, and how."""
         own = getattr(pl_module, "evaluation_settings", None)
         describe = getattr(getattr(trainer, "datamodule", None), "describe", None)
         return {

@@ -17,27 +17,27 @@ class PolicyExport(Callback):
     """Writes the trained policy to ``export/`` when training ends, as ``lambdapo export`` does: adapter or whole model.
 
     Args:
-        directory: where to; relative to the run's directory.
+        directory: directory to write to, relative to the run's directory.
     """
 
     def __init__(self, directory: str = "export") -> None:
         self.directory = directory
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be exported before training rather than after it."""
+        """Refuse before training what cannot be exported after it."""
         if flattens(trainer.strategy):
             raise ValueError(
-                f"PolicyExport cannot gather the shards of {type(trainer.strategy).__name__}; leave it out, or use "
+                f"PolicyExport cannot gather the shards of {type(trainer.strategy).__name__}. Omit it, or use "
                 "ModelParallelStrategy."
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gather the weights where they are in shards, and write the export on rank 0."""
+        """Gather the weights if they are in shards, and write the export on rank 0."""
         policy, tokenizer = cast(Policy, pl_module.policy), cast(PreTrainedTokenizerBase, pl_module.tokenizer)
         weights = full_state_dict(policy) if is_sharded(trainer.strategy) else None
         if trainer.is_global_zero:
             for logger in trainer.loggers:
-                logger.save()  # what it has not written yet belongs to the results
+                logger.save()  # values not written yet belong to the results
             run = run_directory(trainer)
             publish(
                 policy,

@@ -1,4 +1,4 @@
-"""Reward, accuracy and density as a picture."""
+"""A plot of reward, accuracy and density."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +16,8 @@ class RewardPlot(Callback):
     """Keeps ``reward.png`` up to date: reward, accuracy and density against rollout steps.
 
     Args:
-        every_n_rollouts: redraw every this many training steps; the end of training always draws.
-        metrics: the logged keys to draw; those that are not logged are left out.
+        every_n_rollouts: redraw every this many training steps, and at the end of training.
+        metrics: the logged keys to draw. Keys that are not logged are omitted.
     """
 
     def __init__(
@@ -33,31 +33,31 @@ class RewardPlot(Callback):
         self._path: Path | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The curves so far, so that a resumed run draws the whole of them."""
+        """The curves so far, so that a resumed run draws them whole."""
         return {"curves": {name: [list(point) for point in curve] for name, curve in self._curves.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the curves of the interrupted run."""
+        """Load the curves of the interrupted run."""
         self._curves = {name: [(x, y) for x, y in curve] for name, curve in state_dict["curves"].items()}
 
     @rank_zero_only
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
     ) -> None:
-        """Note the step's values."""
+        """Record the step's values."""
         self._note(trainer, "train/")
         if finished_rollouts(trainer) % self.every_n_rollouts == 0:
             self._draw(trainer)
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the validation's values."""
+        """Record the validation's values."""
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             self._note(trainer, "val/")
 
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the final picture."""
+        """Draw the final plot."""
         self._draw(trainer)
 
     def _note(self, trainer: Trainer, prefix: str) -> None:
@@ -79,7 +79,7 @@ class RewardPlot(Callback):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for name, curve in self._curves.items():
             x, y = zip(*curve, strict=True)
-            if not name.startswith("train/"):  # few points, perhaps one: each is to be seen
+            if not name.startswith("train/"):  # few points, perhaps one, so each gets a marker
                 axes.plot(x, y, "o--", label=name)
                 continue
             (line,) = axes.plot(x, y, alpha=0.3)

@@ -1,4 +1,4 @@
-"""Where a run's files go, and how far the run is."""
+"""The directory of a run's files, and the run's progress."""
 
 from pathlib import Path
 from typing import Any
@@ -7,9 +7,9 @@ from lightning.pytorch import Trainer
 
 
 def run_directory(trainer: Trainer) -> Path:
-    """Where a run's files go: the logger's version directory, or ``default_root_dir`` without a logger.
+    """The directory of a run's files: the logger's version directory, or ``default_root_dir`` without a logger.
 
-    For rank 0: only that one knows the version. (``Trainer.log_dir`` says the same, and is a collective.)
+    Only for rank 0, because other ranks do not know the version. (``Trainer.log_dir`` is the same, but a collective.)
     """
     for logger in trainer.loggers:
         directory = getattr(logger, "log_dir", None) or logger.save_dir
@@ -19,9 +19,9 @@ def run_directory(trainer: Trainer) -> Path:
 
 
 def finished_rollouts(trainer: Trainer) -> int:
-    """Training steps that have been made, the present one included where it has just ended.
+    """Number of finished training steps, including one that has just ended.
 
-    (Lightning's ``total_batch_idx`` also counts a step that an exception ended and a resumed run does again.)
+    (Lightning's ``total_batch_idx`` also counts a step that an exception ended and that a resumed run repeats.)
     """
     total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
     return int(total.processed)

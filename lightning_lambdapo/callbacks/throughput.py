@@ -10,7 +10,7 @@ from lightning_lambdapo.distributed.parallel import gather_objects
 
 
 class Throughput(Callback):
-    """Logs ``train/step_seconds`` and ``train/tokens_per_second``, the sampled tokens of all ranks over it."""
+    """Logs ``train/step_seconds`` and ``train/tokens_per_second``, which counts the sampled tokens of all ranks."""
 
     def __init__(self) -> None:
         self._start = 0.0

@@ -1,1 +1,1 @@
-"""Checkpoints: what they hold, and files that are written whole or not at all."""
+"""Checkpoints: what they contain, and files that are written whole or not at all."""

@@ -29,25 +29,25 @@ _PLAIN_GLOBALS = re.compile(
 
 
 IN_SHARDS = (
-    "it is in shards, which take ModelParallelStrategy (data_parallel_size=1 for one process); with "
-    "save_distributed_checkpoint=False that saves it as one file."
+    "it is in shards, which take ModelParallelStrategy (data_parallel_size=1 for one process). With "
+    "save_distributed_checkpoint=False that strategy saves it as one file."
 )
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded; says which, and what is wrong with it."""
+    """A checkpoint cannot be loaded. The message names it and says what is wrong."""
 
 
 def guard_checkpoints(strategy: Strategy, check: Check) -> None:
     """Make a strategy write checkpoints whole or not at all, and refuse unusable ones before it loads anything.
 
-    Lightning offers no hook that covers files and directories of shards alike, so the two methods of this one strategy
-    object are replaced. Only paths of the local file system are guarded; elsewhere the strategy's own way is kept.
+    Lightning has no hook that covers both files and directories of shards, so the two methods of this strategy object
+    are replaced. Only paths of the local file system are guarded. Other paths use the strategy's own methods.
 
     Args:
-        strategy: of the trainer; guarding it again only replaces ``check``.
-        check: gets a checkpoint's entries and the shapes of its weights; raises :class:`CheckpointError` where the run
-            cannot go on from it.
+        strategy: the trainer's. Guarding it again only replaces ``check``.
+        check: receives a checkpoint's entries and the shapes of its weights. It raises :class:`CheckpointError` if the
+            run cannot resume from it.
     """
     save = getattr(strategy.save_checkpoint, "unguarded", strategy.save_checkpoint)
     load = getattr(strategy.load_checkpoint, "unguarded", strategy.load_checkpoint)
@@ -89,10 +89,10 @@ def naming(path: str | Path) -> Iterator[None]:
 def read_header(path: Path) -> tuple[dict[str, Any], Shapes]:
     """Entries of a checkpoint, a file or a directory of shards, and the shapes of its weights.
 
-    Tensors are mapped, not read, and nothing is unpickled but tensors and plain data.
+    Tensors are memory-mapped, not read. Only tensors and plain data are unpickled.
 
     Raises:
-        CheckpointError: missing, truncated, not a checkpoint at all, or with objects that loading would have to run.
+        CheckpointError: it is missing, truncated, no checkpoint, or has objects that could run code when loaded.
     """
     if not path.exists():
         raise CheckpointError("there is no such file.")
@@ -110,7 +110,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], Shapes]:
         if not file.is_file() or file.stat().st_size < shard.offset + shard.length:
             raise CheckpointError(f"its shard {shard.relative_path} is missing or truncated.")
         if isinstance(index.state_dict_metadata[place.fqn], BytesStorageMetadata):
-            with file.open("rb") as stream:  # torch would load these small entries as code, too
+            with file.open("rb") as stream:  # torch would also load these small entries as code
                 stream.seek(shard.offset)
                 _load(io.BytesIO(stream.read(shard.length)))
     shapes = {
@@ -135,18 +135,18 @@ def _load(file: Path | io.BytesIO, *, mmap: bool = False) -> Any:
         stranger = re.search(r"GLOBAL (\S+)|`(\S+)` to be allowlisted", str(error))
         if stranger:
             raise CheckpointError(
-                f"it holds more than tensors and plain data ({stranger[1] or stranger[2]}), which could run code when "
-                "loaded."
+                f"it contains more than tensors and plain data ({stranger[1] or stranger[2]}), which could run code "
+                "when loaded."
             ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"it is truncated, damaged or not a checkpoint ({reason})") from error
 
 
 def _refuse_code(file: Path) -> None:
-    """Raise unless torch's index of shards names nothing but the classes that one is made of; runs nothing of it.
+    """Raise unless torch's index of shards names only the classes that an index needs. Runs none of it.
 
-    Such a file is a program for a stack machine. Only strings on top of its stack are kept track of; anything else
-    counts as unknown, and what is named by something unknown is refused.
+    Such a file is a program for a stack machine. Only strings on top of its stack are tracked. Anything else counts as
+    unknown, and an unknown name is refused.
     """
     top: list[str | None] = []
     memo: dict[Any, str | None] = {}
@@ -182,7 +182,7 @@ def _check_global(name: str) -> None:
 
 
 def _replace(target: Path, write: Callable[[Path], object]) -> None:
-    """Let all ranks write to a path beside ``target``, and put it in its place once it is whole and on the disk."""
+    """Let all ranks write to a path beside ``target``, and rename it once it is complete and on the disk."""
     partial = target.with_name(f".{target.name}.partial")
     if rank() == 0:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +200,7 @@ def _replace(target: Path, write: Callable[[Path], object]) -> None:
         if rank() == 0:
             _remove(partial)
         raise OSError(
-            f"The checkpoint {target} could not be written ({reasons[0]}); earlier checkpoints are as they were."
+            f"The checkpoint {target} could not be written ({reasons[0]}). Earlier checkpoints are unchanged."
         ) from failure
     if rank() == 0:
         _swap(partial, target)
@@ -209,7 +209,7 @@ def _replace(target: Path, write: Callable[[Path], object]) -> None:
 
 def _swap(partial: Path, target: Path) -> None:
     if target.is_dir() or (partial.is_dir() and target.exists()):
-        # A directory cannot be replaced in one go; `ckpt_path="last"` finds the old one by this name meanwhile.
+        # A directory cannot be replaced in one step. Meanwhile `ckpt_path="last"` finds the old one by this name.
         previous = target.with_name(f"{target.stem}-previous{target.suffix}")
         _remove(previous)
         target.rename(previous)

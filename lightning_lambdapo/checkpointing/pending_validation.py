@@ -13,11 +13,11 @@ from lightning_lambdapo.distributed.lightning_internals import (
 
 
 def is_pending(trainer: Trainer, *, so_far: bool) -> bool:
-    """Whether a checkpoint that is saved now lies between a training step and the end of the validation after it.
+    """Whether a checkpoint saved now is between a training step and the end of the validation that follows it.
 
     Args:
-        trainer: with which it is saved.
-        so_far: what the checkpoint that the run resumed from says. It holds until training has begun.
+        trainer: the trainer that saves it.
+        so_far: the answer for the checkpoint that the run resumed from. It is used until training has begun.
     """
     loop = trainer.fit_loop.epoch_loop
     if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.enable_validation:
@@ -33,6 +33,6 @@ def is_pending(trainer: Trainer, *, so_far: bool) -> bool:
 
 
 def repeat(trainer: Trainer) -> None:
-    """Run the validation inside ``fit``, from its first batch on; nothing where there are no data."""
+    """Run the validation inside ``fit``, from its first batch. Does nothing without validation data."""
     if trainer.enable_validation and has_validation_data(trainer):
         validate_inside_fit(trainer)

@@ -1,11 +1,11 @@
-"""What a checkpoint holds: the trained tensors, the step counters, and nothing that needs unpickling.
+"""What a checkpoint contains: the trained tensors, the step counters, and nothing that needs unpickling.
 
 A checkpoint has the tensors with ``requires_grad``: an adapter, or all weights under full fine-tuning. Frozen weights
-come from elsewhere. Sharded checkpoints hold everything, since no rank may leave a tensor out of its shard.
+come from elsewhere. Sharded checkpoints have everything, because no rank may omit a tensor from its shard.
 
-Between two training steps a checkpoint is exact. One that is asked for inside a step (by an exception, a callback) is
-exact before the step's first update, since the step is then repeated from its start. After that it is marked as
-inexact, and resuming from it warns.
+Between two training steps a checkpoint is exact. A checkpoint saved inside a step (by an exception or a callback) is
+exact before the step's first update, because resuming repeats the step from its start. After that update it is marked
+as inexact, and resuming from it warns.
 """
 
 import dataclasses
@@ -41,14 +41,14 @@ _NUMBERS = (
 
 @dataclass
 class RunState:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
-        rollout_step: finished training steps.
-        skipped_updates: updates that were dropped because something was not finite.
-        skipped_in_a_row: of these, the ones since the last update that was made.
-        updates_in_step: updates of the present training step that have begun.
-        pending_validation: the checkpoint that the run resumed from lies before the end of a validation.
+        rollout_step: number of finished training steps.
+        skipped_updates: updates that were skipped because something was not finite.
+        skipped_in_a_row: skipped updates since the last one that was made.
+        updates_in_step: updates of the current training step that have begun.
+        pending_validation: the run resumed from a checkpoint that was saved before the end of a validation.
     """
 
     rollout_step: int = 0
@@ -59,13 +59,13 @@ class RunState:
 
 
 def save(module: LightningModule, state: RunState, checkpoint: dict[str, Any], *, seed: int) -> None:
-    """Keep what is trained, and what a resume needs; all of it loads with ``weights_only=True``.
+    """Save what is trained, and what resuming needs. All of it loads with ``weights_only=True``.
 
     Args:
-        module: what is saved.
+        module: the module to save.
         state: its counters.
-        checkpoint: Lightning's entries; changed in place.
-        seed: of the sampling streams.
+        checkpoint: Lightning's entries, changed in place.
+        seed: seed of the sampling streams.
     """
     trainer = attached_trainer(module)
     unfinished = _unfinished_batches(checkpoint)
@@ -88,18 +88,18 @@ def save(module: LightningModule, state: RunState, checkpoint: dict[str, Any], *
 
 
 def load(module: LightningModule, state: RunState, checkpoint: Mapping[str, Any], *, seed: int) -> None:
-    """Check that the checkpoint is this policy's, and take its counters.
+    """Check that the checkpoint belongs to this policy, and load its counters.
 
     Args:
         module: its policy is built.
-        state: its counters; changed in place.
+        state: its counters, changed in place.
         checkpoint: Lightning's entries.
-        seed: of the sampling streams.
+        seed: seed of the sampling streams.
 
     Raises:
-        CheckpointError: it was written by something else, by an incompatible version, or for another policy.
+        CheckpointError: another program, an incompatible version, or a run with another policy wrote it.
     """
-    if "state_dict" in checkpoint:  # strategies that shard have loaded and removed it, after the same check
+    if "state_dict" in checkpoint:  # sharding strategies have checked, loaded and removed it
         check(module, checkpoint, {name: value.shape for name, value in checkpoint["state_dict"].items()})
     own = checkpoint[CHECKPOINT_KEY]
     state.rollout_step = own["rollout_step"]
@@ -111,36 +111,36 @@ def load(module: LightningModule, state: RunState, checkpoint: Mapping[str, Any]
     state.pending_validation = trainer.state.fn == "fit" and own.get("owes_validation", False)
     if own["seed"] != seed:
         warnings.warn(
-            f"The checkpoint's run sampled with seed {own['seed']}, this one with {seed}: training continues, and not "
+            f"The checkpoint's run sampled with seed {own['seed']}, this one with {seed}. Training continues, but not "
             "as the uninterrupted run would have.",
             stacklevel=3,
         )
     updates = own.get("updates_in_unfinished_step", 0)
     if updates:
         warnings.warn(
-            f"The checkpoint was saved inside a training step, when {updates} of its updates had begun: training "
-            "continues with the next batch, and not as the uninterrupted run would have.",
+            f"The checkpoint was saved inside a training step, when {updates} of its updates had begun. Training "
+            "continues with the next batch, but not as the uninterrupted run would have.",
             stacklevel=3,
         )
 
 
 def check(module: LightningModule, checkpoint: Mapping[str, Any], shapes: Shapes) -> None:
-    """Refuse a checkpoint that the module cannot continue from.
+    """Refuse a checkpoint that the module cannot resume from.
 
     Args:
         module: its policy is built.
         checkpoint: its entries.
-        shapes: of its weights, by name.
+        shapes: shapes of its weights, by name.
 
     Raises:
-        CheckpointError: saying what does not fit.
+        CheckpointError: it does not fit. The message says why.
     """
     own = checkpoint.get(CHECKPOINT_KEY)
     if not isinstance(own, dict):
-        raise CheckpointError("this is not a checkpoint of LambdaPOModule; it has no entry 'lambdapo'.")
+        raise CheckpointError("this is not a checkpoint of LambdaPOModule, because it has no entry 'lambdapo'.")
     if own.get("version") != CHECKPOINT_VERSION:
         raise CheckpointError(
-            f"it has format version {own.get('version')}, this release reads {CHECKPOINT_VERSION}; use the release "
+            f"it has format version {own.get('version')}, this release reads {CHECKPOINT_VERSION}. Use the release "
             "that wrote it."
         )
     trainable = trainable_tensors(module)
@@ -158,7 +158,7 @@ def check(module: LightningModule, checkpoint: Mapping[str, Any], shapes: Shapes
 
 
 def moved_settings(path: Path) -> dict[str, Any]:
-    """Check a checkpoint file; of one of release 0.1, the settings that have moved since, at their new places.
+    """Check a checkpoint file. Returns the settings of release 0.1 that have moved, under their new names.
 
     Raises:
         CheckpointError: the file is missing, damaged, or in shards.
@@ -171,7 +171,7 @@ def moved_settings(path: Path) -> dict[str, Any]:
 
 
 def plain_settings(module: Any) -> dict[str, Any]:
-    """Settings of a module as plain data; live objects (rewards, factories, peft's configurations) stay out."""
+    """Settings of a module as plain data. Live objects (rewards, factories, peft's configurations) are omitted."""
     configs = {
         "policy": module.policy_config,
         "lora": module.lora,
@@ -188,10 +188,10 @@ def plain_settings(module: Any) -> dict[str, Any]:
 
 
 def check_keys(module: LightningModule, keys: Any, *, strict: bool) -> Any:
-    """What loading a state dict found amiss, frozen tensors aside, which come from elsewhere.
+    """Missing and unexpected keys of a state dict. Frozen tensors do not count, because they come from elsewhere.
 
     Raises:
-        RuntimeError: ``strict``, and there is anything.
+        RuntimeError: ``strict`` is True and there are such keys.
     """
     trainable = trainable_tensors(module)
     missing = [name for name in keys.missing_keys if name in trainable]
@@ -206,18 +206,18 @@ def trainable_tensors(module: LightningModule) -> dict[str, Tensor]:
 
 
 def _unfinished_batches(checkpoint: Mapping[str, Any]) -> int:
-    """1 for a checkpoint from inside a training step, 0 for one from between two."""
+    """1 for a checkpoint saved inside a training step, 0 for one saved between two."""
     fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
     progress = fit_loop.get("epoch_loop.batch_progress", {}).get("current")
     return 0 if progress is None else int(progress["ready"] - progress["processed"])
 
 
 def _give_back(checkpoint: Mapping[str, Any], batches: int) -> None:
-    """Let training data and the loggers' step go on that many batches earlier."""
+    """Let training data and the loggers' step resume that many batches earlier."""
     fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
     for position in fit_loop.get("state_dict", {}).get("combined_loader") or []:
         if "batches" in position:
             position["batches"] -= batches
     counts = fit_loop.get("epoch_loop.state_dict", {})
-    if "_batches_that_stepped" in counts:  # Lightning adds one on restarting, for a step that has ended
+    if "_batches_that_stepped" in counts:  # Lightning adds one when it resumes, for a finished step
         counts["_batches_that_stepped"] -= batches

@@ -1,4 +1,4 @@
-"""``lambdapo export``: a trained policy for transformers or vLLM, as an adapter or merged, with a model card."""
+"""``lambdapo export``: save a trained policy for transformers or vLLM, as adapter or merged, with a model card."""
 
 import argparse
 import dataclasses
@@ -33,10 +33,10 @@ def main(args: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="lambdapo export",
         description="Write a trained policy for `from_pretrained` and vLLM, with tokenizer, generation settings and "
-        "model card: the adapter where there is one, else the whole model.",
+        "model card: the adapter if there is one, else the whole model.",
     )
     parser.add_argument("source", type=Path, metavar="RUN_OR_CKPT", help="a run's directory, or a checkpoint file")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where to (default: export or merged, in the run)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="directory (default: export or merged, in the run)")
     parser.add_argument("--merge", action="store_true", help="write the whole model, with the adapter merged into it")
     parser.add_argument(
         "--dtype",
@@ -60,7 +60,7 @@ def main(args: list[str]) -> None:
 
 
 def find_checkpoint(source: Path) -> Path:
-    """The checkpoint to export: ``source`` itself, or the last of the run that it means.
+    """The checkpoint to export: ``source`` itself, or the last one of the run at ``source``.
 
     Raises:
         RunFileError: there is none.
@@ -82,11 +82,11 @@ def export(
     dtype: str | None = None,
     config: Path | None = None,
 ) -> Path:
-    """Write the policy that a checkpoint holds.
+    """Save the policy of a checkpoint.
 
     Args:
         checkpoint: a checkpoint file.
-        output: where to; None makes a new directory in the run's.
+        output: directory to write to. None makes a new one in the run's directory.
         merge: merge the adapter into its base, in full precision.
         dtype: type of the written weights.
         config: a file with the settings of policy, adapter and data, in place of the run's.
@@ -95,13 +95,13 @@ def export(
         The directory.
 
     Raises:
-        RunFileError: the directory has something in it.
+        RunFileError: the directory is not empty.
         CheckpointError: the checkpoint cannot be used.
     """
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
     target = unused_path(run / ("merged" if merge else "export")) if output is None else output
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunFileError(f"{target} exists and is not an empty directory; nothing is written over. Give another one.")
+        raise RunFileError(f"{target} exists and is not an empty directory. Nothing is overwritten. Give another one.")
     found = read_config(run) if config is None else load_yaml(config)
     with naming(checkpoint):
         entries, _ = read_header(checkpoint)
@@ -141,7 +141,7 @@ def export(
 def merge_adapter(policy: PeftModel) -> PreTrainedModel:
     """The base with the trained adapter merged into it, in float32 (or float64).
 
-    The base may be held in a half type, which float32 holds exactly; it must not be quantised.
+    The base may have a half type, which float32 represents exactly. It must not be quantised.
     """
     if next(policy.parameters()).dtype != torch.float64:
         policy.float()
@@ -149,13 +149,13 @@ def merge_adapter(policy: PeftModel) -> PreTrainedModel:
 
 
 def _load(checkpoint: Path, settings: Record, config: Record | None, *, merge: bool) -> LambdaPOModule:
-    """The module of a checkpoint, over an unquantised base where the adapter is to be merged."""
+    """The module of a checkpoint, with an unquantised base if the adapter is to be merged."""
     overrides = {name: settings[name] for name in ("policy", "lora") if name in settings}
     policy: Any = settings.get("policy")
     if isinstance(policy, Mapping):
         held = from_mapping(PolicyConfig, policy)
         if merge and held.quantization is not None:
-            # peft would merge into the 4-bit weights, and so round the update away.
+            # peft would merge into the 4-bit weights, where rounding loses the update.
             held = dataclasses.replace(held, quantization=None, dtype="float32")
         overrides["policy"] = dataclasses.asdict(dataclasses.replace(held, gradient_checkpointing=False))
     _import_class(settings, config)
@@ -163,7 +163,7 @@ def _load(checkpoint: Path, settings: Record, config: Record | None, *, merge: b
 
 
 def _import_class(settings: Record, config: Record | None) -> None:
-    """Import the module's class where the run's own settings name it; a checkpoint alone has nothing imported."""
+    """Import the module's class if the run's own settings name it. A checkpoint alone imports nothing."""
     wanted = settings.get("_class_path")
     if config is not None and wanted is not None and wanted == (config.get("model") or {}).get("class_path"):
         importlib.import_module(wanted.rpartition(".")[0])

@@ -1,4 +1,4 @@
-"""``lambdapo inspect-rollout``: one group of a training step, from rewards by way of pair weights to advantages."""
+"""``lambdapo inspect-rollout``: one group of a training step, with rewards, pair weights and advantages."""
 
 import argparse
 import statistics
@@ -32,12 +32,12 @@ _TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Group:
-    """One prompt's completions, with what the algorithm makes of them.
+    """One prompt's completions with their pair weights and advantages.
 
     Attributes:
         records: as logged, in the order of their samples.
-        weights: ``(G, G)`` pair weights; None under an estimator without any.
-        advantages: ``(G,)``, computed anew.
+        weights: ``(G, G)`` pair weights. None for an estimator without any.
+        advantages: ``(G,)``, computed again.
         differences: ``(G, G)``, :math:`R_i - R_j` over valid pairs.
     """
 
@@ -48,12 +48,12 @@ class Group:
 
     @property
     def informative(self) -> bool:
-        """True where two rewards differ."""
+        """True if two rewards differ."""
         return bool(self.differences.any())
 
     @property
     def mismatch(self) -> float:
-        """Largest difference between a logged advantage and the one computed anew."""
+        """Largest difference between a logged advantage and the one computed again."""
         logged = torch.tensor([record["advantage"] for record in self.records], dtype=torch.float64)
         return float((logged - self.advantages).abs().max())
 
@@ -68,7 +68,7 @@ def main(args: list[str]) -> None:
         prog="lambdapo inspect-rollout",
         description="Show one group of a training step: rewards, pair weights, advantages.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="a run's directory, or one that runs are in")
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="a run's directory, or one that contains runs")
     parser.add_argument("--step", type=int, help="rollout step, from 1 (default: the last)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--prompt-id", type=int, metavar="ID", help="the group of this prompt")
@@ -97,7 +97,7 @@ def read_step(file: Path, step: int | None) -> tuple[int, list[Record]]:
 
     Args:
         file: the file.
-        step: which; None takes the last one.
+        step: the step. None uses the last one.
 
     Returns:
         The step and its records.
@@ -127,10 +127,10 @@ def read_step(file: Path, step: int | None) -> tuple[int, list[Record]]:
 
 
 def build_groups(records: Sequence[Record], settings: AlgorithmConfig) -> list[Group]:
-    """Part a step's records into groups, and compute weights and advantages anew.
+    """Split a step's records into groups, and compute weights and advantages again.
 
     Raises:
-        RunFileError: the groups differ in size, so that some are incomplete.
+        RunFileError: the groups differ in size, so some are incomplete.
     """
     parts: list[list[Record]] = []
     for record in records:
@@ -141,7 +141,7 @@ def build_groups(records: Sequence[Record], settings: AlgorithmConfig) -> list[G
     if len(sizes) > 1 or sizes[0] < 2:
         raise RunFileError(
             f"Step {records[0]['step']} has groups of {' and '.join(map(str, sizes))} completions, so it was not "
-            "written whole; look at another step."
+            "written whole. Choose another step."
         )
     rewards, scores, valid = (
         torch.tensor([[record[name] for record in part] for part in parts]) for name in ("total", "score", "valid")
@@ -193,7 +193,7 @@ def show(console: Console, group: Group, settings: AlgorithmConfig, *, title: st
         console.print(Text.assemble(("answer  ", "bold"), shorten(str(first["answer"]), 200)))
     console.print(group_table(group.records, width=console.width))
     if not group.informative:
-        console.print("All rewards of this group are equal: nothing to compare, all advantages are 0.")
+        console.print("All rewards of this group are equal, so all advantages are 0.")
     if group.weights is None:
         console.print(f"The estimator {settings.estimator} has no pair weights.")
     else:
@@ -201,8 +201,8 @@ def show(console: Console, group: Group, settings: AlgorithmConfig, *, title: st
     if group.mismatch > _TOLERANCE:
         console.print(
             Text(
-                f"Warning: the logged advantages differ by up to {group.mismatch:.2g} from those computed here; the "
-                "file was written under other settings than those of config.yaml, or has been edited.",
+                f"Warning: the logged advantages differ by up to {group.mismatch:.2g} from those computed here. The "
+                "file was written with other settings than those of config.yaml, or it was edited.",
                 "bold red",
             ),
             soft_wrap=True,
@@ -210,7 +210,7 @@ def show(console: Console, group: Group, settings: AlgorithmConfig, *, title: st
 
 
 def _show_weights(console: Console, group: Group, weights: Tensor, settings: AlgorithmConfig) -> None:
-    """The weights as a heat map; beside each row, what becomes of its sum."""
+    """The weights as a heat map, with the sum and advantage of each row."""
     size = len(group.records)
     sums = (weights * group.differences).sum(-1)
     peers = max(1, sum(record["valid"] for record in group.records) - 1)
@@ -269,7 +269,7 @@ def _formula(settings: AlgorithmConfig, peers: int) -> str:
 
 
 def _example(group: Group, weights: Tensor, settings: AlgorithmConfig, *, row: int, peers: int) -> Text:
-    """The sum of one row, written out: equal terms once, with their number."""
+    """The sum of one row, written out. Equal terms appear once, with their number."""
     terms: dict[str, int] = {}
     for column in range(len(group.records)):
         difference = float(group.differences[row, column])

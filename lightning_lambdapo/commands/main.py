@@ -1,4 +1,4 @@
-"""The command line: LightningCLI in subclass mode, this package's module and data being defaults; more commands."""
+"""The command line: LightningCLI with this package's module and data as defaults, and more commands."""
 
 import importlib
 import logging
@@ -20,7 +20,7 @@ from lightning_lambdapo.callbacks.evaluation_report import EvaluationReport
 from lightning_lambdapo.commands.release_0_1 import upgraded_arguments
 from lightning_lambdapo.module import LambdaPOModule
 
-#: Commands beyond Lightning's: the module that holds each, and what it does.
+#: Commands beyond Lightning's: the module of each, and what it does.
 COMMANDS = {
     "compare": ("compare", "train with several estimators or settings and seeds, and report which helps"),
     "score": ("score", "judge a file of completions again, without a model"),
@@ -32,18 +32,18 @@ COMMANDS = {
 class LambdaPOCLI(LightningCLI):
     """``lambdapo fit|validate|test|predict --config FILE``.
 
-    The model is a :class:`LambdaPOModule` or a subclass (``class_path``), the data a :class:`LambdaPODataModule` or
-    any other ``LightningDataModule``. Without a logger in the configuration a run logs to CSV, in
+    The model is a :class:`LambdaPOModule` or a subclass (``class_path``). The data is a :class:`LambdaPODataModule` or
+    any other ``LightningDataModule``. Without a logger in the configuration, a run logs to CSV in
     ``<default_root_dir>/lightning_logs/version_N``.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Make this package's classes the defaults, so that a config may leave their ``class_path`` out."""
+        """Make this package's classes the defaults, so that a config may omit their ``class_path``."""
         parser.add_argument(
             "--num_threads",
             type=PositiveInt | None,
             default=None,
-            help="CPU threads of torch; null leaves torch's choice. Tiny models are fastest with one.",
+            help="CPU threads of torch. With null torch chooses. Tiny models are fastest with one.",
         )
         parser.set_defaults(
             {
@@ -59,10 +59,10 @@ class LambdaPOCLI(LightningCLI):
             torch.set_num_threads(threads)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Log to CSV where no logger is named; each step's row is on disk when the step ends.
+        """Add a CSV logger, a writer of results and a progress bar, if the configuration names none.
 
-        And write what ``validate``, ``test`` and ``predict`` are for, where no callback of the configuration does, and
-        show the progress of ``fit``, where no other progress bar is named and none switched off.
+        Each step's row is on disk when the step ends. The writer is for ``validate``, ``test`` and ``predict``. The
+        progress bar is for ``fit``, unless progress bars are switched off.
         """
         trainer = self._get(self.config_init, "trainer")
         if trainer.get("logger") in (None, True) and not trainer.get("barebones"):
@@ -81,14 +81,14 @@ class LambdaPOCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
-        """Make the last validation, where a run that was killed in it is taken up and has nothing left to train."""
+        """Repeat the last validation if the run was killed in it and no training step is left."""
         run_state = getattr(self.model, "run_state", None)
         if run_state is not None and run_state.pending_validation:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
             run_state.pending_validation = False
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the configuration alone: a checkpoint's hyper-parameters must not override file and command line."""
+        """Do nothing: a checkpoint's hyper-parameters must not override file and command line."""
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
@@ -96,7 +96,7 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
 
 
 class _Rehearsal(LambdaPOCLI):
-    """Parses a command line and builds trainer, module and data, and leaves it at that: no weights, no files."""
+    """Parses a command line and builds trainer, module and data, without weights or files."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run nothing."""
@@ -119,8 +119,8 @@ def main(args: ArgsType = None) -> None:
 
 
 def rehearse(args: list[str]) -> None:
-    """Find what is wrong with a command line of ``fit`` before anything is computed: it ends as ``main`` would."""
-    logging.disable(logging.INFO)  # Lightning's words on seeds and devices, once more for every rehearsal
+    """Find mistakes in a command line of ``fit`` before anything is computed. Errors are those of ``main``."""
+    logging.disable(logging.INFO)  # otherwise Lightning prints seeds and devices for every rehearsal
     try:
         _run(_Rehearsal, upgraded_arguments(args))
     finally:
@@ -139,8 +139,8 @@ def _run(cli: type[LambdaPOCLI], args: ArgsType) -> None:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         parser_kwargs={
-            "description": "LambdaPO for PyTorch Lightning. Beside the subcommands below there are, each with a --help "
-            f"of its own: {more}."
+            "description": "LambdaPO for PyTorch Lightning. There are more commands than the subcommands below, each "
+            f"with its own --help: {more}."
         },
         args=args,
     )
@@ -148,5 +148,5 @@ def _run(cli: type[LambdaPOCLI], args: ArgsType) -> None:
 
 def _silence() -> None:
     for noise in (".*LeafSpec.* is deprecated", "`is_gradient_checkpointing` is deprecated"):
-        warnings.filterwarnings("ignore", message=noise)  # lightning's and peft's own, nothing a user could change
+        warnings.filterwarnings("ignore", message=noise)  # from lightning and peft, not in the user's hands
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)

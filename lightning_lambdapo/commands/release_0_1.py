@@ -1,4 +1,4 @@
-"""Command lines and configurations of release 0.1, as this release has them."""
+"""Conversion of command lines and configurations of release 0.1."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from lightning_lambdapo.config import MOVED_SETTINGS, upgraded
 
 
 def upgraded_arguments(args: Sequence[str]) -> list[str]:
-    """A command line whose switches are where this release has them, in its options and in its configuration files.
+    """A command line of release 0.1 for this release. Options and configuration files are converted.
 
     Example:
         >>> upgraded_arguments(["fit", "--model.rollout.compaction=false"])
@@ -29,7 +29,7 @@ def upgraded_arguments(args: Sequence[str]) -> list[str]:
 
 
 def upgraded_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with the module's switches where this release has them."""
+    """A configuration of release 0.1 for this release."""
     model = config.get("model")
     if not isinstance(model, Mapping):
         return dict(config)
@@ -47,7 +47,7 @@ def _upgraded_option(option: str) -> str:
 
 
 def _upgraded_file(value: str) -> str:
-    """The file's name, or its upgraded content where that differs. Whatever cannot be read is left to the parser."""
+    """The file's name, or its upgraded content if that differs. The parser reports files that cannot be read."""
     try:
         config = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):

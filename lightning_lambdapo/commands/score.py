@@ -1,4 +1,4 @@
-"""``lambdapo score FILE``: judge completions again, without a model, and report as ``lambdapo test`` does."""
+"""``lambdapo score FILE``: judge completions again, without a model, with the report of ``lambdapo test``."""
 
 import argparse
 import importlib
@@ -19,11 +19,11 @@ from lightning_lambdapo.rewards.judging import judge
 from lightning_lambdapo.rewards.verifier.extraction import AnswerFormat
 
 _DESCRIPTION = """\
-Judge a JSONL file of completions, and report accuracy with bootstrap intervals over prompts, by subject where there are
-any. FILE is predictions.jsonl of `lambdapo predict`, completions.jsonl of a training run, or anybody's with `prompt`,
-`completion` and `answer` in each line; `prompt_id`, `subject`, `reference`, `truncated` and `completion_length` are
-used where they are given. Lines of one prompt_id, or else of one prompt, are samples of one prompt. The report goes to
-FILE's name with .results.json and .results.md; nothing is written over."""
+Judge a JSONL file of completions, and report accuracy with bootstrap intervals over prompts, also by subject if there
+are any. FILE is predictions.jsonl of `lambdapo predict`, completions.jsonl of a training run, or any file with
+`prompt`, `completion` and `answer` in each line. `prompt_id`, `subject`, `reference`, `truncated` and
+`completion_length` are used if they are given. Lines with the same prompt_id, or else the same prompt, are samples of
+one prompt. The report goes to FILE's name with .results.json and .results.md. Nothing is overwritten."""
 _TYPES: dict[str, tuple[type, ...]] = {
     "prompt": (str,),
     "completion": (str,),
@@ -42,14 +42,14 @@ class Completion:
 
     Attributes:
         where: file and line.
-        prompt_id: identity of the prompt, None where the file has none.
-        prompt: what the policy was given.
-        completion: what it answered.
-        answer: the gold answer, None where the line has none.
-        reference: a reference solution, None where the line has none.
-        length: of the completion in tokens, None where the line does not say.
-        truncated: whether it was cut, None where the line does not say.
-        columns: everything else, for the rewards.
+        prompt_id: identity of the prompt, None if the file has none.
+        prompt: the prompt of the policy.
+        completion: the policy's completion.
+        answer: the gold answer, None if the line has none.
+        reference: a reference solution, None if the line has none.
+        length: length of the completion in tokens, None if the line has none.
+        truncated: whether the completion was truncated, None if the line does not say.
+        columns: all other columns, for the rewards.
     """
 
     where: str
@@ -64,7 +64,7 @@ class Completion:
 
     @property
     def key(self) -> int | str:
-        """What the samples of one prompt have in common."""
+        """The key that all samples of one prompt share."""
         return self.prompt if self.prompt_id is None else self.prompt_id
 
 
@@ -81,7 +81,7 @@ def main(args: list[str]) -> None:
         if given.preset is not None:
             source = DataSource(preset=given.preset, path=given.path, split=given.split)
         elif given.path is not None or given.split is not None:
-            raise ValueError("--path and --split say where the data of --preset are; give --preset too.")
+            raise ValueError("--path and --split say where the data of --preset is, so give --preset too.")
         rewards = [AccuracyReward(answer_format=given.format), *map(_load_reward, given.reward)]
         found = score_file(given.file, rewards, source=source, k=given.k)
     except (ValueError, TypeError) as error:
@@ -101,17 +101,17 @@ def score_file(
     """Judge a file of completions.
 
     Args:
-        file: JSONL, see the help of ``lambdapo score``.
-        rewards: the judges; the first one's verdicts and votes are the accuracy, so that it must be called so.
-        source: the data set whose answers count, in place of the file's own.
-        k: numbers of samples for pass@k and maj@k; None: 1 and as many as every prompt has.
+        file: a JSONL file, see the help of ``lambdapo score``.
+        rewards: the judges. The first one must be called ``accuracy``, and gives verdicts and votes.
+        source: the data set whose answers replace those of the file.
+        k: numbers of samples for pass@k and maj@k. None uses 1 and the number that every prompt has.
 
     Returns:
         As :func:`~lightning_lambdapo.results.results`.
 
     Raises:
-        ValueError: naming file and line that cannot be read, have no answer, or do not fit together.
-        RuntimeError: as the rewards do.
+        ValueError: a line cannot be read, has no answer, or does not fit the others. The message names file and line.
+        RuntimeError: a reward failed.
     """
     judges = as_rewards(rewards)
     rows = read_completions(file)
@@ -151,7 +151,7 @@ def read_completions(file: str | Path) -> list[Completion]:
     """The lines of a file of completions.
 
     Raises:
-        ValueError: naming the file and line that cannot be read, or a file without any.
+        ValueError: a line cannot be read, or the file has none. The message names file and line.
     """
     rows = []
     for where, row in jsonl_rows(str(file)):
@@ -191,7 +191,7 @@ def _completion(where: str, row: Any) -> Completion:
 
 
 def _with_gold(rows: Sequence[Completion], source: DataSource) -> list[Completion]:
-    """The rows with answers, references and columns of a data set, found by id (or by text) and held against it."""
+    """The rows with answers, references and columns of a data set, found by id (or text) and compared with it."""
     data = load_rows(source)
     by_id = {row["prompt_id"]: row for row in data}
     by_text = {_question(row): row for row in data}
@@ -265,7 +265,7 @@ def _judge(rows: Sequence[Completion], judges: Sequence[Reward], groups: Sequenc
 
 
 class _Unknown(list[Any]):
-    """What a file does not say of its rows: an error where a reward reads it."""
+    """A column that the file lacks. Reading it in a reward is an error."""
 
     def __init__(self, where: str, column: str, rows: int) -> None:
         super().__init__([None] * rows)
@@ -284,7 +284,7 @@ class _Unknown(list[Any]):
         raise ValueError(self.missing)
 
     def count(self, value: Any) -> int:
-        """Raise as well."""
+        """Raise too."""
         raise ValueError(self.missing)
 
 
@@ -299,7 +299,7 @@ def _load_reward(name: str) -> Any:
         found = getattr(importlib.import_module(module or "lightning_lambdapo.rewards"), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"--reward {name} cannot be imported ({error}); give module.name, and set PYTHONPATH where the "
+            f"--reward {name} cannot be imported ({error}). Give module.name, and set PYTHONPATH if the "
             "module is not installed."
         ) from error
     if not isinstance(found, type):
@@ -307,9 +307,9 @@ def _load_reward(name: str) -> Any:
     try:
         made = found()
     except TypeError as error:
-        raise ValueError(f"--reward {name} needs arguments ({error}); give a function that fills them in.") from error
+        raise ValueError(f"--reward {name} needs arguments ({error}). Give a function that fills them in.") from error
     if getattr(made, "needs_encoder", False):
-        raise ValueError(f"--reward {name} needs the policy's embeddings, and score loads no model; leave it out.")
+        raise ValueError(f"--reward {name} needs the policy's embeddings, but score loads no model. Omit it.")
     return made
 
 
@@ -320,8 +320,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--path", help="JSONL file with the preset's data, in place of the hub")
     parser.add_argument("--split", help="split of the preset's data")
     parser.add_argument("--k", type=int, nargs="+", help="numbers of samples for pass@k and maj@k")
-    parser.add_argument("--format", choices=get_args(AnswerFormat), default="auto", help="where the answers stand")
-    parser.add_argument("--output", type=Path, help="directory of the report; default: beside FILE")
+    parser.add_argument("--format", choices=get_args(AnswerFormat), default="auto", help="format of the answers")
+    parser.add_argument("--output", type=Path, help="directory of the report (default: that of FILE)")
     parser.add_argument(
         "--reward",
         nargs="+",

@@ -1,4 +1,4 @@
-"""SIGTERM with several ranks: all stop after the same training step, whichever of them was asked to."""
+"""SIGTERM with several ranks: all stop after the same training step, whichever rank received it."""
 
 import signal
 import threading
@@ -13,18 +13,18 @@ from lightning_lambdapo.distributed.parallel import gather_objects, world_size
 
 
 class Interrupts:
-    """Takes the place of Lightning's SIGTERM handler where several ranks train.
+    """Replaces Lightning's SIGTERM handler when several ranks train.
 
-    Lightning's makes a collective inside the signal handler, wherever the rank happens to be: a rank that was not
-    asked, or was at another place, then waits for the process group's timeout. This one only notes the request, and
-    ranks compare notes at the end of each training step.
+    Lightning's handler makes a collective inside the signal handler, at any point of the step. If another rank received
+    no signal or is at another point, ranks wait for the process group's timeout. This handler only records the request.
+    Ranks exchange their requests at the end of each training step.
     """
 
     def __init__(self) -> None:
         self.requested = False
 
     def install(self, trainer: Trainer) -> None:
-        """Replace Lightning's handler, which its own teardown removes again; other handlers of SIGTERM stay."""
+        """Replace Lightning's handler until Lightning's teardown. Other handlers of SIGTERM stay."""
         self.requested = False
         if world_size() < 2 or threading.current_thread() is not threading.main_thread():
             return
@@ -33,16 +33,16 @@ class Interrupts:
 
         def note(signum: int, frame: FrameType | None) -> None:
             if not self.requested and trainer.strategy.launcher is not None:
-                trainer.strategy.launcher.kill(signum)  # pass it on to the ranks that this one has started
+                trainer.strategy.launcher.kill(signum)  # pass it on to the ranks that this one started
             self.requested = True
 
         handlers[:] = [note if handler == theirs else handler for handler in handlers]
 
     def stop_together(self) -> None:
-        """Stop on all ranks if any was asked to; a collective, at the end of a training step.
+        """Stop on all ranks if any received SIGTERM. A collective, at the end of a training step.
 
         Raises:
-            SIGTERMException: a rank was sent SIGTERM; callbacks save what they save on exceptions.
+            SIGTERMException: a rank received SIGTERM. Callbacks then save what they save on exceptions.
         """
         if world_size() > 1 and any(gather_objects(self.requested)):
             raise SIGTERMException

@@ -1,6 +1,6 @@
-"""Every reach into what Lightning keeps private, each with its reason. All were checked against Lightning 2.6.6.
+"""Every use of Lightning's private parts, with its reason. All were checked against Lightning 2.6.6.
 
-Lightning has no public way to do these. The tests named below fail where a release changes one of them.
+Lightning has no public way to do these. The tests named below fail if a release changes one of them.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,12 +15,12 @@ from lightning.pytorch.strategies import Strategy
 
 
 def built_by_cli() -> bool:
-    """True while LightningCLI builds the module: it has the parsed hyper-parameters ready (test_checkpoints)."""
+    """True while LightningCLI builds the module: it has the parsed hyper-parameters (checkpointing/test_state)."""
     return _given_hyperparameters.get() is not None
 
 
 def attached_trainer(module: LightningModule) -> Trainer | None:
-    """The module's trainer, or None, where the public property raises an error (test_checkpoints)."""
+    """The module's trainer, or None. The public property raises an error instead (checkpointing/test_state)."""
     return module._trainer
 
 
@@ -28,7 +28,7 @@ def attached_trainer(module: LightningModule) -> Trainer | None:
 
 
 def writes_shards(strategy: Strategy) -> bool:
-    """Whether the strategy was told to write checkpoints in shards, which it does not tell (test_scale)."""
+    """Whether the strategy writes checkpoints in shards. No public property says so (distributed/test_scale)."""
     distributed = getattr(strategy, "_save_distributed_checkpoint", False)  # ModelParallelStrategy
     return bool(distributed) or getattr(strategy, "_state_dict_type", None) == "sharded"  # FSDPStrategy
 
@@ -37,7 +37,7 @@ def writes_shards(strategy: Strategy) -> bool:
 
 
 def sigterm_handler(trainer: Trainer) -> Callable[..., Any] | None:
-    """Lightning's handler of SIGTERM, to be found among those that are installed (test_resume)."""
+    """Lightning's handler of SIGTERM, to find it among the installed ones (checkpointing/test_resume)."""
     connector = getattr(trainer, "_signal_connector", None)
     return getattr(connector, "_sigterm_notifier_fn", None)
 
@@ -46,7 +46,7 @@ def sigterm_handler(trainer: Trainer) -> Callable[..., Any] | None:
 
 
 def logged_names(trainer: Trainer) -> set[str]:
-    """Names that the running loop has logged; public mappings also hold earlier ones (test_callbacks)."""
+    """Names that the running loop has logged. Public mappings also have earlier ones (callbacks/test_checkpoint)."""
     return {each.meta.name for each in (trainer._results or {}).values()}
 
 
@@ -58,11 +58,11 @@ def forget_logged(trainer: Trainer, name: str) -> None:
         metrics.pop(name, None)
 
 
-# -- validation inside of fit (test_resume) ----------------------------------------------------------------------------
+# -- validation inside of fit (checkpointing/test_resume) --------------------------------------------------------------
 
 
 def training_has_begun(trainer: Trainer) -> bool:
-    """Whether ``fit`` has set its data up, and with them when validation comes."""
+    """Whether ``fit`` has set up its data, and with it the schedule of validation."""
     timed = getattr(trainer, "_val_check_time_interval", None) is not None
     return trainer.fit_loop._data_fetcher is not None and (
         getattr(trainer, "val_check_batch", None) is not None or timed
@@ -70,19 +70,19 @@ def training_has_begun(trainer: Trainer) -> bool:
 
 
 def validation_is_next(trainer: Trainer) -> bool:
-    """Whether the training step that is just ending is followed by a validation."""
+    """Whether a validation follows the training step that is just ending."""
     return bool(trainer.fit_loop.epoch_loop._should_check_val_fx(cast(Any, trainer.fit_loop._data_fetcher)))
 
 
 def has_validation_data(trainer: Trainer) -> bool:
-    """Whether there is a batch to validate with; sets the data up."""
+    """Whether there is a batch to validate with. Sets up the data."""
     loop = trainer.fit_loop.epoch_loop.val_loop
     loop.setup_data()
     return sum(loop._max_batches) > 0
 
 
 def validate_inside_fit(trainer: Trainer) -> None:
-    """Run a whole validation before training goes on, and leave the loops as they were.
+    """Run a whole validation before training continues, and restore the state of the loops.
 
     A public ``Trainer.validate`` inside of ``fit`` would end the fit.
     """
@@ -95,12 +95,12 @@ def validate_inside_fit(trainer: Trainer) -> None:
         loop.val_loop.run()
     trainer.training = True
     connector._first_loop_iter = first_loop_iter
-    loop.val_loop._has_run = False  # to Lightning it has not; the epoch would seem to be over
+    loop.val_loop._has_run = False  # otherwise the epoch would seem to be over
 
 
 @contextmanager
 def _epoch_open(trainer: Trainer) -> Iterator[None]:
-    """Undo, for a while, that Lightning has closed the epoch whose last step the run resumes after."""
+    """Reopen an epoch inside this context: Lightning closes it if a run resumes after its last step."""
     fit_loop = trainer.fit_loop
     closed = fit_loop.epoch_loop.restarted_on_train_batch_end and fit_loop.restarted_mid_epoch
     parts: list[Any] = []

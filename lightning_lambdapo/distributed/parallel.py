@@ -1,4 +1,4 @@
-"""The one place that knows how many processes train together, and that names DDP or FSDP."""
+"""The only file that knows how many processes train together, and that names DDP or FSDP."""
 
 import math
 from collections import Counter
@@ -28,7 +28,7 @@ def rank() -> int:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The small plain-data ``value`` of every rank, in rank order; a collective."""
+    """The small plain-data ``value`` of every rank, in rank order. A collective."""
     if not _is_distributed():
         return [value]
     values: list[Any] = [None] * world_size()
@@ -37,9 +37,9 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def global_occurrences(prompt_ids: list[int]) -> list[int]:
-    """How often each prompt came up earlier in the global batch; a collective.
+    """How often each prompt occurred earlier in the global batch. A collective.
 
-    The global batch is ordered as ``DistributedSampler`` deals it: position ``i`` of rank ``r`` is ``i * world + r``.
+    The global batch has the order of ``DistributedSampler``: position ``i`` of rank ``r`` is ``i * world + r``.
     """
     gathered = gather_objects(prompt_ids)
     seen: Counter[int] = Counter()
@@ -54,35 +54,35 @@ def global_occurrences(prompt_ids: list[int]) -> list[int]:
 
 
 def global_std(values: Tensor) -> Tensor:
-    """Unbiased standard deviation over all ranks' values; 0 for fewer than two; a collective."""
+    """Unbiased standard deviation over all ranks' values, or 0 for fewer than two. A collective."""
     everything = torch.tensor([value for part in gather_objects(values.tolist()) for value in part]).double()
     std = everything.std() if len(everything) > 1 else everything.new_zeros(())
     return std.to(values)
 
 
 def idle_passes(local: int, strategy: Strategy) -> int:
-    """How many passes through the model this rank makes beyond its own ``local`` ones; a collective under sharding.
+    """Number of passes that this rank makes beyond its own ``local`` ones. A collective under sharding.
 
-    There every pass is a collective, so that all ranks make as many as the busiest one.
+    Under sharding every pass is a collective, so all ranks make as many as the busiest one.
     """
     return int(max([1, *gather_objects(local)])) - local if is_sharded(strategy) else 0
 
 
 def replicates(strategy: Strategy) -> bool:
-    """True where each rank holds the whole model, and a backward pass sums gradients over ranks."""
+    """True if each rank has the whole model, and a backward pass sums gradients over ranks."""
     return isinstance(strategy, DDPStrategy) and isinstance(strategy.model, nn.parallel.DistributedDataParallel)
 
 
 @contextmanager
 def local_gradients(strategy: Strategy) -> Iterator[None]:
-    """Let backward passes add to this rank's own gradients alone, where ranks hold the whole model."""
+    """Keep gradients on this rank inside this context, if each rank has the whole model."""
     with strategy.model.no_sync() if replicates(strategy) else nullcontext():  # type: ignore[union-attr, operator]
         yield
 
 
 @contextmanager
 def without_grad_scaler(strategy: Strategy) -> Iterator[None]:
-    """Let the optimizer step as if there were no float16 gradient scaler, which refuses to step without gradients."""
+    """Step without the float16 gradient scaler, because it refuses to step without gradients."""
     plugin = strategy.precision_plugin
     scaler = getattr(plugin, "scaler", None)
     if scaler is None:
@@ -96,20 +96,20 @@ def without_grad_scaler(strategy: Strategy) -> Iterator[None]:
 
 
 def saves_shards(strategy: Strategy) -> bool:
-    """True where each rank writes its shard of everything, so that no tensor may be left out."""
+    """True if each rank writes its shard of everything, so that no tensor may be omitted."""
     return is_sharded(strategy) and writes_shards(strategy)
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None, strategy: Strategy) -> float:
-    """Scale all gradients together to a Euclidean norm of at most ``max_norm``, unless theirs is not finite.
+    """Scale all gradients together to a Euclidean norm of at most ``max_norm``, unless the norm is not finite.
 
     Args:
         parameters: those that have a gradient.
-        max_norm: None leaves the gradients as they are.
+        max_norm: None does not clip.
         strategy: under ``FSDPStrategy`` the wrapped model knows which gradients are shards.
 
     Returns:
-        The norm before clipping, over the shards of all ranks too; a collective where there are shards.
+        The norm before clipping, over the shards of all ranks. A collective if there are shards.
     """
     if fsdp1.flattens(strategy) and strategy.model is not None:
         return fsdp1.clip_gradients(strategy.model, max_norm)
@@ -122,7 +122,7 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None, strat
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """All weights of ``model`` whole, on the CPU of rank 0 and an empty mapping elsewhere; a collective under FSDP2."""
+    """The full weights of ``model`` on the CPU of rank 0, an empty mapping elsewhere. A collective under FSDP2."""
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         weights: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     else:
@@ -131,13 +131,13 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def shard(model: nn.Module, strategy: Strategy, device_mesh: Any) -> nn.Module:
-    """Shard a causal language model over the data-parallel ranks, where the strategy is one that does.
+    """Shard a causal language model over the data-parallel ranks, if the strategy shards.
 
-    Each decoder layer is one group and everything else (embedding, head, final norm: tied weights stay together)
-    belongs to the root, which is the model itself, so that its forward gathers what it needs.
+    Each decoder layer is one group. Everything else (embedding, head, final norm) belongs to the root, which keeps tied
+    weights together. The root is the model itself, so its forward gathers what it needs.
 
     Returns:
-        What takes the model's place: itself, but a wrapper of it under ``FSDPStrategy``.
+        The model to use instead: a wrapper under ``FSDPStrategy``, else the model itself.
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
@@ -147,14 +147,14 @@ def shard(model: nn.Module, strategy: Strategy, device_mesh: Any) -> nn.Module:
         mesh = device_mesh["data_parallel"]
         for layer in layers:
             fully_shard(layer, mesh=mesh)
-        # Not resharding the root would leave plain, soon stale weights behind every forward without a backward.
+        # Without resharding, every forward without a backward would leave plain weights that soon are stale.
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
     return model
 
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Hold the full weights for the duration: one gathering for a whole rollout, and ranks free to differ in length."""
+    """Gather the full weights once inside this context, so that ranks may decode different numbers of tokens."""
     outer = fsdp1.wrapper(model)
     if outer is not model:
         with fsdp1.gathered(outer):
@@ -173,7 +173,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def as_forward(model: nn.Module, name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Bind ``function`` to ``model`` as method ``name`` that gathers sharded weights just as its forward does."""
+    """Bind ``function`` to ``model`` as method ``name`` that gathers sharded weights as its forward does."""
     setattr(model, name, function.__get__(model))
     method: Callable[..., Tensor] = getattr(model, name)
     if fsdp1.wrapper(model) is not model:
@@ -185,7 +185,7 @@ def as_forward(model: nn.Module, name: str, function: Callable[..., Tensor]) -> 
 
 
 def is_sharded(strategy: Strategy) -> bool:
-    """True where every forward pass is a collective, because ranks hold shards of the weights."""
+    """True if every forward pass is a collective, because each rank has only a shard of the weights."""
     return isinstance(strategy, ModelParallelStrategy | FSDPStrategy)
 
 

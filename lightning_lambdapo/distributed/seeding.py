@@ -1,4 +1,4 @@
-"""Randomness that is a function of the step, so that no generator's state has to outlive one."""
+"""Randomness that depends on the step alone, so that no generator's state must be saved."""
 
 import functools
 import hashlib
@@ -30,10 +30,10 @@ class _Seeded(Protocol):
 
 @contextmanager
 def step_randomness(seed: int, step: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's generators by (seed, step, rank) for the duration, and put them back after.
+    """Seed Python's, NumPy's and torch's generators by (seed, step, rank) inside this context, then restore them.
 
-    Sampling has streams of its own. What is left (dropout of an adapter, rewards that draw numbers) then repeats in a
-    resumed run without any state in its checkpoint.
+    Sampling has its own streams. Other randomness (dropout of an adapter, rewards that draw numbers) then repeats in a
+    resumed run without any state in the checkpoint.
     """
     digest = hashlib.blake2b(struct.pack("<qqq", seed, step, rank()), digest_size=8).digest()
     value = int.from_bytes(digest, "little")
@@ -59,8 +59,8 @@ def log_seeds(trainer: Trainer, *, sampling: int) -> None:
     """Write the seed of each source of randomness to the loggers' hyper-parameters and to the console."""
     given = os.environ.get("PL_GLOBAL_SEED")
     seeds = {
-        "seed/global": None if given is None else int(given),  # initial weights that no checkpoint brings
-        "seed/sampling": sampling,  # token streams; adapter initialisation; with step and rank, all else in a step
+        "seed/global": None if given is None else int(given),  # initial weights that are in no checkpoint
+        "seed/sampling": sampling,  # token streams, adapter weights, and (with step and rank) all else in a step
     } | {f"seed/{name}": seed for name, seed in getattr(trainer.datamodule, "seeds", {}).items()}  # type: ignore[attr-defined]
     for logger in trainer.loggers:
         logger.log_hyperparams(seeds)

@@ -1,4 +1,4 @@
-"""Means, maxima and totals of a step: what is logged is a mean over all ranks' rows, never a mean of means."""
+"""Means, maxima and totals of a step. A logged mean is over all ranks' rows, never a mean of means."""
 
 import math
 from collections import defaultdict
@@ -9,10 +9,10 @@ from lightning_lambdapo.distributed.parallel import gather_objects
 
 
 class Tally:
-    """Collects statistics of one step on one rank; :meth:`reduce` gives those of the whole global batch.
+    """Collects statistics of one step on one rank. :meth:`reduce` gives those of the whole global batch.
 
-    Ranks may have tallied different names (one of them had no row to learn from): a name without data on any rank is
-    left out.
+    Ranks may tally different names, for example if one has no row to learn from. A name without data on any rank is
+    omitted.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Tally:
             self._maxima[name] = max(self._maxima.get(name, -math.inf), values.max().item())
 
     def merge(self, other: "Tally") -> None:
-        """Add all that ``other`` has tallied."""
+        """Add everything that ``other`` has tallied."""
         for name, value in other._sums.items():
             self.ratio(name, value, other._counts[name])
         for name, value in other._squares.items():
@@ -61,7 +61,7 @@ class Tally:
             self.total(name, value)
 
     def reduce(self) -> dict[str, float]:
-        """Statistics over all ranks, the same on each of them; a collective."""
+        """Statistics over all ranks, the same on each of them. A collective."""
         total = Tally()
         for part in gather_objects(self):
             total.merge(part)

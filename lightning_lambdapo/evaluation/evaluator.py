@@ -1,4 +1,4 @@
-"""Validation and test: judging, and what is measured."""
+"""Validation and test: judging and metrics."""
 
 import math
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ PROGRESS_BAR = ("reward", "accuracy", "density_f")
 
 
 def tally_rollout(tally: Tally, rollout: Rollout, rewards: RewardOutcome) -> None:
-    """Tally what training and evaluation report alike: rewards over applicable rows, lengths, entropy."""
+    """Tally what both training and evaluation log: rewards over applicable rows, lengths, entropy."""
     tally.mean_and_std("reward", rewards.total[rewards.valid])
     for name, part in rewards.parts.items():
         tally.mean_and_std(f"reward/{name}", part[~part.isnan()])
@@ -38,7 +38,7 @@ def tally_rollout(tally: Tally, rollout: Rollout, rewards: RewardOutcome) -> Non
 def prompt_outcomes(
     batch: PromptBatch, rollout: Rollout, rewards: RewardOutcome, votes: Sequence[str | None]
 ) -> list[Outcome]:
-    """What came of each prompt of a batch, for reports; ``votes`` are the rows' final answers."""
+    """The outcome of each prompt of a batch, for reports. ``votes`` are the rows' final answers."""
     parts = {name: part.tolist() for name, part in rewards.parts.items()}
     samples = len(rollout.texts) // len(batch.prompts)
     lengths, truncated = rollout.lengths.view(-1, samples).tolist(), rollout.truncated.view(-1, samples).tolist()
@@ -56,14 +56,14 @@ def prompt_outcomes(
 
 
 class Evaluation(nn.Module):
-    """The metrics of one evaluation stage; all states add up over ranks.
+    """The metrics of one evaluation stage. All states add up over ranks.
 
-    Accuracy (avg@n, pass@k, maj@k) needs the reward called ``accuracy``; prompts with a row it does not apply to are
-    left out.
+    Accuracy (avg@n, pass@k, maj@k) needs the reward called ``accuracy``. A prompt is omitted if that reward does not
+    apply to one of its rows.
 
     Args:
         config: ``k`` and the number of samples.
-        rewards: the judges; the one called ``accuracy`` reads the votes of maj@k.
+        rewards: the judges. The one called ``accuracy`` reads the votes of maj@k.
     """
 
     def __init__(self, config: EvaluationConfig, rewards: Sequence[Reward]) -> None:
@@ -76,7 +76,7 @@ class Evaluation(nn.Module):
         self.tally = Tally()
 
     def update(self, batch: PromptBatch, rollout: Rollout, rewards: RewardOutcome) -> list[Outcome]:
-        """Take in one batch of prompts with ``n`` completions each; returns what came of each prompt."""
+        """Add one batch of prompts with ``n`` completions each. Returns the outcome of each prompt."""
         tally_rollout(self.tally, rollout, rewards)
         samples = self.num_samples
         self.density.update(rollout.texts, [text for text in batch.references for _ in range(samples)])
@@ -93,7 +93,7 @@ class Evaluation(nn.Module):
         return prompt_outcomes(batch, rollout, rewards, votes)
 
     def compute(self) -> dict[str, float]:
-        """All statistics that have data, over all ranks; a collective."""
+        """All statistics that have data, over all ranks. A collective."""
         values = self.tally.reduce()
         values |= {f"pass_at_{metric.k}": float(metric.compute()) for metric in self._metrics(PassAtK)}
         values |= {f"maj_at_{metric.k}": float(metric.compute()) for metric in self._metrics(MajorityAtK)}
@@ -101,7 +101,7 @@ class Evaluation(nn.Module):
         return {name: value for name, value in values.items() if not math.isnan(value)}
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Reset all metrics."""
         self.tally = Tally()
         for module in self.modules():
             if isinstance(module, Metric):
@@ -115,7 +115,7 @@ class Evaluator(nn.Module):
     """Judges and measures validation and test.
 
     Args:
-        config: how they decode.
+        config: how validation and test decode.
         rewards: the judges.
     """
 
@@ -126,12 +126,12 @@ class Evaluator(nn.Module):
         self.stages = nn.ModuleDict({stage: Evaluation(config, rewards) for stage in ("val", "test")})
 
     def start(self, stage: str) -> None:
-        """Start the metrics anew: states made in an earlier inference mode could not be written to now."""
+        """Reset the metrics, because states made in an earlier inference mode cannot be written to."""
         self._stage(stage).reset()
 
     def judge(self, batch: PromptBatch, rollout: Rollout, stage: str) -> dict[str, Any]:
-        """Judge and measure one batch; what callbacks get of it."""
-        if not batch.prompts:  # the last batch of all, of which other ranks have a prompt
+        """Judge and measure one batch. Returns what callbacks receive."""
+        if not batch.prompts:  # the last batch, of which only other ranks have a prompt
             return {"outcomes": []}
         rewards = judge_rollout(self.rewards, batch, rollout)
         outcomes = self._stage(stage).update(batch, rollout, rewards)
@@ -140,11 +140,11 @@ class Evaluator(nn.Module):
     def log(self, module: LightningModule, stage: str) -> None:
         """Log ``val/...`` or ``test/...``. A collective."""
         for name, value in self._stage(stage).compute().items():
-            # The same on every rank already; `sync_dist` says so to Lightning.
+            # The value is the same on every rank. `sync_dist` only tells Lightning so.
             module.log(f"{stage}/{name}", value, prog_bar=name in ("reward", "pass_at_1"), sync_dist=True)
 
     def settings(self, policy: PolicyConfig, *, max_new_tokens: int, seed: int) -> dict[str, Any]:
-        """What the results depend on, as plain data for a report."""
+        """Everything that the results depend on, as plain data for a report."""
         sampling = self.config.sampling
         drawn = {"temperature": sampling.temperature, **changed_settings(sampling)}
         changed = changed_settings(policy)
@@ -163,9 +163,9 @@ class Evaluator(nn.Module):
 
 
 def density_metric(rewards: Sequence[Reward]) -> SemanticDensity:
-    """A density metric with the settings of the first density reward that counts tokens; ROUGE-L without one.
+    """A density metric with the settings of the first density reward that counts tokens, or else ROUGE-L.
 
-    A reward of ``kind="embedding"`` says nothing here: its own mean is logged as ``reward/<name>``.
+    A reward of ``kind="embedding"`` does not count: its own mean is logged as ``reward/<name>``.
     """
     for reward in rewards:
         if isinstance(reward, SemanticDensityReward) and reward.kind != "embedding":

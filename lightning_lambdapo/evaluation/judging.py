@@ -1,4 +1,4 @@
-"""Judging a rollout: its completions as the rewards see them."""
+"""Judging the completions of a rollout with all rewards."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ def judge_rollout(
     mask_truncated: bool = False,
     tally: Tally | None = None,
 ) -> RewardOutcome:
-    """Let every reward judge every completion, and tally what the rewards say of their call.
+    """Let every reward judge every completion, and tally the rewards' own statistics.
 
-    Rows sampled from logits that were not finite are invalid, with ``mask_truncated`` truncated ones too.
+    Rows sampled from logits that were not finite are invalid. With ``mask_truncated`` truncated rows are invalid too.
     """
     group_size = len(rollout.texts) // len(batch.prompts)
     owner = [index for index in range(len(batch.prompts)) for _ in range(group_size)]

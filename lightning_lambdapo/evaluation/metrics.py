@@ -97,7 +97,29 @@ class SemanticDensity(Metric):
         return dict(zip(("precision", "recall", "f"), means, strict=True))
 
 
-class PassAtK(Metric):
+class _AtK(Metric):
+    """What pass@k and maj@k share: a mean over prompts of what their first ``k`` samples are worth."""
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    total: Tensor
+    prompts: Tensor
+
+    def __init__(self, k: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if k < 1:
+            raise ValueError(f"`k` must be at least 1, got {k}.")
+        self.k = k
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("prompts", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def compute(self) -> Tensor:
+        """Mean over prompts; NaN without data."""
+        return (self.total / self.prompts).float()
+
+
+class PassAtK(_AtK):
     r"""Unbiased pass@k: the probability that at least one of ``k`` samples is correct.
 
     .. math:: 1 - \binom{n - c}{k} / \binom{n}{k}
@@ -118,20 +140,6 @@ class PassAtK(Metric):
         tensor(0.5000)
     """
 
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    total: Tensor
-    prompts: Tensor
-
-    def __init__(self, k: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if k < 1:
-            raise ValueError(f"`k` must be at least 1, got {k}.")
-        self.k = k
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("prompts", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-
     def update(self, correct: Tensor) -> None:
         """Add ``(B, n)`` bool, ``n`` at least ``k``."""
         _check_samples(correct, self.k)
@@ -139,12 +147,8 @@ class PassAtK(Metric):
             self.total += pass_at_k(correct.shape[1], right, self.k)
         self.prompts += len(correct)
 
-    def compute(self) -> Tensor:
-        """Mean over prompts; NaN without data."""
-        return (self.total / self.prompts).float()
 
-
-class MajorityAtK(Metric):
+class MajorityAtK(_AtK):
     """maj@k: the share of prompts whose most frequent answer among the first ``k`` samples is correct.
 
     None does not vote. A tie goes to the answer that came first. Without a vote, the prompt counts as wrong. The answer
@@ -164,32 +168,14 @@ class MajorityAtK(Metric):
         tensor(1.)
     """
 
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    right: Tensor
-    prompts: Tensor
-
-    def __init__(self, k: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if k < 1:
-            raise ValueError(f"`k` must be at least 1, got {k}.")
-        self.k = k
-        self.add_state("right", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("prompts", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-
     def update(self, votes: Sequence[Sequence[str | None]], correct: Tensor) -> None:
         """Add each prompt's ``n`` answers and which of them are correct, ``(B, n)`` bool, ``n`` at least ``k``."""
         _check_samples(correct, self.k)
         if [len(row) for row in votes] != [correct.shape[1]] * len(correct):
             raise ValueError(f"`votes` must hold {len(correct)} rows of {correct.shape[1]} answers, as `correct` does.")
         for answers, flags in zip(votes, correct.bool().tolist(), strict=True):
-            self.right += majority_is_right(answers[: self.k], flags[: self.k])
+            self.total += majority_is_right(answers[: self.k], flags[: self.k])
         self.prompts += len(correct)
-
-    def compute(self) -> Tensor:
-        """Mean over prompts; NaN without data."""
-        return (self.right / self.prompts).float()
 
 
 class GroupDiagnostics(Metric):

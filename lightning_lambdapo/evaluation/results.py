@@ -1,4 +1,4 @@
-"""What an evaluation found: outcomes of single prompts, statistics over them with intervals, JSON and Markdown."""
+"""Results of an evaluation: outcomes of single prompts, statistics with intervals, JSON and Markdown."""
 
 import dataclasses
 import json
@@ -31,15 +31,15 @@ _NOTE = (
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of one prompt's samples: small, since outcomes cross ranks and are kept to the end.
+    """The outcome of one prompt's samples. It is small, because outcomes cross ranks and are kept to the end.
 
     Attributes:
         prompt_id: stable identity of the prompt.
-        subject: what the breakdown by subject goes by; None where the data has none.
-        correct: whether each sample is; None where the prompt could not be judged.
+        subject: key of the breakdown by subject. None if the data has none.
+        correct: whether each sample is correct. None if the prompt could not be judged.
         votes: each sample's final answer as the index of its first appearance among them, None without one.
-        lengths: completion lengths in tokens; None where they are not known.
-        truncated: whether each completion hit the longest length; None where that is not known.
+        lengths: completion lengths in tokens. None if they are unknown.
+        truncated: whether each completion reached the longest length. None if that is unknown.
         rewards: sum of each reward part over the samples it applies to, and their number.
     """
 
@@ -70,12 +70,12 @@ def outcome(
 
     Args:
         prompt_id: stable identity of the prompt.
-        subject: text or a number; anything else is no subject.
-        parts: each reward's value of every sample, NaN where it is not applicable. A sample is correct where the part
-            ``accuracy`` exceeds 0.5; without one for every sample the prompt is not judged.
+        subject: text or a number. Anything else is no subject.
+        parts: each reward's value of every sample, NaN where it is not applicable. A sample is correct if the part
+            ``accuracy`` exceeds 0.5. If that part is missing for any sample, the prompt is not judged.
         votes: each sample's final answer in a canonical form.
         lengths: completion lengths in tokens.
-        truncated: whether each completion hit the longest length.
+        truncated: whether each completion reached the longest length.
     """
     accuracy = parts.get("accuracy", [math.nan])
     order = list(dict.fromkeys(vote for vote in votes if vote is not None))
@@ -93,10 +93,10 @@ def outcome(
 
 
 def statistics(outcomes: Sequence[Outcome], k: Iterable[int]) -> dict[str, Estimate]:
-    """Statistics over prompts that have data, by the names that evaluations log them under.
+    """All statistics that have data, by the names that evaluations log them under.
 
-    ``avg_at_<n>`` (where all prompts have ``n`` samples), ``pass_at_<k>`` and, for ``k`` above 1, ``maj_at_<k>`` over
-    the judged prompts; ``completion_length``, ``truncated`` and each ``reward/<name>`` over all rows.
+    ``avg_at_<n>`` (if all prompts have ``n`` samples), ``pass_at_<k>`` and, for ``k`` above 1, ``maj_at_<k>`` are over
+    the judged prompts. ``completion_length``, ``truncated`` and each ``reward/<name>`` are over all rows.
 
     Raises:
         ValueError: a judged prompt has fewer than ``k`` samples.
@@ -136,15 +136,15 @@ def statistics(outcomes: Sequence[Outcome], k: Iterable[int]) -> dict[str, Estim
 
 
 def results(outcomes: Sequence[Outcome], k: Iterable[int], settings: Mapping[str, Any]) -> Results:
-    """Everything there is to say of an evaluation, as plain data.
+    """The complete results of an evaluation, as plain data.
 
     Args:
-        outcomes: of all prompts.
+        outcomes: outcomes of all prompts.
         k: pass@k and maj@k are computed for each of these.
-        settings: what was evaluated and how, plain data that is passed on.
+        settings: what was evaluated and how, as plain data that is copied to the results.
 
     Raises:
-        ValueError: no prompt, or one that has fewer than ``k`` samples.
+        ValueError: there is no prompt, or a prompt has fewer than ``k`` samples.
     """
     if not outcomes:
         raise ValueError("There are no completions to report on.")
@@ -183,7 +183,7 @@ def markdown(found: Results) -> str:
     rows = [(metric_label(name), *_value_and_interval(name, found["metrics"][name])) for name in shown]
     lines += [*markdown_table(["metric", "value", percent], rows), ""]
     if found["subjects"]:
-        averaged = any(name.startswith("avg_at_") for name in shown)  # which is what pass@1 is, too
+        averaged = any(name.startswith("avg_at_") for name in shown)  # pass@1 is the same
         hidden = ("pass_at_1",) if averaged else ()
         columns = [name for name in shown if not name.startswith("reward/") and name not in hidden]
         rows = [
@@ -196,7 +196,7 @@ def markdown(found: Results) -> str:
 
 
 def write(found: Results, directory: Path, stem: str) -> tuple[Path, Path]:
-    """Write ``<stem>.json`` and ``<stem>.md``, or ``<stem>-1`` and so on where either exists: nothing is written over.
+    """Write ``<stem>.json`` and ``<stem>.md``, or ``<stem>-1`` and so on if either exists. Nothing is overwritten.
 
     Returns:
         The two paths.
@@ -204,7 +204,7 @@ def write(found: Results, directory: Path, stem: str) -> tuple[Path, Path]:
     directory.mkdir(parents=True, exist_ok=True)
     file = unused_path(directory / f"{stem}.json", ".md")
     files = file, file.with_suffix(".md")
-    outcomes = ",\n".join(json.dumps(each) for each in found["outcomes"])  # one line each: they are many
+    outcomes = ",\n".join(json.dumps(each) for each in found["outcomes"])  # one line each, because they are many
     head = json.dumps({name: value for name, value in found.items() if name != "outcomes"}, indent=1, default=str)
     files[0].write_text(f'{head[:-2]},\n "outcomes": [\n{outcomes}\n ]\n}}\n', encoding="utf-8")
     files[1].write_text(markdown(found), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The learning pass: from advantages to gradients that do not depend on how rows are split."""
+"""The learning pass: gradients from advantages, independent of how rows are split."""
 
 import warnings
 from collections.abc import Callable
@@ -30,24 +30,24 @@ from lightning_lambdapo.policy.reference import answering_as_reference
 
 
 class Learner:
-    """Learns from a rollout: one optimizer update after another, each of any number of micro-batches.
+    """Learns from a rollout by optimizer updates, each over any number of micro-batches.
 
     Args:
-        policy: what is trained.
-        reference: a frozen copy of it; None where switching the policy's adapter gives the reference.
+        policy: the policy that is trained.
+        reference: a frozen copy of it. None if switching the policy's adapter gives the reference.
         algorithm: the loss's settings.
         temperature: divisor of the logits in every log-probability, that of sampling.
         max_new_tokens: factor of the denominator under ``aggregation="constant"``.
-        max_tokens: budget of a micro-batch; halved, for the rest of the run, when one runs out of memory.
-        chunk_size: positions whose logits exist at once.
+        max_tokens: budget of a micro-batch. It is halved for the rest of the run when one runs out of memory.
+        chunk_size: number of positions whose logits are in memory at once.
         performance: switches of the learning pass.
         mini_batches: updates per pass over a rollout.
-        passes: how often each rollout is gone through.
-        tally: takes the statistics of :meth:`updates` and :meth:`step`.
-        optimizer: moves the parameters in :meth:`step`.
+        passes: number of passes over each rollout.
+        tally: receives the statistics of :meth:`updates` and :meth:`step`.
+        optimizer: changes the parameters in :meth:`step`.
 
     Attributes:
-        memory_retries: how often a micro-batch has run out of memory.
+        memory_retries: number of times that a micro-batch has run out of memory.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Learner:
         self.reference_scorer = self.scorer if reference is None else make_scorer(causal_lm(reference))
 
     def updates(self, batch: PromptBatch, rollout: Rollout, advantages: Tensor, valid: Tensor) -> list[Update]:
-        """The optimizer updates of one rollout, mini-batches times passes, in their order. A collective.
+        """The optimizer updates of one rollout, mini-batches times passes, in order. A collective.
 
         Args:
             batch: ``B`` prompts.
@@ -104,7 +104,7 @@ class Learner:
         return planned * self.passes
 
     def step(self, update: Update) -> None:
-        """Make one optimizer update; without a row to learn from no parameter moves. A collective."""
+        """Make one optimizer update. Without a row to learn from, no parameter changes. A collective."""
         optimizer, tally = self.optimizer, self.tally
         optimizer.zero_grad(tally)
         tally.ratio("empty_updates", float(not update.learns), 1.0)
@@ -117,12 +117,12 @@ class Learner:
         optimizer.step_schedule(tally)
 
     def micro_batches(self, update: Update) -> list[MicroBatch]:
-        """The update's rows under the present token budget, packed where the model can be scored so."""
+        """The update's rows under the current token budget, packed if the scorer can share prompts."""
         return update.micro_batches(max_tokens=self.max_tokens, share_prompts=self.scorer.share_prompts)
 
     @torch.no_grad()
     def old_logprobs(self, updates: list[Update]) -> Tensor:
-        """Log-probabilities ``(N, T)`` before the first update of every row that will be learned from; 0 elsewhere."""
+        """Log-probabilities ``(N, T)`` before the first update, for every row to learn from. 0 elsewhere."""
         rollout = updates[0].rollout
         logprobs = torch.zeros_like(rollout.sampling_logprobs)
 
@@ -146,27 +146,27 @@ class Learner:
             return self.reference_scorer(micro_batch)
 
     def accumulate(self, update: Update) -> None:
-        """Back-propagate the update's loss, micro-batch by micro-batch; a collective.
+        """Back-propagate the update's loss, micro-batch by micro-batch. A collective.
 
-        Where ranks hold the whole model, each first adds up the gradients of its own rows, however many micro-batches
-        that takes; one last backward pass without any row then sums them over the ranks.
+        If each rank has the whole model, it first sums the gradients of its own rows, over any number of micro-batches.
+        A last backward pass without rows then sums them over the ranks.
 
         Args:
             update: the mini-batch.
 
         Raises:
-            torch.OutOfMemoryError: a single row does not fit, or ranks that hold shards cannot start over alone.
+            torch.OutOfMemoryError: a single row does not fit. Or weights are in shards, so no rank can retry alone.
         """
         strategy, backward = self.optimizer.strategy, self.optimizer.backward
         self.tally.ratio("clip_fraction", 0.0, update.local_tokens)
         self.tally.ratio("loss", 0.0, 1 / world_size())
 
         def back_propagate(update: Update, micro_batches: list[MicroBatch], idle: int, tally: Tally) -> None:
-            # Activation checkpointing runs the model again in the backward pass, which needs the same attention.
+            # With activation checkpointing the backward pass runs the model again, with the same attention.
             with local_gradients(strategy), self.scorer.attention():
                 for micro_batch in micro_batches:
                     loss = self._loss(update, micro_batch, tally)
-                    # Strategies average gradients over ranks, and the loss is divided by global counts already.
+                    # Strategies average gradients over ranks, but the loss is already divided by global counts.
                     backward(loss * world_size())
                 for _ in range(idle):
                     backward(self._idle_loss())
@@ -180,10 +180,10 @@ class Learner:
         update: Update,
         work: Callable[[Update, list[MicroBatch], int, Tally], None],
     ) -> None:
-        """Do ``work``, and when memory runs out do all of it again at half the token budget.
+        """Do ``work``, and repeat all of it with half the token budget when memory runs out.
 
-        Ranks that hold the whole model make no collective in ``work``, so that one of them may start over by itself.
-        Where weights are in shards every pass is a collective, and ``work`` is told how many idle ones to make.
+        Ranks with the whole model make no collective in ``work``, so that each can repeat it alone. If weights are in
+        shards, every pass is a collective, and ``work`` receives the number of idle passes to make.
         """
         strategy = self.optimizer.strategy
         while True:
@@ -200,13 +200,13 @@ class Learner:
                 largest = max((len(micro_batch.rows) for micro_batch in micro_batches), default=0)
                 if largest < 2:
                     raise torch.OutOfMemoryError(
-                        "A single row of the learning pass does not fit in memory; lower `rollout.max_new_tokens` or "
+                        "A single row of the learning pass does not fit in memory. Lower `rollout.max_new_tokens` or "
                         f"`logprob_chunk_size`, or set `policy.gradient_checkpointing`. {error}"
                     ) from error
             else:
                 self.tally.merge(attempt)
                 return
-            # Only here, out of reach of the exception's frames, is what the attempt held free.
+            # The traceback keeps the failed attempt's tensors alive, so memory is freed only after the except block.
             del attempt, micro_batches
             self.policy.zero_grad()
             if torch.cuda.is_available():
@@ -214,18 +214,18 @@ class Learner:
             self.max_tokens //= 2
             self.memory_retries += 1
             warnings.warn(
-                f"A micro-batch ran out of memory; from now on, beginning with the same rows again, none has more than "
-                f"{self.max_tokens} tokens. Set `max_tokens_per_micro_batch` to that.",
+                f"A micro-batch ran out of memory; from now on none has more than {self.max_tokens} tokens. These rows "
+                "are computed again. Set `max_tokens_per_micro_batch` to that number.",
                 stacklevel=2,
             )
 
     def _idle_micro_batch(self) -> MicroBatch:
-        """One token, for a pass that only takes part in what other ranks do."""
+        """One token, for a pass that only joins the collectives of other ranks."""
         token = torch.zeros(1, 2, dtype=torch.long, device=self.policy.device)
         return MicroBatch.of_tokens(token, packed=self.scorer.share_prompts)
 
     def _idle_loss(self) -> Tensor:
-        """A loss of 0 that went through the same models as :meth:`_loss`."""
+        """A loss of 0 that runs the same models as :meth:`_loss`."""
         if self.algorithm.needs_reference:
             self.ref_logprobs(self._idle_micro_batch())
         return self.scorer(self._idle_micro_batch()).sum() * 0
@@ -262,7 +262,7 @@ class Learner:
 
 
 def _tally_drift(tally: Tally, micro_batch: MicroBatch, rollout: Rollout, logprobs: Tensor) -> None:
-    """How far scoring is from sampling for the same weights: different batch shapes, kernels or precision."""
+    """Tally how far log-probabilities differ from those at sampling, by batch shapes, kernels or precision."""
     mask = micro_batch.completion_mask
     sampled = rollout.sampling_logprobs[micro_batch.rows, : mask.shape[1]]
     drift = (sampled.to(logprobs) - logprobs)[mask].abs()

@@ -1,4 +1,4 @@
-"""Manual optimisation: clipping, the checks that may drop an update, the schedule, and what is counted of it."""
+"""Manual optimisation: clipping, skipping of non-finite updates, the schedule, and counters."""
 
 import math
 from typing import cast
@@ -19,10 +19,10 @@ class PolicyOptimizer:
     """A module's optimizer and schedule, as Lightning wraps them.
 
     Args:
-        module: has the optimizer; its ``on_before_optimizer_step`` must call :meth:`clip`.
-        state: takes the counts of updates.
-        max_grad_norm: gradients are clipped to this global norm; None leaves them.
-        max_skipped_updates: updates in a row that may be dropped.
+        module: has the optimizer. Its ``on_before_optimizer_step`` must call :meth:`clip`.
+        state: receives the counts of updates.
+        max_grad_norm: gradients are clipped to this global norm. None does not clip.
+        max_skipped_updates: number of updates in a row that may be skipped.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class PolicyOptimizer:
         tally.ratio("lr", optimizer.param_groups[0]["lr"], 1.0)
 
     def step(self, tally: Tally) -> None:
-        """Move the parameters by their gradient, unless it is not finite."""
+        """Change the parameters by their gradient, unless it is not finite."""
         self.state.updates_in_step += 1
         self._optimizer().step()
         if math.isfinite(self._grad_norm):
             tally.ratio("grad_norm", self._grad_norm, 1.0)
 
     def step_without_gradient(self, *, finite: bool) -> None:
-        """Count an update that moves no parameter; one that is not ``finite`` counts as skipped."""
+        """Count an update that changes no parameter. One that is not ``finite`` counts as skipped."""
         if not finite:
             self._skip("were of a rollout whose log-probabilities are not finite")
         self.state.updates_in_step += 1
@@ -65,14 +65,14 @@ class PolicyOptimizer:
             self._optimizer().step()
 
     def step_schedule(self, tally: Tally) -> None:
-        """End an update: the schedule goes one step on."""
+        """End an update with one step of the schedule."""
         tally.maximum("skipped_updates", torch.tensor(self.state.skipped_updates))
         schedule = self.module.lr_schedulers()
         if schedule is not None:
             schedule.step()  # type: ignore[union-attr]
 
     def clip(self, optimizer: Optimizer) -> None:
-        """Clip the gradient (unscaled by now), or drop it where it is not finite."""
+        """Clip the gradient (unscaled by now), or drop it if it is not finite."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not parameters:
             return
@@ -81,18 +81,18 @@ class PolicyOptimizer:
             self.state.skipped_in_a_row = 0
             return
         optimizer.zero_grad()
-        if getattr(self.strategy.precision_plugin, "scaler", None) is None:  # a scaler looks for its scale this way
+        if getattr(self.strategy.precision_plugin, "scaler", None) is None:  # normal while a scaler adapts
             self._skip(f"had a gradient norm of {self._grad_norm}")
 
     def _optimizer(self) -> LightningOptimizer:
         return cast(LightningOptimizer, self.module.optimizers())
 
     def _skip(self, reason: str) -> None:
-        """Count an update that is not made; too many in a row are an error."""
+        """Count a skipped update. Too many in a row are an error."""
         self.state.skipped_updates += 1
         self.state.skipped_in_a_row += 1
         if self.state.skipped_in_a_row > self.max_skipped_updates:
             raise RuntimeError(
                 f"{self.state.skipped_in_a_row} updates in a row {reason}; the policy has diverged or its precision "
-                "does not hold. Lower the learning rate, or use bf16-mixed or 32-true."
+                "is too low. Lower the learning rate, or use bf16-mixed or 32-true."
             )

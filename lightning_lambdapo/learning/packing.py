@@ -1,4 +1,4 @@
-"""Micro-batches of the learning pass: rows of a rollout under a token budget, prompts shared or rows padded."""
+"""Micro-batches of the learning pass: rows of a rollout under a token budget, packed or padded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ class MicroBatch:
     """Rows that go through the model together.
 
     Attributes:
-        rows: ``(n,)`` int64, which of the ``N`` rows of the rollout they are.
-        input_ids: ``(b, l)`` int64: one packed row of prompts and completions that share them, or ``n`` padded ones.
+        rows: ``(n,)`` int64, their indices among the ``N`` rows of the rollout.
+        input_ids: ``(b, l)`` int64: one packed row of prompts and completions that share them, or ``n`` padded rows.
         position_ids: ``(b, l)`` int64, 0 at the first token of each prompt.
         attention_mask: ``(b, l)`` bool, False on padding.
         completion_mask: ``(n, T')`` bool, the ``M`` tokens whose log-probability counts.
-        predictors: ``(M,)`` int64 in row-major order, place among the ``b * l`` of the token that predicts each.
+        predictors: ``(M,)`` int64 in row-major order, index among the ``b * l`` of the token that predicts each.
         targets: ``(M,)`` int64, the tokens themselves.
-        branches: who attends to whom in a packed row; None where rows are padded.
+        branches: who attends to whom in a packed row. None if rows are padded.
     """
 
     rows: Tensor
@@ -37,7 +37,7 @@ class MicroBatch:
 
     @classmethod
     def padded(cls, batch: PromptBatch, rollout: Rollout, rows: Tensor) -> Self:
-        """One row of the model's input each: left-padded prompts, then right-padded completions."""
+        """One input row per completion: the left-padded prompt, then the right-padded completion."""
         prompts = rows // (len(rollout.completion_ids) // len(batch.input_ids))
         prompt_mask = batch.attention_mask[prompts].bool()
         completion_mask = rollout.completion_mask[rows]
@@ -58,9 +58,9 @@ class MicroBatch:
 
     @classmethod
     def packed(cls, batch: PromptBatch, rollout: Rollout, rows: Tensor) -> Self:
-        """All in one unpadded row, each prompt once; ``rows`` of one prompt must follow each other.
+        """All in one unpadded row, each prompt once. ``rows`` of one prompt must follow each other.
 
-        A completion's last token predicts nothing and is left out of the input.
+        A completion's last token predicts nothing and is omitted from the input.
         """
         device = rows.device
         group_size = len(rollout.completion_ids) // len(batch.input_ids)
@@ -118,15 +118,15 @@ def plan_micro_batches(
 ) -> list[MicroBatch]:
     """Split ``rows`` into micro-batches of at most ``max_tokens`` tokens of the model's input.
 
-    With ``share_prompts`` the rows of a prompt go together in one packed row, which is divided only where it is over
-    the budget, and small groups share one. Without, rows of like length are padded together; padding counts. The
-    largest come first, so that what does not fit in memory fails at once. A single row longer than the budget goes
-    alone.
+    With ``share_prompts`` the rows of a prompt go together in one packed row. It is divided only if it is over the
+    budget, and small groups share one. Otherwise rows of similar length are padded together, and padding counts. The
+    largest come first, so that a batch too large for memory fails at once. A single row longer than the budget is a
+    micro-batch of its own.
 
     Args:
         batch: the prompts, ``(B, P)``.
         rollout: their completions, ``(N, T)``.
-        rows: ``(n,)`` int64 ascending, the rows that are to be scored.
+        rows: ``(n,)`` int64 ascending, the rows to split.
         max_tokens: budget of one micro-batch.
         share_prompts: one packed row per micro-batch, or padded rows.
     """
@@ -143,7 +143,7 @@ def plan_micro_batches(
 
 
 def _pad(rows: list[int], prompts: dict[int, int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Bins of rows of like length, whose padded size is within the budget."""
+    """Bins of rows of similar length, whose padded size is within the budget."""
     bins: list[list[int]] = []
     prompt_width = width = 0
     for row in sorted(rows, key=lambda row: -prompts[row] - lengths[row]):
@@ -160,7 +160,7 @@ def _pad(rows: list[int], prompts: dict[int, int], lengths: Sequence[int], budge
 def _pack(
     rows: list[int], prompts: dict[int, int], lengths: Sequence[int], group_size: int, budget: int
 ) -> list[list[int]]:
-    """Bins of groups, or of parts of groups that alone are over the budget; each prompt counts once per bin."""
+    """Bins of groups, or of parts of groups over the budget. Each prompt counts once per bin."""
     pieces: list[tuple[int, list[int]]] = []
     current = -1
     for row in rows:

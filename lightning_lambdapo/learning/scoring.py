@@ -1,4 +1,4 @@
-"""Log-probabilities of completions: the decoder once, the output head in chunks of the positions that count."""
+"""Log-probabilities of completions: one pass of the decoder, and the output head in chunks of positions."""
 
 import warnings
 from collections.abc import Callable
@@ -19,23 +19,23 @@ from lightning_lambdapo.policy.model import evaluating
 
 
 class CompletionScorer:
-    """Log-probabilities of the completion tokens of micro-batches with one model.
+    """Computes the log-probabilities of the completion tokens of micro-batches with one model.
 
-    Only positions that predict a completion token reach the output head, and logits exist for one chunk at a time. At
-    construction short inputs go through this path and through the model's own forward. Where the two differ with
-    padded rows (an architecture that does more to its logits than is known here) the model's own logits are used;
-    where they differ with shared prompts (an attention that cannot branch), padded rows are. Either gives one warning.
+    Only positions that predict a completion token reach the output head, and logits exist for one chunk at a time. The
+    constructor compares this path with the model's own forward on short inputs. If padded rows differ (an architecture
+    with an unknown change to its logits), the model's own logits are used. If shared prompts differ (an attention that
+    cannot branch), padded rows are used. Each case gives one warning.
 
     Args:
         model: the causal language model.
         temperature: divisor of the logits, that of sampling.
-        chunk_size: positions whose logits exist at once.
+        chunk_size: number of positions whose logits are in memory at once.
         share_prompts: False never packs rows.
-        recompute_logits: True computes each chunk's logits once more in the backward pass, where they would otherwise
-            be used for the gradient while they exist. A head with parameters to train does so in any case.
+        recompute_logits: True computes each chunk's logits again in the backward pass. False computes the gradient
+            while they are in memory. A head with trainable parameters always recomputes.
 
     Attributes:
-        share_prompts: whether packed micro-batches can be scored.
+        share_prompts: whether packed micro-batches are supported.
     """
 
     def __init__(
@@ -58,14 +58,14 @@ class CompletionScorer:
         self.share_prompts = share_prompts and self._probe_packing()
 
     def __call__(self, micro_batch: MicroBatch) -> Tensor:
-        """Log-probabilities ``(n, T')`` of the completion tokens; 0 where masked out."""
+        """Log-probabilities ``(n, T')`` of the completion tokens. 0 where masked out."""
         logprobs = self._flat(micro_batch)
         return logprobs.new_zeros(micro_batch.completion_mask.shape).masked_scatter(
             micro_batch.completion_mask, logprobs
         )
 
     def attention(self) -> AbstractContextManager[None]:
-        """Packed micro-batches' attention also beyond the call: a backward pass may have to run the model again."""
+        """The attention of packed micro-batches, for a backward pass that may run the model again."""
         return branch_attention(self.model) if self.share_prompts else nullcontext()
 
     def _flat(self, micro_batch: MicroBatch) -> Tensor:
@@ -90,8 +90,8 @@ class CompletionScorer:
         )
         if reason is not None:
             warnings.warn(
-                f"{type(self.model).__name__} cannot be scored in chunks ({reason}); its own forward is used, whose "
-                "logits take (rows x completion length x vocabulary) memory.",
+                f"{type(self.model).__name__} cannot compute log-probabilities in chunks ({reason}). Its own forward "
+                "is used, whose logits take (rows x completion length x vocabulary) memory.",
                 stacklevel=3,
             )
         return reason is None
@@ -112,9 +112,9 @@ class CompletionScorer:
         )
         if reason is not None:
             warnings.warn(
-                f"{type(self.model).__name__} cannot share prompts in the learning pass ({reason}); rows are padded "
-                "instead, each with its own copy of the prompt. `share_prompts: false` chooses that without this "
-                "message.",
+                f"{type(self.model).__name__} cannot share prompts in the learning pass ({reason}). Rows are padded "
+                "instead, each with its own copy of the prompt. Set `performance.share_prompts_in_learning: false` to "
+                "choose that without this message.",
                 stacklevel=3,
             )
         return reason is None
@@ -124,7 +124,7 @@ class CompletionScorer:
         return torch.arange(8, device=self.model.device).remainder(vocabulary)
 
     def _difference(self, found: Callable[[], Tensor], expected: Callable[[], Tensor]) -> str | None:
-        """What keeps two ways from giving the same log-probabilities; None where nothing does."""
+        """Why two ways do not give the same log-probabilities. None if they do."""
         try:
             with evaluating(self.model):  # dropout would make any two passes differ
                 difference = (found() - expected()).abs().max().item()
@@ -162,7 +162,7 @@ def _inputs(micro_batch: MicroBatch) -> dict[str, Any]:
 
 
 def _head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """The output head with what the known architectures do to its logits: multiply, divide, cap softly."""
+    """The output head and what known architectures do to its logits: multiply, divide, cap softly."""
     config = model.config.get_text_config()
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     cap = getattr(config, "final_logit_softcapping", None)

@@ -1,4 +1,4 @@
-"""What a training step reports beyond its learning pass: rewards, density, and what the advantage saw."""
+"""What a training step logs outside its learning pass: rewards, density, group statistics."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,12 +16,12 @@ from lightning_lambdapo.rewards import Reward
 
 
 class TrainingLog(nn.Module):
-    """What a training step reports beyond its learning pass: rewards, density, and what the advantage saw.
+    """What a training step logs outside its learning pass: rewards, density, group statistics.
 
     Args:
         algorithm: weighting and temperature of the pairs.
-        rewards: ``density_*`` has the settings of the density reward, where there is one that counts tokens. It is
-            ROUGE-L otherwise, next to a reward of ``kind="embedding"`` too, whose own mean is ``reward/<name>``.
+        rewards: ``density_*`` uses the settings of the density reward that counts tokens, if there is one. Otherwise
+            it is ROUGE-L, also with a reward of ``kind="embedding"``, whose own mean is ``reward/<name>``.
     """
 
     def __init__(self, algorithm: AlgorithmConfig, rewards: Sequence[Reward]) -> None:
@@ -42,9 +42,9 @@ class TrainingLog(nn.Module):
         advantages: Tensor,
         tally: Tally,
     ) -> None:
-        """Take in the step's rollout; ``confidence`` is ``(B, G)``, ``advantages`` ``(N,)``.
+        """Add the step's rollout. ``confidence`` is ``(B, G)``, ``advantages`` ``(N,)``.
 
-        Sums and counts go to ``tally``, which is to be finished with.
+        Sums and counts go to ``tally``. Pass it to :meth:`finish` too.
         """
         shape = rewards.total.shape
         tally_rollout(tally, rollout, rewards)
@@ -57,7 +57,7 @@ class TrainingLog(nn.Module):
         )
 
     def finish(self, tally: Tally) -> dict[str, float]:
-        """All of the step's statistics with those of ``tally``, over all ranks; starts anew. A collective."""
+        """The step's statistics and those of ``tally``, over all ranks, and a reset. A collective."""
         values = tally.reduce()
         values |= {name: float(value) for name, value in self.groups.compute().items()}
         values |= {f"density_{name}": float(value) for name, value in self.density.compute().items()}
@@ -66,9 +66,9 @@ class TrainingLog(nn.Module):
         return values
 
     def log(self, module: LightningModule, values: Mapping[str, float], **settings: Any) -> None:
-        """Log a step's values under ``train/``, ``settings`` as for ``LightningModule.log``.
+        """Log a step's values under ``train/``, with ``settings`` as for ``LightningModule.log``.
 
-        What has no value this time is left out; Lightning alone would log its last value again.
+        Names without a value in this step are omitted. Lightning alone would log their last value again.
         """
         for name in self.names - values.keys():
             forget_logged(module.trainer, f"train/{name}")

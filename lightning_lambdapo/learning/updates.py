@@ -18,14 +18,14 @@ class Update:
     Attributes:
         batch: the ``B`` prompts of the rollout.
         rollout: its ``N`` completions.
-        rows: ``(n,)`` int64 ascending, the rows that can move a parameter, or that are wanted in the log.
+        rows: ``(n,)`` int64 ascending, the rows that can change a parameter, or that the log needs.
         local_tokens: tokens of this rank's valid rows, also of those not in ``rows``.
         token_count: tokens of all ranks' valid rows.
         row_count: number of all ranks' valid rows.
-        learns: False where no rank has a row to learn from.
-        finite: False where some rank sampled a row from logits that were not finite.
+        learns: False if no rank has a row to learn from.
+        finite: False if any rank sampled a row from logits that were not finite.
         advantages: ``(N,)``, of all rows of the rollout.
-        old_logprobs: ``(N, T)`` before the first update; None on-policy, where the ratio is exactly 1.
+        old_logprobs: ``(N, T)`` before the first update. None on-policy, where the ratio is exactly 1.
     """
 
     batch: PromptBatch
@@ -40,7 +40,7 @@ class Update:
     old_logprobs: Tensor | None = None
 
     def micro_batches(self, *, max_tokens: int, share_prompts: bool) -> list[MicroBatch]:
-        """The rows, divided; see :func:`plan_micro_batches`."""
+        """The rows in micro-batches. See :func:`plan_micro_batches`."""
         return plan_micro_batches(
             self.batch, self.rollout, self.rows, max_tokens=max_tokens, share_prompts=share_prompts
         )
@@ -55,17 +55,17 @@ def plan_updates(
     algorithm: AlgorithmConfig,
     mini_batches: int,
 ) -> list[Update]:
-    """Split a rollout into mini-batches by prompt; a collective.
+    """Split a rollout into mini-batches by prompt. A collective.
 
-    A prompt belongs to a mini-batch by its place in the global batch (position ``i`` of rank ``r`` is ``i * world +
-    r``), so the same prompts share an update on any number of ranks. Rows of zero advantage have no gradient without
-    a KL term and are not scored; they count in the denominators all the same.
+    A prompt's position in the global batch decides its mini-batch (position ``i`` of rank ``r`` is ``i * world + r``).
+    The same prompts therefore share an update on any number of ranks. Without a KL term, rows of zero advantage have no
+    gradient, so their log-probabilities are not computed. They still count in the denominators.
 
     Args:
         batch: ``B`` prompts.
         rollout: ``N`` completions.
         advantages: ``(N,)``.
-        valid: ``(N,)`` bool; invalid rows are in neither numerator nor denominator.
+        valid: ``(N,)`` bool. Invalid rows are in neither numerator nor denominator.
         algorithm: whether there is a KL term.
         mini_batches: updates per pass over the rollout.
     """

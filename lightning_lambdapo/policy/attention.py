@@ -1,7 +1,7 @@
 """Attention for rows that branch off shared prompts, as a function that transformers' models call.
 
-A model runs it inside :func:`branch_attention` and gets told who attends to whom by the extra forward keyword
-``branches``. No mask of (tokens x tokens) exists, no key of a prompt is stored twice, and no key head is repeated.
+A model uses it inside :func:`branch_attention`. The extra forward keyword ``branches`` says who attends to whom. No
+mask of (tokens x tokens) exists, no key of a prompt is stored twice, and no key head is repeated.
 """
 
 import math
@@ -18,17 +18,17 @@ _NAME = "lambdapo_branches"
 
 
 class UnsupportedAttentionError(RuntimeError):
-    """The model's attention has something that branches cannot honour."""
+    """The model's attention has a feature that branches do not support."""
 
 
 class Layer(NamedTuple):
-    """What sets one layer's attention apart.
+    """The attention settings of one layer.
 
     Attributes:
-        number: the layer's place in the model.
-        scaling: factor of the scores.
-        window: a position sees keys less than this far back; None sees all.
-        softcap: scores become ``softcap * tanh(score / softcap)``; None leaves them.
+        number: the layer's index in the model.
+        scaling: factor of the attention scores.
+        window: a position attends to keys less than this far back. None attends to all.
+        softcap: attention scores become ``softcap * tanh(score / softcap)``. None does not cap.
     """
 
     number: int
@@ -38,7 +38,7 @@ class Layer(NamedTuple):
 
 
 class Branches(ABC):
-    """Who attends to whom in one forward pass of the model; handed to it as the keyword ``branches``."""
+    """Who attends to whom in one forward pass of the model. Passed as the keyword ``branches``."""
 
     @abstractmethod
     def attend(self, query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> Tensor:
@@ -46,9 +46,9 @@ class Branches(ABC):
 
         Args:
             query: ``(b, H, l, d)``, rotated.
-            key: ``(b, K, l, d)`` of the same tokens; ``H`` is a multiple of ``K``.
+            key: ``(b, K, l, d)`` of the same tokens. ``H`` is a multiple of ``K``.
             value: ``(b, K, l, e)``.
-            layer: which it is, and its settings.
+            layer: its index and settings.
 
         Returns:
             ``(b, l, H, e)``.
@@ -57,10 +57,12 @@ class Branches(ABC):
 
 @contextmanager
 def branch_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let ``model`` attend by the ``branches`` keyword for the duration; a backward pass that recomputes belongs in it.
+    """Let ``model`` attend by the ``branches`` keyword inside this context.
+
+    A backward pass that recomputes activations must be inside too.
 
     Raises:
-        UnsupportedAttentionError: the configuration names layers that are no attention over all earlier tokens.
+        UnsupportedAttentionError: the configuration names layers other than attention over earlier tokens.
     """
     config = model.config
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
@@ -77,13 +79,13 @@ def branch_attention(model: PreTrainedModel) -> Iterator[None]:
 class PackedRow(Branches):
     """One unpadded row of ``prompt, completion, completion, ..., prompt, completion, ...``: learning and prefill.
 
-    Each completion attends to its own prompt and itself. The scores computed are those of prompts with themselves and
-    of completions (padded to the longest of their group) with prompt and themselves, not all pairs of the row.
+    Each prompt attends to itself. Each completion, padded to the longest of its group, attends to its prompt and
+    itself. No other pair is computed.
 
     Args:
         prompts: length of each prompt.
-        completions: for each prompt, the lengths of its completions; may be empty.
-        device: of the row.
+        completions: for each prompt, the lengths of its completions. May be empty.
+        device: device of the row.
     """
 
     def __init__(self, prompts: Sequence[int], completions: Sequence[Sequence[int]], device: torch.device) -> None:
@@ -96,14 +98,14 @@ class PackedRow(Branches):
 
     @property
     def position_ids(self) -> Tensor:
-        """``(1, l)`` int64: each completion goes on from its prompt's length."""
+        """``(1, l)`` int64: each completion continues from its prompt's length."""
         parts = []
         for prompt, lengths in zip(self.prompts, self.completions, strict=True):
             parts += [torch.arange(prompt), *(torch.arange(prompt, prompt + length) for length in lengths)]
         return torch.cat(parts)[None].to(self.device)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> Tensor:
-        """Attention of one layer; see :meth:`Branches.attend`."""
+        """Attention of one layer. See :meth:`Branches.attend`."""
         parts = [states[0].transpose(0, 1).split(self._segments) for states in (query, key, value)]
         out: list[Tensor] = []
         for index, (prompt, padding) in enumerate(zip(self.prompts, self._padding, strict=True)):
@@ -120,9 +122,9 @@ class PackedRow(Branches):
         return torch.cat(out)[None]
 
     def _mask(self, past: int, length: int, layer: Layer, dtype: torch.dtype) -> Tensor:
-        """Additive ``(length, past + length)``: position ``past + j`` sees keys up to itself, within its window.
+        """Additive ``(length, past + length)``: position ``past + j`` attends to keys up to itself, within its window.
 
-        Keys of padding come after every real position of their row, so none of those sees them.
+        Padding comes after every real position of its row, so no real position attends to it.
         """
         window = None if layer.window is not None and layer.window >= past + length else layer.window
         name = (past, length, window, dtype)
@@ -138,7 +140,7 @@ class PackedRow(Branches):
 
 
 class _Padding:
-    """Rows of unequal length, from end to end and back: ``(sum of lengths, ...)`` and ``(rows, longest, ...)``."""
+    """Converts rows of unequal length between ``(sum of lengths, ...)`` and ``(rows, longest, ...)``."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self.shape = len(lengths), max(lengths)
@@ -180,7 +182,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, layer: Laye
 
 
 def cap_scores(scores: Tensor, softcap: float | None) -> Tensor:
-    """``softcap * tanh(scores / softcap)``, or ``scores`` where there is no cap."""
+    """``softcap * tanh(scores / softcap)``, or ``scores`` without a cap."""
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
 
@@ -197,7 +199,7 @@ def _attention_function(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in each layer; see :class:`Branches`."""
+    """The function that transformers calls in each layer. See :class:`Branches`."""
     unknown = [name for name in ("s_aux", "sinks", "position_bias", "alibi") if others.get(name) is not None]
     if unknown or getattr(module, "sinks", None) is not None:
         raise UnsupportedAttentionError(f"attention with {unknown[0] if unknown else 'sinks'}")

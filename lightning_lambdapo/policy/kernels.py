@@ -1,4 +1,4 @@
-"""Linear layers on the CPU by oneDNN."""
+"""Linear layers on the CPU with oneDNN."""
 
 from typing import Any, cast
 
@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 
 class OneDNNLinear(nn.Linear):
-    """``nn.Linear`` by oneDNN, where the tensors are float32 on the CPU."""
+    """``nn.Linear`` computed with oneDNN, if the tensors are float32 on the CPU."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Return ``input @ weight.T + bias``."""
@@ -40,17 +40,17 @@ class _Linear(torch.autograd.Function):
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias``; the operator is what torch's own compiler emits for linear layers on the CPU."""
+    """``x @ weight.T + bias``, by the operator that torch's compiler emits for linear layers on the CPU."""
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
 
 
 def is_float32_on_cpu(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN is asked: float32 on the CPU, outside of autocast."""
+    """Whether oneDNN is used: float32 on the CPU, outside of autocast."""
     return x.dtype == torch.float32 == weight.dtype and x.device.type == "cpu" and is_plain(x)
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether there is something to compute, and no autocast."""
+    """Whether ``x`` has elements and autocast is off."""
     return x.numel() > 0 and not torch.is_autocast_enabled(x.device.type)
 
 

@@ -1,4 +1,4 @@
-"""Building the policy: any causal language model, LoRA, QLoRA, existing adapters."""
+"""Loading the policy: any causal language model, LoRA, QLoRA, existing adapters."""
 
 import copy
 import hashlib
@@ -29,7 +29,7 @@ BUILTIN = "builtin:arithmetic"
 
 
 def load_tokenizer(config: PolicyConfig) -> PreTrainedTokenizerBase:
-    """Load the policy's tokenizer, without its weights."""
+    """Load the policy's tokenizer. No weights are loaded."""
     if config.tokenizer is not None:
         return AutoTokenizer.from_pretrained(config.tokenizer)
     location, options = locate(config)
@@ -48,23 +48,23 @@ def load_policy(
 
     Args:
         config: where the model comes from.
-        adapter: the adapter to add; None with ``config.adapter`` unset fine-tunes all weights.
-        seed: of the adapter's initial weights; the global random state is left alone.
-        reference: keep a frozen copy of an adapter that is continued, for :func:`reference_mode`.
+        adapter: the adapter to add. None with ``config.adapter`` unset fine-tunes all weights.
+        seed: seed of the adapter's initial weights. The global random state does not change.
+        reference: keep a frozen copy of an adapter that training continues from, for :func:`reference_mode`.
         performance: which linear layers are fused.
 
     Raises:
-        ValueError: a quantised base without an adapter, or an adapter that was made for another base.
+        ValueError: a quantised base has no adapter, or the adapter was made for another base.
     """
     if adapter is not None and config.adapter is not None:
         raise ValueError(
-            f"Both `lora` and `policy.adapter` ({config.adapter}) are set; an existing adapter brings its own "
-            "settings, so set `lora: null` to continue from it."
+            f"Both `lora` and `policy.adapter` ({config.adapter}) are set, but an existing adapter has its own "
+            "settings. Set `lora: null` to continue from it."
         )
     if config.quantization and adapter is None and config.adapter is None:
         raise ValueError(
             f"`policy.quantization` is {config.quantization} and there is no adapter: quantised weights cannot be "
-            "trained; set `lora`, or drop the quantization."
+            "trained. Set `lora`, or remove the quantization."
         )
     model = _load_base(config)
     _silence_dropout(model)
@@ -89,10 +89,10 @@ def load_policy(
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """All ids that end a completion: those of the generation config, the model's config and the tokenizer.
+    """All ids that end a completion, from the generation config, the model's config and the tokenizer.
 
     Raises:
-        ValueError: none of them names one.
+        ValueError: none of them names an end-of-sequence token.
     """
     ids: set[int] = set()
     for owner in (model.generation_config, model.config, tokenizer):
@@ -102,7 +102,7 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     if not ids:
         raise ValueError(
             f"Neither the tokenizer nor the configuration of {model.config.name_or_path or type(model).__name__} names "
-            "an end-of-sequence token, so no completion could ever end; set `eos_token` on the tokenizer."
+            "an end-of-sequence token, so no completion could ever end. Set `eos_token` on the tokenizer."
         )
     return tuple(sorted(ids))
 
@@ -114,16 +114,16 @@ def save_policy(
     *,
     weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write the policy for ``from_pretrained``: the adapter alone where there is one, else the whole model.
+    """Save the policy for ``from_pretrained``: only the adapter if there is one, else the whole model.
 
     Args:
-        policy: what to write.
-        tokenizer: goes with it.
-        directory: where to.
-        weights: the policy's state dict, where its own tensors are shards; None takes its own.
+        policy: the policy to save.
+        tokenizer: saved with it.
+        directory: directory to save to.
+        weights: the policy's full state dict, if its own tensors are shards. None uses its own.
     """
     if isinstance(policy, PeftModel):
-        # The vocabulary is the base's; peft would look for the base on the hub to see whether it is.
+        # The vocabulary is that of the base. Without this argument peft would look on the hub to check it.
         policy.save_pretrained(
             str(directory), selected_adapters=["default"], state_dict=weights, save_embedding_layers=False
         )
@@ -134,7 +134,7 @@ def save_policy(
 
 
 def locate(config: PolicyConfig) -> tuple[str, dict[str, Any]]:
-    """What ``from_pretrained`` is to be given for the base: hub id or directory, and further arguments."""
+    """Arguments of ``from_pretrained`` for the base: hub id or directory, and options."""
     if config.model == BUILTIN:
         return str(Path(__file__).parents[1] / "quickstart" / "policy"), {}
     if config.model.endswith(".gguf"):
@@ -164,15 +164,15 @@ def _load_base(config: PolicyConfig) -> PreTrainedModel:
         location, dtype=config.torch_dtype, quantization_config=quantization, **options
     )
     for module in model.modules():
-        # On CPUs with AVX512-BF16 an eval-mode forward would repack the 4-bit weights in place, lossily, into a form
-        # whose kernel has no gradient: every later backward pass would be silently wrong.
+        # On CPUs with AVX512-BF16 an eval-mode forward would repack the 4-bit weights in place, with loss. The kernel
+        # for the new format has no gradient, so every later backward pass would be silently wrong.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
     return model
 
 
 def _unpack_gguf(path: Path) -> Path:
-    """Directory with the float32 weights of a GGUF file (transformers cannot quantise one while reading it)."""
+    """Directory with the float32 weights of a GGUF file. Transformers cannot quantise one while reading it."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lightning_lambdapo" / "gguf"
@@ -185,7 +185,7 @@ def _unpack_gguf(path: Path) -> Path:
     scratch = Path(tempfile.mkdtemp(dir=cache))
     try:
         model.save_pretrained(scratch)
-        scratch.rename(target)  # whole or not at all, also when several ranks unpack at once
+        scratch.rename(target)  # whole or not at all, even if several ranks unpack at once
     except OSError:
         if not target.is_dir():
             raise
@@ -195,7 +195,7 @@ def _unpack_gguf(path: Path) -> Path:
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:
-    """Weights read from a GGUF file are plain by now, but transformers refuses to save a model that remembers it."""
+    """Remove the GGUF settings: the weights are plain by now, but transformers would refuse to save the model."""
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
     if getattr(model, "hf_quantizer", None) is not None:
@@ -203,7 +203,7 @@ def _forget_gguf(model: PreTrainedModel) -> None:
 
 
 def _silence_dropout(model: nn.Module) -> None:
-    """The base never drops out: rollouts and learning must see one and the same policy."""
+    """Switch off the base's dropout, because rollouts and learning must use the same policy."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -1,4 +1,4 @@
-"""LoRA layers: base and adapter as one operation while learning, merged while decoding."""
+"""LoRA layers: base and adapter are one operation while learning, and merged while decoding."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,19 +22,19 @@ from lightning_lambdapo.policy.kernels import (
 
 
 def fast_linears(model: nn.Module, *, fused_lora: bool = True, onednn: bool | None = None) -> None:
-    r"""Let the linear layers of ``model`` compute with less work; parameters, names and results stay as they are.
+    r"""Let the linear layers of ``model`` compute with less work. Parameters, names and results do not change.
 
-    ``fused_lora`` computes :math:`x W^\top + b + s (x A^\top) B^\top` of a plain LoRA layer as one operation: the
-    adapter's product is accumulated into the base's in both directions, where peft's own forward scales and adds whole
-    activations four times. Adapter dropout, DoRA and the other variants, several active adapters, quantised or trained
-    bases, layers with hooks on their parts and autocast take peft's own way. ``onednn`` computes float32 products on
-    the CPU by oneDNN, where torch asks MKL: that leaves AVX-512 unused on AMD processors, and is slow for the few rows
-    of a decoding step.
+    ``fused_lora`` computes :math:`x W^\top + b + s (x A^\top) B^\top` of a plain LoRA layer as one operation. The
+    adapter's product is accumulated into the base's in both directions, while peft's own forward scales and adds whole
+    activations four times. peft's own forward still computes adapter dropout, DoRA and other variants, several active
+    adapters, quantised or trained bases, layers with hooks on their parts, and autocast. ``onednn`` computes float32
+    products on the CPU with oneDNN instead of MKL. MKL does not use AVX-512 on AMD processors, and is slow for the few
+    rows of a decoding step.
 
     Args:
-        model: is changed in place; what is deep-copied or saved later is not aware of it.
+        model: changed in place. Copies and saved files have the same parameters and names.
         fused_lora: as above.
-        onednn: as above; None does so on processors with AVX-512.
+        onednn: as above. None does so on processors with AVX-512.
     """
     onednn = has_onednn() and (has_avx512() if onednn is None else onednn)
     for module in model.modules():
@@ -45,7 +45,7 @@ def fast_linears(model: nn.Module, *, fused_lora: bool = True, onednn: bool | No
 
 
 class FusedLoraLinear(LoraLinear):
-    """peft's LoRA layer with base and adapter as one operation, where that is all there is to it."""
+    """peft's LoRA layer with base and adapter as one operation, if the layer is plain LoRA."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the adapted layer's output."""
@@ -78,7 +78,7 @@ class FusedLoraLinear(LoraLinear):
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """A frozen linear layer with a LoRA adapter; both directions accumulate the adapter's part into the base's."""
+    """A frozen linear layer with a LoRA adapter. Both directions accumulate the adapter's part into the base's."""
 
     @staticmethod
     def forward(
@@ -98,7 +98,7 @@ class _AdaptedLinear(torch.autograd.Function):
         x, weight, down, up, inner = ctx.saved_tensors
         flat = gradient.flatten(0, -2)
         inner_gradient = ctx.product(flat, up.t(), None).mul_(ctx.scaling)
-        # (r, M) times (M, features): the order of a product with few rows that is fast.
+        # (r, M) times (M, features) is the fast order of a product with few rows.
         down_gradient = ctx.product(inner_gradient.t(), x.t(), None) if ctx.needs_input_grad[3] else None
         up_gradient = ctx.product(inner.t(), flat.t(), None).mul_(ctx.scaling).t() if ctx.needs_input_grad[4] else None
         x_gradient = None
@@ -109,20 +109,20 @@ class _AdaptedLinear(torch.autograd.Function):
 
 @contextmanager
 def merged_adapter(model: nn.Module, wanted: bool | None = None) -> Iterator[None]:
-    r"""Run ``model`` with :math:`W + s B A` in place of each adapted :math:`W` for the duration.
+    r"""Run ``model`` with :math:`W + s B A` in place of each adapted :math:`W` inside this context.
 
-    The merged weights are new tensors and the old parameters come back as they were, bit for bit (merging in place and
-    subtracting again would not give them back). Only plain LoRA on unsharded float32 or float64 weights is merged:
-    rounding to a half type would lose small updates, and 4-bit weights would have to be quantised anew. Other layers
-    are left to compute base and adapter one after the other.
+    The merged weights are new tensors, and the old parameters are restored bit for bit. Merging in place and
+    subtracting again would not restore them. Only plain LoRA on unsharded float32 or float64 weights is merged, because
+    rounding to a half type would lose small updates, and 4-bit weights would have to be quantised again. Other layers
+    compute base and adapter one after the other.
 
     Args:
-        model: holds the adapted layers.
-        wanted: None merges on the CPU and not elsewhere, where the copy's memory may be scarce.
+        model: has the adapted layers.
+        wanted: True merges, False does not. None merges only on the CPU, because the copy needs memory.
     """
     merged: list[tuple[LoraLinear, nn.Module, nn.Parameter]] = []
     if wrapper(model) is not model:
-        wanted = False  # FSDP1's wrapper keeps watch over the very parameters
+        wanted = False  # FSDP1's wrapper tracks these very parameters
     for layer in model.modules():
         if not isinstance(layer, LoraLinear) or not _can_merge(layer):
             continue
@@ -159,7 +159,7 @@ def _can_merge(layer: LoraLinear) -> bool:
 
 @torch.no_grad()
 def _merged_weight(layer: LoraLinear, weight: Tensor) -> Tensor:
-    """The merged weight, stored by input feature: products with few rows are a quarter faster that way round."""
+    """The merged weight, stored by input feature, because products with few rows are then a quarter faster."""
     for name in layer.active_adapters:
         if layer.fan_in_fan_out:
             weight = weight + layer.get_delta_weight(name)

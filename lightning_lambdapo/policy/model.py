@@ -1,4 +1,4 @@
-"""The policy and the ways into it."""
+"""The policy, its causal language model, and its eval mode."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +14,12 @@ Policy = PreTrainedModel | PeftModel
 
 
 def causal_lm(policy: Policy) -> PreTrainedModel:
-    """The causal language model itself, adapter layers and all, without peft's or a strategy's outer wrapper."""
+    """The causal language model with its adapter layers, without the outer wrapper of peft or a strategy."""
     return cast(PreTrainedModel, unwrapped(policy.get_base_model() if isinstance(policy, PeftModel) else policy))
 
 
 def with_causal_lm(policy: Policy, model: nn.Module) -> Policy:
-    """The policy with something else in the place of its causal language model."""
+    """The policy with ``model`` in place of its causal language model."""
     if not isinstance(policy, PeftModel):
         return cast(Policy, model)
     policy.base_model.model = model
@@ -28,7 +28,7 @@ def with_causal_lm(policy: Policy, model: nn.Module) -> Policy:
 
 @contextmanager
 def evaluating(policy: nn.Module) -> Iterator[None]:
-    """Eval mode for the duration: in train mode with gradient checkpointing, decoding silently yields wrong tokens."""
+    """Eval mode inside this context. In train mode, gradient checkpointing makes decoding silently wrong."""
     was_training = policy.training
     policy.eval()
     try:

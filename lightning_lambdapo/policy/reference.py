@@ -1,4 +1,4 @@
-"""The frozen reference: adapter off, the adapter that training started from, or a copy."""
+"""The frozen reference: the policy without its adapter, with the adapter it started from, or a copy."""
 
 import copy
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ REFERENCE_ADAPTER = "reference"
 
 
 def frozen_reference(policy: Policy) -> PreTrainedModel | None:
-    """A frozen copy of a fully trained policy; None where switching the adapter gives the reference."""
+    """A frozen copy of a policy whose weights are all trained. None if switching the adapter gives the reference."""
     if isinstance(policy, PeftModel):
         return None
     return copy.deepcopy(policy).requires_grad_(False)
@@ -25,7 +25,7 @@ def frozen_reference(policy: Policy) -> PreTrainedModel | None:
 def reference_mode(policy: Policy) -> Iterator[None]:
     """Let an adapted policy answer as its reference: adapter off, or the adapter that training started from."""
     if not isinstance(policy, PeftModel):
-        raise TypeError("A policy without adapter has no reference mode; use its frozen copy instead.")
+        raise TypeError("A policy without adapter has no reference mode. Use its frozen copy instead.")
     if REFERENCE_ADAPTER not in policy.peft_config:
         with policy.disable_adapter():
             yield
@@ -41,11 +41,11 @@ def reference_mode(policy: Policy) -> Iterator[None]:
 
 @contextmanager
 def answering_as_reference(policy: Policy, reference: PreTrainedModel | None) -> Iterator[None]:
-    """Let the model answer as it was before training, in eval mode.
+    """Let the policy answer as it was before training, in eval mode.
 
     Args:
-        policy: what is trained.
-        reference: its frozen copy; None where switching the policy's adapter gives the reference.
+        policy: the policy that is trained.
+        reference: its frozen copy. None if switching the policy's adapter gives the reference.
     """
     with evaluating(policy if reference is None else reference):
         if reference is not None:

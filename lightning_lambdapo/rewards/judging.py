@@ -45,6 +45,7 @@ def judge(
             not divide ``N``.
 
     Example:
+        >>> from lightning_lambdapo.rewards import FunctionReward
         >>> def short(completions):
         ...     return [len(text) < 3 for text in completions]
         >>> inputs = RewardInputs(

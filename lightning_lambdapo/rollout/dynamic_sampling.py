@@ -1,4 +1,4 @@
-"""Dynamic sampling: groups whose rewards are all equal teach nothing, and give way to reserve prompts (DAPO)."""
+"""Dynamic sampling (DAPO): reserve prompts replace groups whose rewards are all equal, which teach nothing."""
 
 from collections.abc import Callable
 from typing import cast
@@ -20,23 +20,24 @@ def collect_groups(
     judge: Callable[[PromptBatch, Rollout], RewardOutcome],
     tally: Tally,
 ) -> tuple[PromptBatch, Rollout, RewardOutcome]:
-    """Sample and judge a batch; reserve prompts take the places of groups without signal, as far as they go.
+    """Sample and judge a batch. Reserve prompts replace groups whose rewards are all equal.
 
-    The first ``B - reserve`` prompts are sampled. Then, in rounds, groups without signal are replaced in order by the
-    next reserve prompts, and those in turn, until every group has signal or the reserve is used up. ``tally`` gets
-    ``rollout_tokens``, all that were sampled, and with a reserve ``replaced_groups``, how many were, and
-    ``discarded_tokens``, what they had cost. A collective where ``reserve`` is above 0.
+    The first ``B - reserve`` prompts are sampled. Then, in rounds, the next reserve prompts replace groups without
+    signal, in order. Replacements may be replaced too. The rounds end when every group has signal or the reserve is
+    used up. ``tally`` gets ``rollout_tokens``, the number of tokens sampled. With a reserve it also gets
+    ``replaced_groups`` and ``discarded_tokens``, the number of replaced groups and of their tokens. A collective if
+    ``reserve`` is above 0.
 
     Args:
         batch: ``B`` prompts.
         uniforms: ``(B * G, T)`` streams of all their rows.
-        reserve: how many of them are held back.
-        complete: samples the groups of some prompts; None for none of them. All ranks call it equally often.
+        reserve: how many of them are kept in reserve.
+        complete: samples the groups of some prompts. Without prompts it returns None. All ranks call it equally often.
         judge: rewards completions.
-        tally: takes the counts.
+        tally: receives the counts.
 
     Returns:
-        The prompts trained on, ``B - reserve`` of them, their rollout and its scores.
+        The ``B - reserve`` prompts to train on, their rollout and its rewards.
     """
     group_size = len(uniforms) // len(batch.prompts)
     places = list(range(len(batch.prompts) - reserve))

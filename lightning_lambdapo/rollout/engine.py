@@ -1,4 +1,4 @@
-"""What a rollout engine is given and must give back."""
+"""The interface of a rollout engine."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class RolloutEngine(ABC):
     Args:
         tokenizer: decodes the completions.
         eos_ids: every token id that ends a completion.
-        pad_id: id written after the end; may be one of ``eos_ids``.
+        pad_id: id written after the end. May be one of ``eos_ids``.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], pad_id: int) -> None:
@@ -30,20 +30,20 @@ class RolloutEngine(ABC):
     def generate(
         self, model: PreTrainedModel, batch: PromptBatch, *, sampling: SamplingConfig, uniforms: Tensor
     ) -> Rollout:
-        """Generate completions; called without gradient and with the model in eval mode.
+        """Generate completions. Called without gradient and with the model in eval mode.
 
         Args:
             model: the causal language model.
             batch: ``B`` left-padded prompts.
             sampling: how tokens are drawn.
-            uniforms: ``(N, max_new_tokens)`` float64, each row's stream; ``N`` is a multiple of ``B``.
+            uniforms: ``(N, max_new_tokens)`` float64, each row's stream. ``N`` is a multiple of ``B``.
 
         Returns:
             The rollout, ``N`` rows in group-major order.
         """
 
     def finish(self, completion_ids: Tensor, logprobs: Tensor, entropy: Tensor) -> Rollout:
-        """Mask, decode and trim raw ``(N, T)`` completions whose junk follows their end-of-sequence token."""
+        """Mask, decode and trim raw ``(N, T)`` completions. Tokens after the end-of-sequence token are ignored."""
         mask = completion_mask(completion_ids, self.eos_ids)
         ended = (completion_ids.unsqueeze(-1) == completion_ids.new_tensor(self.eos_ids)).any(-1) & mask
         width = int(mask.sum(-1).max())

@@ -1,4 +1,4 @@
-"""The fast decoder: prompts stored once, rows that leave when they end, prompts that come in as room is made."""
+"""The fast decoder: prompts are stored once, finished rows make room, and waiting prompts fill it."""
 
 import warnings
 from collections.abc import Sequence
@@ -19,20 +19,20 @@ from lightning_lambdapo.rollout.sampling import TokenSampler, row_uniforms
 
 
 class GroupedEngine(RolloutEngine):
-    """Own decoding loop over the model's forward, with attention over :class:`GroupStore`.
+    """A decoding loop over the model's forward, with attention over :class:`GroupStore`.
 
-    Each prompt goes through the model once and is stored once, whatever its number of rows. A row that has ended
-    leaves at once; with ``max_live_tokens`` the next prompts come in as soon as there is room, so that one long row
-    keeps no others waiting. Before its first rollout the engine decodes a few tokens of two short prompts and scores
-    them by the model's own forward; where the two differ, or the architecture has layers that are no attention over
-    all earlier tokens, :class:`HFEngine` takes over with one warning.
+    Each prompt goes through the model once and is stored once, whatever its number of rows. A finished row is removed
+    at once. With ``max_live_tokens`` the next prompts start as soon as there is room, so that one long row does not
+    delay the others. Before its first rollout the engine decodes a few tokens of two short prompts, and compares their
+    log-probabilities with those of the model's own forward. If they differ, or if the architecture has layers other
+    than attention over earlier tokens, :class:`HFEngine` is used instead, with one warning.
 
     Args:
         tokenizer: decodes the completions.
         eos_ids: every token id that ends a completion.
         pad_id: id written after the end.
-        config: ``max_live_tokens`` is the engine's; a single prompt's rows are never split.
-        performance: the engine's switches; for ``merge_adapter`` see :func:`merged_adapter`.
+        config: the engine reads ``max_live_tokens``. A single prompt's rows are never split.
+        performance: the engine's switches. For ``merge_adapter`` see :func:`merged_adapter`.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class GroupedEngine(RolloutEngine):
     def generate(
         self, model: PreTrainedModel, batch: PromptBatch, *, sampling: SamplingConfig, uniforms: Tensor
     ) -> Rollout:
-        """Generate completions; see :meth:`RolloutEngine.generate`."""
+        """Generate completions. See :meth:`RolloutEngine.generate`."""
         if not self._probed:
             self._probe(model)
         if self._fallback is not None:
@@ -102,7 +102,7 @@ class GroupedEngine(RolloutEngine):
         return self.finish(live.ids, live.logprobs, live.entropy)
 
     def _admissible(self, waiting: list[Tensor], group_size: int, max_new_tokens: int, store: GroupStore) -> int:
-        """How many of the waiting prompts come in now."""
+        """Number of waiting prompts that can start now."""
         if self.config.max_live_tokens is None:
             return len(waiting)
         room = self.config.max_live_tokens - int(store.prompt_lengths.sum()) - len(store) * max_new_tokens
@@ -116,7 +116,7 @@ class GroupedEngine(RolloutEngine):
 
     @torch.no_grad()
     def _probe(self, model: PreTrainedModel) -> None:
-        """Decode two short prompts, and fall back where the model's own forward disagrees."""
+        """Decode two short prompts, and fall back if the model's own forward disagrees."""
         self._probed = True
         vocabulary = model.config.get_text_config().vocab_size
         ids = torch.arange(2, 8, device=model.device).remainder(vocabulary).view(2, 3)
@@ -135,7 +135,7 @@ class GroupedEngine(RolloutEngine):
             for row, completion in enumerate(found.completion_ids):
                 tokens = torch.cat([ids[row // 2][mask[row // 2]], completion])
                 logits = model(input_ids=tokens[None], use_cache=False).logits[0, -len(completion) - 1 : -1]
-                rounding = torch.finfo(logits.dtype).eps ** 0.5  # of mixed precision too
+                rounding = torch.finfo(logits.dtype).eps ** 0.5  # also under mixed precision
                 expected = logits.double().log_softmax(-1).gather(-1, completion[:, None]).squeeze(-1)
                 worst = max(worst, (expected - found.sampling_logprobs[row]).abs().max().item())
             if worst < 2 * rounding:
@@ -144,20 +144,20 @@ class GroupedEngine(RolloutEngine):
         finally:
             self.eos_ids = ends
         warnings.warn(
-            f"{type(model).__name__} cannot be decoded by the grouped engine ({reason}); transformers' generate is "
-            "used instead, which is slower. `rollout.engine: hf` chooses it without this message.",
+            f"{type(model).__name__} cannot be decoded by the grouped engine ({reason}). The slower generate of "
+            "transformers is used instead. Set `rollout.engine: hf` to choose it without this message.",
             stacklevel=2,
         )
         self._fallback = HFEngine(self.tokenizer, self.eos_ids, self.pad_id)
 
 
 class _LiveRows:
-    """What has been drawn, and which rows are still being decoded: the ``n`` rows of the store, in its order.
+    """The tokens sampled so far, and the ``n`` rows still being decoded, in the order of the store.
 
     Attributes:
-        rows: ``(n,)`` int64, which of all rows they are.
-        steps: ``(n,)`` int64, place of the token each draws next.
-        tokens: ``(n,)`` int64, the last one drawn.
+        rows: ``(n,)`` int64, their indices among all rows.
+        steps: ``(n,)`` int64, index of the token that each row samples next.
+        tokens: ``(n,)`` int64, the last token sampled.
         alive: ``(n,)`` bool, False once a row has ended.
     """
 
@@ -171,7 +171,7 @@ class _LiveRows:
         self.alive = torch.zeros(0, dtype=torch.bool, device=device)
 
     def add(self, rows: Tensor) -> slice:
-        """Take in new rows; where their first tokens are to be written."""
+        """Add new rows. Returns where their first tokens are to be written."""
         count = len(self.rows)
         self.rows = torch.cat([self.rows, rows])
         self.steps = torch.cat([self.steps, torch.zeros_like(rows)])
@@ -180,7 +180,7 @@ class _LiveRows:
         return slice(count, None)
 
     def write(self, which: slice, drawn: tuple[Tensor, Tensor, Tensor]) -> None:
-        """Take in one token of each of these rows, with its log-probability and entropy."""
+        """Write one token of each of these rows, with its log-probability and entropy."""
         steps, alive = self.steps[which], self.alive[which]
         place = self.rows[which][alive], steps[alive]
         self.ids[place], self.logprobs[place], self.entropy[place] = (values[alive] for values in drawn)
@@ -190,7 +190,7 @@ class _LiveRows:
         self.steps[which] = (steps + 1).clamp(max=last)
 
     def select(self, order: Tensor) -> None:
-        """Keep the rows at these places, in this order."""
+        """Keep the rows at these indices, in this order."""
         self.rows, self.steps, self.tokens, self.alive = (
             states[order] for states in (self.rows, self.steps, self.tokens, self.alive)
         )

@@ -1,4 +1,4 @@
-"""Rollouts by transformers' own ``generate``: slower, and right for every architecture that transformers can decode."""
+"""Rollouts by transformers' own ``generate``: slower, but correct for every architecture it can decode."""
 
 from typing import Any, cast
 
@@ -13,12 +13,12 @@ from lightning_lambdapo.rollout.sampling import TokenSampler
 
 
 class HFEngine(RolloutEngine):
-    """``generate`` with our sampler as its only logits processor, so that rows draw from their own streams."""
+    """``generate`` with our sampler as its only logits processor, so that rows use their own streams."""
 
     def generate(
         self, model: PreTrainedModel, batch: PromptBatch, *, sampling: SamplingConfig, uniforms: Tensor
     ) -> Rollout:
-        """Generate completions; see :meth:`RolloutEngine.generate`."""
+        """Generate completions. See :meth:`RolloutEngine.generate`."""
         total, max_new_tokens = uniforms.shape
         group_size = total // len(batch.input_ids)
         input_ids = batch.input_ids.repeat_interleave(group_size, 0)
@@ -26,11 +26,11 @@ class HFEngine(RolloutEngine):
         recorder = _SamplingProcessor(TokenSampler(sampling, uniforms, input_ids, mask.bool()))
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
-            do_sample=False,  # the processor draws
+            do_sample=False,  # the processor samples
             eos_token_id=list(self.eos_ids),
             pad_token_id=self.pad_id,
         )
-        # Whatever a given config leaves open `generate` takes from the model's own, which must have no say.
+        # `generate` fills missing settings from the model's own configuration, which must not count here.
         model_defaults, model.generation_config = model.generation_config, config
         try:
             sequences = cast(Any, model).generate(
@@ -46,7 +46,7 @@ class HFEngine(RolloutEngine):
 
 
 class _SamplingProcessor(LogitsProcessor):
-    """Draws the token itself and leaves ``generate`` no choice but that one."""
+    """Samples the token itself, and returns logits that leave ``generate`` only that one."""
 
     def __init__(self, sampler: TokenSampler) -> None:
         self.sampler = sampler

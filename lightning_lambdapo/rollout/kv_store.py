@@ -1,4 +1,4 @@
-"""Keys and values of a rollout in progress: each prompt's once, completions' in storage made ahead."""
+"""Keys and values of a rollout in progress: prompts are stored once, completions in preallocated blocks."""
 
 import math
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ _BLOCK = 128
 
 
 class GroupStore(Branches):
-    """Live rows, each with the slot of its prompt; :meth:`attend` is one decoding step of all of them.
+    """Live rows, each with the slot of its prompt. :meth:`attend` is one decoding step of all of them.
 
-    Rows and prompts sit without gaps at the front of their storage: what leaves is replaced by what was last. Storage
-    of completions grows in blocks of 128 tokens.
+    Rows and prompts are stored without gaps: the last row replaces a removed one. Storage of completions grows in
+    blocks of 128 tokens.
 
     Attributes:
-        lengths: ``(n,)`` int64, tokens of each live row's completion that are stored.
+        lengths: ``(n,)`` int64, number of stored tokens of each live row's completion.
         groups: ``(n,)`` int64, slot of each live row's prompt.
         prompt_lengths: ``(g,)`` int64.
     """
@@ -47,7 +47,7 @@ class GroupStore(Branches):
         return (self.prompt_lengths[self.groups] + self.lengths)[:, None]
 
     def admit(self, prompt_lengths: Sequence[int], group_size: int) -> "Prefill":
-        """Make room for prompts with ``group_size`` rows each; the model must now be run over what is returned."""
+        """Make room for prompts with ``group_size`` rows each. The model must then run with the returned prefill."""
         device, first = self.lengths.device, len(self.prompt_lengths)
         added = torch.tensor(prompt_lengths, device=device)
         slots = torch.arange(first, first + len(added), device=device).repeat_interleave(group_size)
@@ -69,7 +69,7 @@ class GroupStore(Branches):
                 target[slot, :, : len(source)] = source.transpose(0, 1)
 
     def begin_step(self) -> None:
-        """Make room for one more token of each row; to be called before the model decodes it."""
+        """Make room for one more token of each row. Call this before the model decodes it."""
         self._width = int(self.lengths.max()) + 1
         self._capacity = max(self._capacity, -(-self._width // _BLOCK) * _BLOCK)
         self._bias = {}
@@ -79,13 +79,13 @@ class GroupStore(Branches):
         self.lengths = self.lengths + 1
 
     def keep(self, kept: Tensor) -> Tensor:
-        """Let rows leave.
+        """Remove the other rows.
 
         Args:
             kept: ``(n,)`` bool.
 
         Returns:
-            ``(m,)`` int64, the old place of each row that stays.
+            ``(m,)`` int64, the old index of each row that stays.
         """
         count = int(kept.sum())
         order = torch.arange(count, device=kept.device)
@@ -94,7 +94,7 @@ class GroupStore(Branches):
         order[holes] = movers
         if len(holes):
             for states in chain.from_iterable(self._completions.values()):
-                stored = movers < len(states)  # rows that came in since the last step have nothing yet
+                stored = movers < len(states)  # rows added since the last step have nothing yet
                 states[holes[stored], :, : self._width] = states[movers[stored], :, : self._width]
         self.lengths, self.groups = self.lengths[order], self.groups[order]
         self._drop_prompts()
@@ -102,7 +102,7 @@ class GroupStore(Branches):
         return order
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> Tensor:
-        """One decoding step: ``l`` is 1, ``b`` the number of live rows; see :meth:`Branches.attend`."""
+        """One decoding step: ``l`` is 1, ``b`` the number of live rows. See :meth:`Branches.attend`."""
         count, heads, _, dim = query.shape
         kv_heads = key.shape[1]
         repeats = heads // kv_heads
@@ -126,7 +126,7 @@ class GroupStore(Branches):
         return out.view(count, 1, heads, -1)
 
     def _write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new token; all keys and values ``(n * K, width, d)`` of completions, as views."""
+        """Store the new token. Returns keys and values ``(n * K, width, d)`` of completions, as views."""
         count = len(key)
         stored = self._completions.get(layer)
         if stored is None or len(stored[0]) < count or stored[0].shape[2] < self._capacity:
@@ -137,7 +137,7 @@ class GroupStore(Branches):
         return keys, values
 
     def _bias_of(self, window: int | None, split: int, dtype: torch.dtype) -> Tensor | None:
-        """Additive ``(n, 1, split + width)``: -inf where a row has no key, or it is out of its window."""
+        """Additive ``(n, 1, split + width)``: -inf where a row has no key, or the key is outside its window."""
         if window not in self._bias:
             device = self.lengths.device
             prompt = self.prompt_lengths[self.groups][:, None]
@@ -153,13 +153,13 @@ class GroupStore(Branches):
         return self._bias[window]
 
     def _by_prompt(self, rows: Tensor, kv_heads: int) -> Tensor:
-        """``(n * K, r, x)`` to ``(g * K, s * r, x)``: rows beside the other rows of their prompt."""
+        """``(n * K, r, x)`` to ``(g * K, s * r, x)``: rows of one prompt side by side."""
         index = self._indices(kv_heads)
         gathered = rows.index_select(0, index[0])
         return gathered.reshape(len(self.prompt_lengths) * kv_heads, -1, rows.shape[-1])
 
     def _by_row(self, grouped: Tensor, kv_heads: int, repeats: int) -> Tensor:
-        """The way back of :meth:`_by_prompt`."""
+        """The inverse of :meth:`_by_prompt`."""
         flat = grouped.view(-1, repeats, grouped.shape[-1])
         return flat.index_select(0, self._indices(kv_heads)[1])
 
@@ -182,7 +182,7 @@ class GroupStore(Branches):
         return found
 
     def _drop_prompts(self) -> None:
-        """Let prompts without rows leave."""
+        """Remove prompts without rows."""
         kept = torch.zeros(len(self.prompt_lengths), dtype=torch.bool, device=self.groups.device)
         kept[self.groups] = True
         order = kept.nonzero().squeeze(-1)
@@ -202,7 +202,7 @@ class GroupStore(Branches):
 
 
 class Prefill(PackedRow):
-    """Prompts end to end in one row, whose keys and values go to the store on the way."""
+    """Prompts end to end in one row. Their keys and values are written to the store during the pass."""
 
     def __init__(self, store: GroupStore, prompt_lengths: Sequence[int], first: int) -> None:
         super().__init__(prompt_lengths, [[]] * len(prompt_lengths), store.lengths.device)
@@ -210,7 +210,7 @@ class Prefill(PackedRow):
         self.first = first
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> Tensor:
-        """Attention of one layer; see :meth:`Branches.attend`."""
+        """Attention of one layer. See :meth:`Branches.attend`."""
         keys, values = (states[0].transpose(0, 1).split(self.prompts) for states in (key, value))
         self.store.write_prompts(layer.number, list(zip(keys, values, strict=True)), self.first)
         return super().attend(query, key, value, layer)
@@ -219,9 +219,9 @@ class Prefill(PackedRow):
 def _grown(
     old: tuple[Tensor, Tensor] | None, like: tuple[Tensor, Tensor], rows: int, width: int
 ) -> tuple[Tensor, Tensor]:
-    """Storage of at least ``(rows, K, width, d)`` for states ``(..., K, ..., d)``, with what the old one has.
+    """Storage of at least ``(rows, K, width, d)`` for states ``(..., K, ..., d)``, with the old content.
 
-    All else is 0, since a masked key must still be finite.
+    The rest is 0, because a masked key must still be finite.
     """
     new: list[Tensor] = []
     for index, states in enumerate(like):

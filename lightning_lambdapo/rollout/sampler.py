@@ -1,4 +1,4 @@
-"""Sampling for every stage: which settings hold, which stream each row draws from, and the call of the engine."""
+"""Sampling for every stage: the settings, the stream of each row, and the call of the engine."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +22,7 @@ class RolloutSampler:
     """Completes prompts with the policy, in training and elsewhere.
 
     Args:
-        policy: what is trained.
+        policy: the policy that is trained.
         engine: generates the completions.
         training: how completions are generated in training.
         evaluation: how validation, test and prediction decode.
@@ -37,7 +37,7 @@ class RolloutSampler:
         self.evaluation = evaluation
 
     def longest_completion(self, stage: str) -> int:
-        """Most new tokens of a completion, in training and elsewhere."""
+        """Maximum number of new tokens of a completion in this stage."""
         own = None if stage == "train" else self.evaluation.max_new_tokens
         return own or self.training.max_new_tokens
 
@@ -50,7 +50,7 @@ class RolloutSampler:
         judge: Callable[[PromptBatch, Rollout], RewardOutcome],
         tally: Tally,
     ) -> tuple[PromptBatch, Rollout, RewardOutcome]:
-        """Sample and judge the groups of one training step; see :func:`collect_groups`. A collective."""
+        """Sample and judge the groups of one training step. See :func:`collect_groups`. A collective."""
         return collect_groups(
             batch,
             self.streams(batch, "train", seed=seed, step=step),
@@ -67,7 +67,7 @@ class RolloutSampler:
 
     @torch.no_grad()
     def complete(self, batch: PromptBatch, uniforms: Tensor, sampling: SamplingConfig) -> Rollout | None:
-        """Complete each prompt once for each of its rows of ``uniforms``; None without prompts. A collective."""
+        """Complete each prompt once for each of its rows of ``uniforms``. None without prompts. A collective."""
         model = causal_lm(self.policy)
         if batch.prompts:
             check_context(model, int(batch.attention_mask.sum(-1).max()), uniforms.shape[1], quiet=True)

@@ -1,4 +1,4 @@
-"""Counter-based sampling: which token a row draws depends on who the row is, never on what else is in the batch."""
+"""Counter-based sampling: a row's tokens depend on the row's identity, never on the rest of the batch."""
 
 import hashlib
 import struct
@@ -26,13 +26,13 @@ def row_uniforms(
 ) -> Tensor:
     """Each row's own stream of uniforms, keyed by (seed, stage, step, prompt id, occurrence, sample index).
 
-    Neither the rank nor the row's neighbours enter the key, so the same row draws the same numbers however the global
-    batch is split, and a stream is a prefix of itself at a greater ``length``.
+    Neither the rank nor the row's neighbours enter the key. The same row therefore gets the same numbers however the
+    global batch is split. A stream is a prefix of itself at a greater ``length``.
 
     Args:
         seed: the run's seed.
         stage: ``"train"``, ``"val"``, ``"test"`` or ``"predict"``.
-        step: the module's count of finished training steps; 0 outside fit.
+        step: the module's count of finished training steps. 0 outside fit.
         prompt_ids: ``B`` stable prompt identities.
         occurrences: ``B`` counts of earlier appearances of the same prompt in the global batch.
         num_samples: ``G`` rows per prompt.
@@ -59,35 +59,34 @@ def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     With ``u`` in (0, 1] a token of probability zero can never be drawn, not even at either end of the vocabulary.
 
     Args:
-        probabilities: ``(n, V)`` float, at least 0; need not be normalised.
+        probabilities: ``(n, V)`` float, at least 0. They need not be normalised.
         uniforms: ``(n,)`` float in (0, 1].
 
     Returns:
-        ``(n,)`` int64; an arbitrary index where a row's probabilities are not numbers.
+        ``(n,)`` int64. If a row's probabilities are not numbers, the index is arbitrary.
 
     Example:
         >>> inverse_cdf(torch.tensor([[0.0, 0.5, 0.5, 0.0]]).repeat(3, 1), torch.tensor([1e-12, 0.5, 1.0]))
         tensor([1, 1, 2])
     """
-    # torch refuses a float cumsum on CUDA in deterministic mode; the CPU's is deterministic.
+    # torch refuses a float cumsum on CUDA in deterministic mode. The CPU's is deterministic.
     if probabilities.is_cuda and torch.are_deterministic_algorithms_enabled():
         cdf = probabilities.cpu().cumsum(-1).to(probabilities.device)
     else:
         cdf = probabilities.cumsum(-1)
     target = uniforms.to(cdf)[:, None] * cdf[:, -1:]
-    # Only where probabilities are not numbers is there no such index.
+    # If probabilities are not numbers, there is no such index.
     return torch.searchsorted(cdf, target).squeeze(-1).clamp(max=cdf.shape[-1] - 1)
 
 
 class TokenSampler:
-    """Draws one token per row and step from its own stream, and records log-probability and entropy on the way.
+    """Draws one token per row and step from its own stream, and computes its log-probability and the entropy.
 
     Args:
         config: the sampling settings.
         uniforms: ``(N, T)`` streams of :func:`row_uniforms`.
-        prompt_ids: ``(N, P)`` int64 prompt tokens of each row and ``prompt_mask`` their mask; only the repetition
-            penalty looks at them.
-        prompt_mask: ``(N, P)`` bool.
+        prompt_ids: ``(N, P)`` int64, prompt tokens of each row, for the repetition penalty.
+        prompt_mask: ``(N, P)`` bool, their mask.
     """
 
     def __init__(self, config: SamplingConfig, uniforms: Tensor, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
@@ -108,8 +107,8 @@ class TokenSampler:
 
         Args:
             logits: ``(n, V)`` of the rows still alive.
-            rows: ``(n,)`` int64, which of the ``N`` rows they are.
-            step: index of the token within the completion; one for all rows, or ``(n,)`` int64.
+            rows: ``(n,)`` int64, their indices among the ``N`` rows.
+            step: index of the token within the completion, one for all rows or ``(n,)`` int64.
 
         Returns:
             Tokens int64, log-probabilities and entropies (float32, or float64 for such logits), each ``(n,)``. The
@@ -137,7 +136,7 @@ class TokenSampler:
     def _penalise(self, logits: Tensor, rows: Tensor) -> Tensor:
         if self._prompt is None:
             return logits
-        if self._seen is None:  # padding is not "seen": a row must not depend on how far its batch is padded
+        if self._seen is None:  # padding is not "seen", because a row must not depend on the padding of its batch
             ids, mask = self._prompt
             self._seen = torch.zeros(len(ids), logits.shape[-1], dtype=torch.bool, device=logits.device)
             row_of, column = mask.nonzero(as_tuple=True)

@@ -1,1 +1,1 @@
-"""Reading what a run has left behind, and writing its exports."""
+"""Reading a run's files, and writing its exports."""

@@ -1,4 +1,4 @@
-"""Reading what a run has left behind: its directory, settings, logged values and completions."""
+"""Reading a run's files: its directory, settings, logged values and completions."""
 
 import csv
 import itertools
@@ -17,21 +17,21 @@ Record = dict[str, Any]
 
 
 class RunFileError(ValueError):
-    """Something about a run's files that keeps a command from working; says which file, and what to do."""
+    """A command cannot use a run's files. The message names the file and says what to do."""
 
 
 def find_run(path: Path, wanted: str) -> Path:
-    """The run that ``path`` means: itself, or the newest below it that has what is wanted.
+    """The run at ``path``: the directory itself, or the newest run below it that has the wanted files.
 
     Args:
-        path: a run's directory, a directory of versions (``lightning_logs``), or one that has such a directory.
+        path: a run's directory, a directory of versions (``lightning_logs``), or a directory that contains one.
         wanted: pattern of the files that the run must have.
 
     Raises:
         RunFileError: there is no such directory, or no such run in it.
     """
     if not path.is_dir():
-        raise RunFileError(f"There is no directory {path}; give that of a run, such as lightning_logs/version_0.")
+        raise RunFileError(f"There is no directory {path}. Give that of a run, such as lightning_logs/version_0.")
     below = [*versions(path), *versions(path / "lightning_logs")]
     for candidate in (path, *below):
         if next(candidate.glob(wanted), None) is not None:
@@ -43,16 +43,16 @@ def find_run(path: Path, wanted: str) -> Path:
 
 
 def read_config(run: Path) -> Record | None:
-    """The run's ``config.yaml``, as the command line wrote it; None where there is none."""
+    """The run's ``config.yaml``, as the command line wrote it. None if there is none."""
     file = run / "config.yaml"
     return load_yaml(file) if file.is_file() else None
 
 
 def load_yaml(file: Path) -> Record:
-    """A YAML file that holds a mapping.
+    """Read a YAML file that contains a mapping.
 
     Raises:
-        RunFileError: it is missing, or holds something else.
+        RunFileError: the file is missing, or contains something else.
     """
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -66,14 +66,14 @@ def load_yaml(file: Path) -> Record:
 
 
 def section(config: Mapping[str, Any] | None, name: str) -> Record:
-    """Arguments of ``model`` or ``data`` in a run's settings, with or without a ``class_path`` around them."""
+    """Arguments of ``model`` or ``data`` in a run's settings, with or without ``class_path``."""
     found = (config or {}).get(name) or {}
     arguments = found.get("init_args") or {} if found.keys() & {"class_path", "init_args"} else found
     return upgraded(arguments) if name == "model" else dict(arguments)
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """The rows of ``metrics.csv``, without their empty fields; none where there is no such file."""
+    """The rows of ``metrics.csv`` without empty fields. An empty list if there is no such file."""
     file = run / "metrics.csv"
     if not file.is_file():
         return []
@@ -82,7 +82,7 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
 
 
 def first_and_last(values: Sequence[float]) -> tuple[float, float] | None:
-    """Means over the first and the last tenth of the steps, rounded up; None without a finite value.
+    """Means over the first and the last tenth of the steps, rounded up. None without a finite value.
 
     Example:
         >>> first_and_last([1.0, 2.0, 3.0])
@@ -100,10 +100,10 @@ def first_and_last(values: Sequence[float]) -> tuple[float, float] | None:
 def read_training_completions(file: Path) -> Iterator[tuple[str, Record]]:
     """Records of a run's file of completions, each with its file and line.
 
-    A last line without an end is omitted: its run was interrupted, or is still writing.
+    An incomplete last line is omitted, because its run was interrupted or is still writing.
 
     Raises:
-        ValueError: a line that is no record of a training step.
+        ValueError: a line is no record of a training step.
     """
     for where, record in jsonl_rows(str(file), unfinished=True):
         if not isinstance(record.get("step"), int):
@@ -115,8 +115,8 @@ def unused_path(wanted: Path, *suffixes: str) -> Path:
     """``wanted``, or the first of ``wanted-1``, ``wanted-2``, ... that does not exist: nothing is overwritten.
 
     Args:
-        wanted: a file or directory; the directory that it is in is made.
-        suffixes: of files beside it that must not exist either.
+        wanted: a file or directory. Its parent directory is created.
+        suffixes: suffixes of files beside it that must not exist either.
     """
     wanted.parent.mkdir(parents=True, exist_ok=True)
     names = (wanted if number == 0 else wanted.with_stem(f"{wanted.stem}-{number}") for number in itertools.count())

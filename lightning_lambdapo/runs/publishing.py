@@ -1,4 +1,4 @@
-"""What goes with a trained policy's weights: how to decode with it, and a model card that says how it came about."""
+"""Saving a trained policy with its generation settings and a model card."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -42,15 +42,15 @@ def publish(
     """Write a policy for ``from_pretrained``, with tokenizer, generation settings and model card.
 
     Args:
-        policy: what to write.
-        tokenizer: goes with it.
-        directory: where to; must not exist, or be empty.
-        settings: of the module, as its hyper-parameters hold them; what they do not say is left out of the card.
-        config: the run's ``config.yaml``, for the data; None where there is none.
+        policy: the policy to save.
+        tokenizer: saved with it.
+        directory: directory to write to. It must not exist, or be empty.
+        settings: the module's hyper-parameters. The card omits what they do not say.
+        config: the run's ``config.yaml``, for the data. None if there is none.
         run: the run's directory, for its results.
-        steps: rollout steps that have been made.
+        steps: number of finished rollout steps.
         merged: the weights are those of a base with its adapter merged in.
-        weights: the policy's state dict, where its own tensors are shards.
+        weights: the policy's full state dict, if its own tensors are shards.
     """
     save_policy(policy, tokenizer, directory, weights=weights)
     generation_settings(policy, tokenizer, settings).save_pretrained(directory)
@@ -60,7 +60,7 @@ def publish(
 
 
 def generation_settings(policy: Policy, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> GenerationConfig:
-    """Validation's way of decoding, which the results are of, as transformers and vLLM read it."""
+    """The decoding settings of validation, as transformers and vLLM read them."""
     validation = _known(EvaluationConfig, settings, "validation")
     rollout = _known(RolloutConfig, settings, "rollout")
     model = causal_lm(policy)
@@ -82,13 +82,13 @@ def generation_settings(policy: Policy, tokenizer: PreTrainedTokenizerBase, sett
 def model_card(
     settings: Settings, config: Settings | None, metrics: Sequence[Mapping[str, float]], *, steps: int, kind: str
 ) -> str:
-    """The model card: front matter for the hub, how to load, how it was trained, what came of it.
+    """The model card: front matter for the hub, how to load, how it was trained, results.
 
     Args:
-        settings: of the module.
+        settings: the module's hyper-parameters.
         config: the run's ``config.yaml``.
         metrics: rows of its ``metrics.csv``.
-        steps: rollout steps that have been made; later rows do not count.
+        steps: number of finished rollout steps. Later rows do not count.
         kind: ``"adapter"``, ``"merged"`` or ``"full"``.
     """
     base = from_mapping(PolicyConfig, settings["policy"]) if isinstance(settings.get("policy"), Mapping) else None
@@ -117,13 +117,13 @@ def model_card(
 
 
 _MERGED_QLORA = (
-    "The adapter was trained over a base held in {quantization} and is merged into that base's own, unquantised "
-    "weights: logits are those of training up to the quantisation error of the base.\n"
+    "The adapter was trained over a base quantised to {quantization}. It is merged into the unquantised base, so "
+    "logits are those of training up to the quantisation error of the base.\n"
 )
 
 
 def _known(cls: type[T], settings: Settings, name: str) -> T:
-    """A configuration from a module's hyper-parameters; the defaults where they do not have it."""
+    """A configuration from a module's hyper-parameters, or the defaults."""
     value = settings.get(name)
     return from_mapping(cls, value) if isinstance(value, Mapping) else cls()
 
@@ -153,7 +153,7 @@ def _is_hub_id(model: str) -> bool:
 
 
 def _hub_dataset(source: Any) -> str | None:
-    """Hub id of a data source that has one; a DataModule of the user's own may call anything a source."""
+    """Hub id of a data source, if it has one. In the user's own DataModule a source may be anything."""
     if not isinstance(source, Mapping) or source.get("path") or source.get("task"):
         return None
     named: str | None = source.get("dataset")
@@ -163,7 +163,7 @@ def _hub_dataset(source: Any) -> str | None:
 
 
 def _loading(base: PolicyConfig | None, kind: str) -> str:
-    """Three lines of Python below their imports; `.` stands for the directory of the card."""
+    """Three lines of Python below their imports. `.` is the directory of the card."""
     imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
     tokenizer = 'tokenizer = AutoTokenizer.from_pretrained(".")  # this directory, or its name on the hub'
     if kind != "adapter":
@@ -216,7 +216,7 @@ def _training_rows(settings: Settings, algorithm: AlgorithmConfig, steps: int) -
     if lora:
         rows.append(("adapter", _listed({k: v for k, v in dict(lora.get("init_args", lora)).items() if v})))
     policy = settings.get("policy") or {}
-    rows.append(("weights held in", policy.get("quantization") or policy.get("dtype", "float32")))
+    rows.append(("weights stored in", policy.get("quantization") or policy.get("dtype", "float32")))
     if settings.get("optimizer"):
         rows.append(("optimizer", _called(settings["optimizer"], "lr", "weight_decay")))
     rows += [
@@ -228,7 +228,7 @@ def _training_rows(settings: Settings, algorithm: AlgorithmConfig, steps: int) -
 
 
 def _called(thing: Any, *names: str) -> str:
-    """A class by its last name, with the arguments that matter."""
+    """The short name of a class, with its main arguments."""
     if not isinstance(thing, Mapping):
         return str(thing).rpartition(".")[2]
     arguments = thing.get("init_args") or {}
@@ -269,7 +269,7 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def cast_weights(policy: Policy, dtype: torch.dtype) -> None:
-    """Change the type of the weights that will be written: an adapter's, or all of them."""
+    """Change the type of the weights to save: the adapter's, or all of them."""
     adapted = hasattr(policy, "peft_config")
     for parameter in policy.parameters():
         if parameter.is_floating_point() and (parameter.requires_grad or not adapted):

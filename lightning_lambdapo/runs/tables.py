@@ -13,7 +13,7 @@ Record = Mapping[str, Any]
 
 
 def shorten(text: str, limit: int) -> str:
-    r"""Text on one line of at most ``limit`` characters; of a longer one its beginning and end.
+    r"""Text on one line of at most ``limit`` characters. A longer text keeps its beginning and end.
 
     Example:
         >>> shorten("first line\nsecond line", 100)
@@ -29,7 +29,7 @@ def shorten(text: str, limit: int) -> str:
 
 
 def telling_group(records: Sequence[Record]) -> list[Record]:
-    """Of a step's completions those of the first prompt whose rewards differ; of the first prompt where none do."""
+    """A step's completions of the first prompt whose rewards differ, or else of the first prompt."""
     prompts: dict[int, list[Record]] = {}
     for record in records:
         prompts.setdefault(record["prompt_id"], []).append(record)
@@ -41,8 +41,8 @@ def group_table(records: Sequence[Record], *, width: int) -> Table:
     """A group for the terminal.
 
     Args:
-        records: of one group.
-        width: columns that there are; completions are shortened to about three lines.
+        records: records of one group.
+        width: available columns. Completions are shortened to about three lines.
     """
     names = list(records[0].get("rewards", {}))
     long = any(len(record["completion"]) > width // 3 for record in records)
@@ -72,12 +72,12 @@ def group_table(records: Sequence[Record], *, width: int) -> Table:
 
 
 def remarks(record: Record) -> list[str]:
-    """What is out of the ordinary about a completion."""
+    """Remarks on a completion: truncated, invalid."""
     return [*(["truncated"] if record.get("truncated") else []), *([] if record["valid"] else ["invalid"])]
 
 
 def plain_rows(records: Sequence[Record]) -> tuple[list[str], list[list[Any]]]:
-    """Headers and rows, for loggers that have tables of their own."""
+    """Headers and rows, for loggers with their own tables."""
     names = list(records[0].get("rewards", {}))
     plain = ("total", "score", "advantage", "truncated", "valid")
     rows = [

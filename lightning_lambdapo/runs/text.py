@@ -1,10 +1,10 @@
-"""How figures are written for people: names, times, counts, Markdown tables."""
+"""Formatting for people: names, times, counts, Markdown tables."""
 
 from collections.abc import Callable, Iterable, Sequence
 
 
 def metric_label(name: str) -> str:
-    """A statistic's name as the field writes it.
+    """A statistic's usual name.
 
     Example:
         >>> metric_label("pass_at_4"), metric_label("truncated"), metric_label("reward/format")
@@ -51,10 +51,10 @@ def markdown_table(
     """Lines of a Markdown table.
 
     Args:
-        headers: of the columns.
-        rows: their cells.
-        numbers: align all columns but the first to the right, where there are headers.
-        escape: makes a cell of a text.
+        headers: headers of the columns.
+        rows: cells of the rows.
+        numbers: align all columns but the first to the right, if there are headers.
+        escape: converts a text to a cell.
     """
     right = "---:" if numbers and headers[0] else "---"
     aligned = ["---", *([right] * (len(headers) - 1))]

@@ -110,8 +110,8 @@ class Report:
         notes = (
             f"Final value: {final}, mean over seeds with Student's interval. Differences are paired by seed, with "
             f"Student's interval and the sign-flip permutation test. With n seeds its p-value is at least 2 / 2^n. "
-            f"At 95%, one in twenty arms that equal {other} would read better or worse. Tokens: sampled in training, "
-            "per run. Length (tokens) and entropy (nats per token): last tenth of the steps."
+            f"At 95%, one in twenty arms that equal {other} would seem to differ. Tokens: sampled in training, per "
+            "run. Length (tokens) and entropy (nats per token): last tenth of the steps."
         )
         if len(labels) > 1:
             notes += " The baseline of an arm is the GRPO arm whose other settings are the same."
