@@ -7,12 +7,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny
+import tiny_gguf
+from small import ROWS
 from torch import distributed
+
+pytest.register_assert_rewrite("comparing")  # it compares runs on behalf of tests, and its failures should say how
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +38,35 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     tiny.model("llama").save_pretrained(directory)
     tiny.tokenizer().save_pretrained(directory)
     return str(directory)
+
+
+@pytest.fixture
+def gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny Llama as a GGUF file; the unpacking cache is the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tiny_gguf.write(tmp_path / "tiny.gguf")
+    return tmp_path / "tiny.gguf"
+
+
+@pytest.fixture
+def arguments(base: str, tmp_path: Path) -> list[str]:
+    """A whole configuration on the command line, class paths left to their defaults."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return [
+        "--seed_everything=1",
+        "--trainer.accelerator=cpu",
+        f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.callbacks+=lightning_lambdapo.CompletionsLogger",
+        f"--model.policy.model={base}",
+        "--model.rollout={group_size: 2, max_new_tokens: 5}",
+        f"--data.train={{path: {data}}}",
+        f"--data.val={{path: {data}, limit: 6}}",
+        "--data.batch_size=4",
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,8 @@ from fsspec.implementations.local import LocalFileOpener
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-from test_module import Rows, module
+from ranks import on_ranks, succeed
+from small import Rows, module
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -209,6 +210,13 @@ class Counting(Callback):
 def train_counting(directory: Path, base: str, **options: Any) -> None:
     """The same, with :class:`Counting`."""
     train(directory, base, callbacks=[Counting(directory)], **options)
+
+
+def train_on_ranks(directory: Path, base: str, ranks: int, **options: Any) -> Path:
+    """The same on a number of ranks, which must all succeed; the directory comes back."""
+    directory.mkdir(exist_ok=True)
+    succeed(on_ranks(ranks, train_counting, directory, base, logs=directory / "logs", **options))
+    return directory
 
 
 def whole(value: Tensor) -> Tensor:

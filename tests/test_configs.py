@@ -1,4 +1,4 @@
-"""Every configuration in ``configs/`` runs as it is written, but for the model, the data, the size and the device."""
+"""Every configuration runs as it is written, but for the model, the data, the size and the device."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,10 @@ import tiny
 import yaml
 
 from lightning_lambdapo.commands.main import main
+from lightning_lambdapo.quickstart.tasks import task_rows
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 CHAT = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
@@ -49,9 +51,10 @@ def overrides(config: dict[str, Any], base: Path, path: Path) -> list[str]:
         arguments.append(f"--model.policy.model={base}")
     for split in ("train", "val"):
         source = config["data"]["init_args"].get(split)
-        if source is not None and source.get("preset", "arithmetic") != "arithmetic":
+        if source is not None and ("path" in source or source.get("preset", "arithmetic") != "arithmetic"):
             file = path / f"{split}.jsonl"
-            file.write_text("".join(json.dumps(row) + "\n" for row in rows(source["preset"])))
+            problems = rows(source["preset"]) if "preset" in source else task_rows(Path(source["path"]).parts[-2], 48)
+            file.write_text("".join(json.dumps(row) + "\n" for row in problems))
             arguments.append(f"--data.{split}.path={file}")
     if "task" in config["data"]["init_args"]["train"]:
         arguments.append("--data.max_prompt_length=512")  # the tiny tokenizer's tokens are characters
@@ -73,7 +76,7 @@ def overrides(config: dict[str, Any], base: Path, path: Path) -> list[str]:
 def test_config_runs(file: Path, base: Path, tmp_path: Path) -> None:
     config = yaml.safe_load(file.read_text())
     assert file.read_text().startswith("# "), "the header says what it is"
-    assert f"lambdapo fit --config configs/{file.name}" in file.read_text(), "and how to launch it"
+    assert f"lambdapo fit --config {file.relative_to(ROOT)}" in file.read_text(), "and how to launch it"
     main(["fit", f"--config={file}", *overrides(config, base, tmp_path)])
     run = tmp_path / "lightning_logs" / "version_0"
     metrics = (run / "metrics.csv").read_text().splitlines()
@@ -90,4 +93,5 @@ def test_there_are_all_the_promised_configs() -> None:
     assert {path.stem for path in CONFIGS} >= {
         *("quickstart", "smollm2_gsm8k_cpu", "smollm2_gsm8k_qlora", "qlora_single_gpu"),
         *("lora_ddp", "full_fsdp", "qwen3_1_7b_math", "phi4_mini_math"),
+        *("sums", "chain", "sorting"),
     }

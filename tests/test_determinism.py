@@ -11,7 +11,7 @@ import runs
 import torch
 import yaml
 from lightning.pytorch import Callback
-from test_module import equal, weights
+from small import equal, weights
 
 from lightning_lambdapo import DataSource, LambdaPODataModule
 from lightning_lambdapo.distributed.seeding import step_randomness

@@ -12,17 +12,16 @@ import pytest
 import runs
 import tiny
 import torch
+from comparing import assert_same_run
 from lightning.pytorch import Callback
 from ranks import on_ranks, succeed
-from test_module import Recorder, Rows, equal, module, trainer, weights
-from test_resume import assert_same_run
+from small import Recorder, Rows, equal, finite_fit, module, trainer, weights
 from torch.utils.data import DataLoader
 
 from lightning_lambdapo import (
     AlgorithmConfig,
     DataSource,
     LambdaPODataModule,
-    LambdaPOModule,
     PromptCollator,
     RolloutConfig,
 )
@@ -215,19 +214,12 @@ def test_an_infinite_loss_is_skipped_and_counted(base: str, tmp_path: Path) -> N
     assert [step["train/skipped_updates"] for step in recorder.steps] == [0, 1, 1, 1]
 
 
-def steps_of(base: str, tmp_path: Path, model: LambdaPOModule) -> list[dict[str, float]]:
-    recorder = Recorder()
-    trainer(tmp_path, callbacks=[recorder], enable_checkpointing=True).fit(model, Rows(batch_size=4))
-    assert not any(math.isnan(value) for step in recorder.steps for value in step.values()), "nothing logged is NaN"
-    return recorder.steps
-
-
 def test_nothing_moves_where_all_rows_are_truncated(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_lambdapo.module.eos_token_ids", lambda *_: (-1,))
     model = module(base, algorithm=AlgorithmConfig(mask_truncated=True))
     model.configure_model()
     before = weights(model)
-    steps = steps_of(base, tmp_path, model)
+    steps = finite_fit(tmp_path, model)
     assert equal(weights(model), before)
     assert {step["train/truncated"] for step in steps} == {1.0}
     assert {step["train/empty_updates"] for step in steps} == {1.0}
@@ -242,7 +234,7 @@ def test_completions_that_end_at_once(base: str, tmp_path: Path, monkeypatch: py
         seen.extend(completions)
         return [float(index) for index in range(len(completions))]
 
-    steps = steps_of(base, tmp_path, module(base, rewards=[note]))
+    steps = finite_fit(tmp_path, module(base, rewards=[note]))
     assert set(seen) == {""}
     assert {step["train/completion_length"] for step in steps} == {1.0}
 
@@ -351,6 +343,6 @@ def test_rewards_that_are_all_equal(base: str, tmp_path: Path) -> None:
     model = module(base, rewards=[Same()])
     model.configure_model()
     before = weights(model)
-    steps = steps_of(base, tmp_path, model)
+    steps = finite_fit(tmp_path, model)
     assert equal(weights(model), before)
     assert {step["train/equal_reward_share"] for step in steps} == {1.0}

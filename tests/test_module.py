@@ -1,5 +1,4 @@
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -7,112 +6,24 @@ import bitsandbytes
 import pytest
 import tiny
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
+from named_rewards import lambda_free_reward
+from small import ROWS, Digits, Recorder, Rows, Same, adamw, equal, fit, module, trainer, weights
 from torch import Tensor
 
 from lightning_lambdapo import (
     AdapterConfig,
     AlgorithmConfig,
     EvaluationConfig,
-    LambdaPODataModule,
     LambdaPOModule,
     PolicyConfig,
     PromptBatch,
     RolloutConfig,
     SamplingConfig,
 )
-from lightning_lambdapo.rewards import Reward, RewardInputs, SemanticDensityReward
-
-ROWS = [
-    {"prompt": f"{a}+{b}=", "answer": str(a + b), "reference": f"{a}+{b}={a + b}", "prompt_id": a * 4 + b}
-    for a in range(4)
-    for b in range(4)
-]
-
-
-class Digits(Reward):
-    """Share of digits among the characters."""
-
-    def __init__(self, weight: float = 1.0) -> None:
-        super().__init__(weight, "digits")
-
-    def __call__(self, inputs: RewardInputs) -> Sequence[float | None]:
-        return [sum(map(str.isdigit, text)) / max(len(text), 1) for text in inputs.completions]
-
-
-class Same(Reward):
-    """The same for every completion."""
-
-    def __call__(self, inputs: RewardInputs) -> Sequence[float | None]:
-        return [0.3 for _ in inputs.completions]
-
-
-class Rows(LambdaPODataModule):
-    """A DataModule of fixed rows, as a user would write one."""
-
-    def setup(self, stage: str) -> None:
-        self._rows = {split: list(ROWS) for split in ("train", "val", "test", "predict")}
-
-
-def adamw(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
-
-
-def module(base: str, **settings: Any) -> LambdaPOModule:
-    defaults: dict[str, Any] = {
-        "policy": PolicyConfig(base),
-        "rollout": RolloutConfig(group_size=4, max_new_tokens=8),
-        "rewards": [Digits()],
-        "optimizer": adamw,
-        "seed": 3,
-    }
-    return LambdaPOModule(**(defaults | settings))
-
-
-def trainer(path: Path, **settings: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": path,
-        "max_epochs": 1,
-        "limit_val_batches": 0,
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": 1,
-    }
-    return Trainer(**(defaults | settings))
-
-
-def weights(model: LightningModule) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-class Recorder(ModelCheckpoint):
-    """Keeps what was logged at every step."""
-
-    def __init__(self) -> None:
-        super().__init__(every_n_epochs=0)
-        self.steps: list[dict[str, float]] = []
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.steps.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-
-
-def fit(path: Path, model: LambdaPOModule, **settings: Any) -> list[dict[str, float]]:
-    recorder = Recorder()
-    callbacks = [*settings.pop("callbacks", []), recorder]
-    trainer(path, callbacks=callbacks, enable_checkpointing=True, **settings).fit(model, Rows(batch_size=4))
-    return recorder.steps
+from lightning_lambdapo.rewards import Reward, SemanticDensityReward
 
 
 def test_a_step_logs_everything_and_nothing_is_nan(base: str, tmp_path: Path) -> None:
@@ -375,10 +286,3 @@ def test_it_lives_in_somebodys_own_project(base: str, tmp_path: Path) -> None:
     assert list((tmp_path / "best").glob("*.ckpt"))
     assert "val/reward" in run.callback_metrics
     assert run.callback_metrics["train/reward/lambda_free_reward"] >= 0
-
-
-def lambda_free_reward(completions: list[str], shade: list[int], **columns: Any) -> list[float]:
-    """A plain function that wants a column of the data."""
-    assert len(completions) == len(shade)
-    assert {"prompts", "answers", "references", "completion_lengths", "truncated"} <= columns.keys()
-    return [float(len(set(text))) for text in completions]

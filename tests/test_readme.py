@@ -1,8 +1,11 @@
-"""What the README shows works as it is written."""
+"""What the documents show works as it is written."""
 
+import dataclasses
 import re
+import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +14,104 @@ import nbformat
 import pytest
 import yaml
 from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule
 
+from lightning_lambdapo import LambdaPOModule, config
+from lightning_lambdapo.commands import score
+from lightning_lambdapo.commands.compare import command
+from lightning_lambdapo.commands.compare.plan import ESTIMATOR, option_keys, parse_variation
+from lightning_lambdapo.commands.main import COMMANDS, LambdaPOCLI
 from lightning_lambdapo.data import PRESETS, LambdaPODataModule
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+DOCUMENTS = [
+    ROOT / name
+    for name in (
+        "README.md",
+        ".github/CONTRIBUTING.md",
+        "configs/evidence/README.md",
+        "tests/README.md",
+        "tests/benchmarks/README.md",
+        "lightning_lambdapo/rewards/README.md",
+        "lightning_lambdapo/data/README.md",
+        "lightning_lambdapo/evaluation/README.md",
+    )
+]
+TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}
+README = TEXTS["README.md"]
+#: Where a relative path in a document may start: the repository, the package, its tests, the document's own directory.
+STARTS = (ROOT, ROOT / "lightning_lambdapo", ROOT / "tests")
+#: Directories that commands of the documents make.
+MADE = ("lightning_logs/", "policies/", "ablation/")
+SECTIONS = {
+    "policy": config.PolicyConfig,
+    "lora": config.AdapterConfig,
+    "rollout": config.RolloutConfig,
+    "validation": config.EvaluationConfig,
+    "algorithm": config.AlgorithmConfig,
+    "performance": config.PerformanceConfig,
+}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, *names: str) -> list[str]:
+    texts = [TEXTS[name] for name in names or TEXTS]
+    return [block for text in texts for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
+
+
+def commands() -> list[list[str]]:
+    """The words of every command in a bash block."""
+    found = []
+    for block in blocks("bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while "&&" in words:
+                found.append(words[: words.index("&&")])
+                words = words[words.index("&&") + 1 :]
+            found.append(words)
+    return found
+
+
+def own_commands() -> list[list[str]]:
+    """What follows ``lambdapo``, or ``-m lightning_lambdapo``, in every command that has it."""
+    starts = ("lambdapo", "lightning_lambdapo")
+    return [
+        words[index + 1 :] for words in commands() for index, word in enumerate(words) if word in starts and index < 6
+    ]
+
+
+class Parsed(LambdaPOCLI):
+    """Parses a command line with its configuration, and builds nothing."""
+
+    def before_instantiate_classes(self) -> None:
+        """Leave the threads alone."""
+
+    def instantiate_classes(self) -> None:
+        """Build nothing."""
+
+    def _set_seed(self) -> None:
+        """Seed nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+
+def parse(args: list[str]) -> None:
+    """Parse what a command of Lightning's gets, as ``main`` does."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+        _parse(args)
+
+
+def _parse(args: list[str]) -> None:
+    Parsed(
+        LambdaPOModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        parser_kwargs={"exit_on_error": False},
+        args=args,
+    )
 
 
 @pytest.mark.parametrize("code", blocks("python"))
@@ -50,24 +142,109 @@ def test_python_runs_in_a_notebook(code: str, tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("code", blocks("yaml"))
 def test_yaml_parses(code: str) -> None:
+    given = yaml.safe_load(code)
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(LambdaPODataModule, "data")
-    parsed = parser.parse_object(yaml.safe_load(code))
-    assert parsed.data.train.preset == "gsm8k"
+    if "data" in given:
+        parser.add_class_arguments(LambdaPODataModule, "data")
+    if "model" in given:
+        parser.add_class_arguments(LambdaPOModule, "model")
+        given["model"]["policy"] = {"model": "builtin:arithmetic"}
+    parsed = parser.parse_object(given)
+    assert "data" not in given or parsed.data.train.preset == "gsm8k"
 
 
-def test_commands_name_files_that_exist() -> None:
-    commands = "\n".join(blocks("bash"))
-    assert len(re.findall(r"^python3 -m venv", commands, re.MULTILINE)) == 2
-    for name in re.findall(r"configs/\w+\.yaml", README):
-        assert (ROOT / name).exists()
-    last = blocks("bash")[1].strip().split(" && ")
+def test_there_are_python_and_yaml_examples() -> None:
+    assert len(blocks("python", "README.md")) == 1
+    assert len(blocks("yaml", "lightning_lambdapo/data/README.md")) == 1
+
+
+def test_set_up_takes_two_commands() -> None:
+    found = "\n".join(blocks("bash", "README.md"))
+    assert len(re.findall(r"^python3 -m venv", found, re.MULTILINE)) == 2
+    last = blocks("bash", "README.md")[1].strip().split(" && ")
     ci = (ROOT / ".ci" / "run").read_text()
     assert last[-1] in ci.splitlines()[-1]
     assert "-e '.[dev]'" in last[-2]
     assert "-e '.[dev]'" in ci
 
 
+def test_the_readme_is_short() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 250
+    assert all(len(line) <= 142 for line in lines if not line.startswith("|"))
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_lead_somewhere(name: str) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", TEXTS[name]):
+        assert (ROOT / name).parent.joinpath(target).exists(), target
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_files_that_are_named_exist(name: str) -> None:
+    starts = (*STARTS, (ROOT / name).parent)
+    text = re.sub(r"\]\([^)]*\)", "]", TEXTS[name])
+    for path in set(re.findall(r"[\w.-][\w./-]*/[\w./-]*\.(?:py|yaml|tsv|md|png)\b", text)):
+        if not path.startswith(MADE):
+            assert any((start / path).exists() for start in starts), path
+    for path in set(re.findall(r"(?<![\w./-])\w+\.py\b", text)):
+        assert list(ROOT.glob(f"tests/**/{path}")) or list(ROOT.glob(f"lightning_lambdapo/**/{path}")), path
+    for path in set(re.findall(r"`((?:\w+/)+)`", text)):
+        if not path.startswith(("lightning_logs", "checkpoints", "export", "val", "test", "train")):
+            assert any((start / path).is_dir() for start in starts), path
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_settings_that_are_named_exist(name: str) -> None:
+    found = re.findall(rf"`(?:--model\.)?({'|'.join(SECTIONS)})\.(\w+)(?![\w/.])", TEXTS[name])
+    for section, key in found:
+        if (section, key) == ("rollout", "share_prompts") or (section, key) == ("policy", "onednn"):
+            assert f"{section}.{key}" in config.MOVED_SETTINGS  # named as what they were in release 0.1
+        else:
+            assert key in {each.name for each in dataclasses.fields(SECTIONS[section])}, f"{section}.{key}"
+
+
+def test_commands_are_found() -> None:
+    names = {words[0] for words in own_commands()}
+    assert names >= {"fit", "test", "predict", *COMMANDS}
+
+
+@pytest.mark.parametrize(
+    "words", [words for words in own_commands() if words[0] in ("fit", "validate", "test", "predict")], ids=" ".join
+)
+def test_commands_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    parse([word for word in words if not word.startswith("--ckpt_path=")])
+
+
+@pytest.mark.parametrize("words", [words for words in own_commands() if words[0] == "compare"], ids=" ".join)
+def test_comparisons_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each value that is varied, and all other options, are such as ``fit`` takes."""
+    monkeypatch.chdir(ROOT)
+    options, others = command._parser().parse_known_args(words[1:])
+    base = [f"--config={options.config[0]}", *others]
+    assert options.estimators or options.vary
+    settings = [{ESTIMATOR: name} for name in options.estimators.split(",") if name]
+    settings += [each for text in options.vary for each in parse_variation(text)]
+    for each in settings:
+        parse(["fit", *base, *(f"--{key}={_text(value)}" for key, value in each.items() if ".rewards." not in key)])
+    assert not set(option_keys(others)) & {key for each in settings for key in each}
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@pytest.mark.parametrize("words", [words for words in own_commands() if words[0] == "score"], ids=" ".join)
+def test_judging_again_parses(words: list[str]) -> None:
+    score._parser().parse_args(words[1:])
+
+
 def test_every_preset_is_listed() -> None:
     for name in ("arithmetic", *PRESETS):
-        assert f"`{name}`" in README
+        assert f"| `{name}` |" in TEXTS["lightning_lambdapo/data/README.md"]
+
+
+def test_every_switch_is_listed() -> None:
+    for each in dataclasses.fields(config.PerformanceConfig):
+        assert f"| `performance.{each.name}` |" in TEXTS["tests/benchmarks/README.md"]

@@ -8,21 +8,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
-from test_module import Digits, Rows, Same, fit, module, trainer
+from small import Digits, Outputs, Rows, Same, fit, module, trainer
 
 from lightning_lambdapo import AdapterConfig, AlgorithmConfig, LambdaPOModule, PolicyConfig, PromptBatch, RolloutConfig
 from lightning_lambdapo.functional import group_advantages, lambda_advantages
 from lightning_lambdapo.rewards import Reward, RewardInputs
-
-
-class Outputs(Callback):
-    """Keeps what every step returns."""
-
-    def __init__(self) -> None:
-        self.steps: list[dict[str, Any]] = []
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        self.steps.append(outputs)
 
 
 @pytest.mark.parametrize(

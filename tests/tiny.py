@@ -117,6 +117,15 @@ def shake(policy: Any, scale: float) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
+def randomise(policy: Any, seed: int = 0) -> None:
+    """Give every adapter matrix of the trained adapter a random value (LoRA's B starts at 0)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_" in name and ".default" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
 def configured(**settings: Any) -> dict[str, Any]:
     """Arguments of the grouped engine from the settings of both its configurations."""
     switches = {field.name for field in dataclasses.fields(PerformanceConfig)}

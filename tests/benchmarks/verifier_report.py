@@ -2,8 +2,8 @@
 
     python tests/benchmarks/verifier_report.py [--gsm8k FILE ...] [--json FILE]
 
-The tables in ``tests/rewards`` hold a gold answer, an answer, and whether they are equivalent. Both were written before
-the verifier had seen them. Some of its faults on ``verifier_pairs.tsv`` were mended afterwards;
+The tables in ``tests/rewards/verifier`` hold a gold answer, an answer, and whether they are equivalent. Both were
+written before the verifier had seen them. Some of its faults on ``verifier_pairs.tsv`` were mended afterwards;
 ``verifier_pairs_held_out.tsv`` was written after that, and nothing was mended for it. Whether answers are equivalent is
 a matter of mathematics, with these conventions:
 
@@ -33,7 +33,8 @@ from lightning_lambdapo.data.sources import DataSource, load_rows
 from lightning_lambdapo.rewards import AccuracyReward, RewardInputs
 from lightning_lambdapo.rewards.verifier.pool import MathVerifier, Verdict
 
-TABLES = [Path(__file__).parents[1] / "rewards" / f"verifier_pairs{name}.tsv" for name in ("", "_held_out")]
+_TABLES = Path(__file__).parents[1] / "rewards" / "verifier"
+TABLES = [_TABLES / f"verifier_pairs{name}.tsv" for name in ("", "_held_out")]
 
 
 @dataclass(frozen=True)
