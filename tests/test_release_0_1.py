@@ -26,7 +26,8 @@ RECORDED = Path(__file__).parent / "golden" / "release_0_1"
 #: Everything that could be imported from these modules in release 0.1.
 PUBLIC = {
     "lightning_lambdapo": "AdapterConfig AlgorithmConfig CompletionsLogger DataSource EvaluationConfig "
-    "EvaluationReport LambdaPODataModule LambdaPOModule PolicyConfig PolicyExport PromptBatch PromptCollator PromptTemplate RewardPlot "
+    "EvaluationReport "
+    "LambdaPODataModule LambdaPOModule PolicyConfig PolicyExport PromptBatch PromptCollator PromptTemplate RewardPlot "
     "RolloutCheckpoint RolloutConfig SamplingConfig Throughput TrainingConsole",
     "lightning_lambdapo.rewards": "AccuracyReward FormatReward FunctionReward LengthPenalty MathVerifier Reward "
     "RewardInputs SemanticDensityReward Verdict as_rewards score",
