@@ -4,7 +4,9 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -60,10 +62,22 @@ def check_trainer(trainer: Trainer, *, adapted: bool, quantized: bool) -> None:
             f"{type(trainer.strategy).__name__} flattens parameters, which quantised weights do not allow. Use "
             "ModelParallelStrategy, or set `policy.quantization` to null."
         )
-    if trainer.precision in ("bf16-true", "16-true") and adapted:
+    if trainer.precision in ("bf16-true", "16-true") and (adapted or trainer.state.fn == "fit"):
+        what, dtype = ("the adapter", "bfloat16") if adapted else ("all trained weights", "float32")
         raise ValueError(
-            f"Trainer(precision={trainer.precision!r}) would store the adapter in 16 bits, where rounding loses a "
-            'step of a usual learning rate, so use precision="bf16-mixed" with `policy.dtype: bfloat16`.'
+            f"Trainer(precision={trainer.precision!r}) would store {what} in 16 bits, where rounding loses a "
+            f'step of a usual learning rate, so use precision="bf16-mixed" with `policy.dtype: {dtype}`.'
+        )
+    plugin = trainer.precision_plugin
+    if isinstance(plugin, BitsandbytesPrecision | TransformerEnginePrecision):
+        instead = (
+            "Remove the plugin, and set `policy.quantization` (nf4, fp4 or int8), which quantises the frozen base alone"
+            if isinstance(plugin, BitsandbytesPrecision)
+            else 'Use precision="bf16-mixed"'
+        )
+        raise ValueError(
+            f"{type(plugin).__name__} replaces every linear layer of the policy, those of its adapter included, and "
+            f"not only the base's. {instead}."
         )
 
 
@@ -79,8 +93,21 @@ def check_encoders(trainer: Trainer, rewards: Sequence[Reward]) -> None:
 
 
 def check_trainable(policy: nn.Module) -> None:
-    """Refuse a policy without trainable parameters."""
-    if not any(parameter.requires_grad for parameter in policy.parameters()):
+    """Refuse a policy without trainable parameters, or with ones of 16 bits.
+
+    A bfloat16 number has 8 significant bits. A weight therefore ignores an update of less than a 512th of itself, which
+    at a usual learning rate is nearly every update.
+    """
+    trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    narrow = [name for name, parameter in trained.items() if parameter.dtype.itemsize < torch.float32.itemsize]
+    if narrow:
+        raise ValueError(
+            f"{len(narrow)} of {len(trained)} trained tensors are stored in 16 bits ({narrow[0]} is "
+            f"{trained[narrow[0]].dtype}), where rounding loses a step of a usual learning rate. Set `policy.dtype: "
+            'float32` with Trainer(precision="bf16-mixed"), which still computes in bfloat16, or train an adapter '
+            "(`lora`)."
+        )
+    if not trained:
         raise ValueError(
             "The policy has no trainable parameter, so training would change nothing. Set `lora`, or keep "
             "`requires_grad` on in `build_policy`."

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 import torch
 
 from lightning_lambdapo.functional.advantages import Reduction, Scale, Score, Temperature, Weighting, check_weighting
+from lightning_lambdapo.functional.importance import CorrectionLevel, check_cap
 from lightning_lambdapo.functional.losses import Aggregation, KLEstimator, Level, check_clipping
 from lightning_lambdapo.functional.masking import check_choice
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 Estimator = Literal["lambda", "grpo", "dr_grpo", "rloo"]
+ImportanceCorrection = Literal["auto", "none", "truncate", "mask"]
 T = TypeVar("T")
 
 
@@ -234,6 +236,15 @@ class AlgorithmConfig:
         clip_high: the ratio is clipped above at ``1 + clip_high``. With one update per rollout the ratio is 1, so
             clipping does nothing.
         importance_level: ratio per ``"token"``, or per ``"sequence"`` (GSPO).
+        importance_correction: weight of a token's surrogate term against the difference of sampler and learning pass.
+            ``"truncate"`` lowers ratios above the cap to it. ``"mask"`` drops tokens whose ratio is above the cap or
+            below its inverse. ``"none"`` switches it off. ``"auto"`` truncates where the run computes below float32, or
+            where the engine's log-probabilities are not the learning pass's own to rounding. In float32 with this
+            package's engines it does nothing. With top-k, top-p, min-p or a repetition penalty the log-probabilities
+            recorded are those of the unfiltered policy, so kernels and precision are corrected, and the filter is not.
+        importance_cap: the cap, above 1.
+        importance_correction_level: one weight per ``"token"``, or per ``"sequence"``: the product of its tokens'
+            ratios, which strays further from 1 the longer a completion is.
         kl_coef: coefficient of the KL penalty. With 0 learning does not run the reference. It is then built only if a
             reward needs it.
         kl_estimator: ``"k1"``, ``"k2"`` or ``"k3"``.
@@ -254,6 +265,9 @@ class AlgorithmConfig:
     clip_low: float = 0.2
     clip_high: float = 0.2
     importance_level: Level = "token"
+    importance_correction: ImportanceCorrection = "auto"
+    importance_cap: float = 2.0
+    importance_correction_level: CorrectionLevel = "token"
     kl_coef: float = 0.0
     kl_estimator: KLEstimator = "k3"
     log_kl: bool = False
@@ -267,9 +281,15 @@ class AlgorithmConfig:
         check_choice("algorithm.reduction", self.reduction, get_args(Reduction))
         check_choice("algorithm.scale", self.scale, get_args(Scale))
         check_choice("algorithm.importance_level", self.importance_level, get_args(Level))
+        check_choice("algorithm.importance_correction", self.importance_correction, get_args(ImportanceCorrection))
+        levels = get_args(CorrectionLevel)
+        check_choice("algorithm.importance_correction_level", self.importance_correction_level, levels)
+        check_cap(self.importance_cap)
         check_choice("algorithm.kl_estimator", self.kl_estimator, get_args(KLEstimator))
         check_choice("algorithm.aggregation", self.aggregation, get_args(Aggregation))
         check_clipping(self.clip_low, self.clip_high)
+        if math.isinf(self.clip_high):
+            raise ValueError("`clip_high` must be finite, got inf; set a large number to never clip above.")
         if not 0 <= self.kl_coef < math.inf:
             raise ValueError(f"`kl_coef` must be finite and at least 0, got {self.kl_coef}.")
 
@@ -287,8 +307,16 @@ class PerformanceConfig:
 
     Attributes:
         share_prompts_in_rollouts: the grouped engine computes and stores a prompt once for all rows of its group.
-        compaction: the grouped engine drops a row as soon as it has ended.
-        merge_adapter: decode with a merged copy of the LoRA-adapted weights. None does so on the CPU.
+        compaction: the grouped engine drops rows that have ended: on the CPU at once, elsewhere every 16 tokens.
+        cuda_graphs: the grouped engine records decoding steps as CUDA graphs. None does so on CUDA, unless weights are
+            sharded or ``torch.use_deterministic_algorithms`` is on. True elsewhere is an error.
+        merge_adapter: decode with a merged copy of the LoRA-adapted weights. None does so on the CPU in float32 and
+            float64, where merging is exact to rounding. In 16 bits it rounds small updates away, which
+            ``algorithm.importance_correction`` corrects on average.
+        decoding_weights_gb: memory in GB (1e9 bytes) for copies of frozen weights in the type of the computation while
+            the grouped engine decodes: 4-bit and 8-bit weights dequantised once per rollout, float32 weights cast once
+            under autocast. Layers get one in order, as long as they fit. 0 makes none. None is half of the free memory
+            on CUDA, and 0 on the CPU.
         share_prompts_in_learning: use one copy of the prompt for all rows of a group in a micro-batch.
         recompute_logits: compute each chunk of logits again in the backward pass. False computes the gradient from each
             chunk while it is in memory, which needs an output head that is not trained.
@@ -299,11 +327,20 @@ class PerformanceConfig:
 
     share_prompts_in_rollouts: bool = True
     compaction: bool = True
+    cuda_graphs: bool | None = None
     merge_adapter: bool | None = None
+    decoding_weights_gb: float | None = None
     share_prompts_in_learning: bool = True
     recompute_logits: bool = False
     fused_lora: bool = True
     onednn: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.decoding_weights_gb is not None and not self.decoding_weights_gb >= 0:
+            raise ValueError(
+                f"`performance.decoding_weights_gb` must be at least 0, got {self.decoding_weights_gb}. 0 makes no "
+                "copies, and null lets the free memory decide."
+            )
 
 
 def from_mapping(cls: type[T], value: T | Mapping[str, Any]) -> T:

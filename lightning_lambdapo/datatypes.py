@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_lambdapo.functional.losses import LossOutput
 
-__all__ = ["LossOutput", "PromptBatch", "RewardOutcome", "Rollout"]
+__all__ = ["LossOutput", "PromptBatch", "RewardOutcome", "Rollout", "Scores"]
 
 _ROLLOUT_TENSORS = ("completion_ids", "completion_mask", "sampling_logprobs", "entropy", "truncated")
 
@@ -151,6 +151,9 @@ class RewardOutcome:
         """These groups, followed by the other's."""
         parts = {name: torch.cat([part, other.parts[name]]) for name, part in self.parts.items()}
         return RewardOutcome(torch.cat([self.total, other.total]), parts, torch.cat([self.valid, other.valid]))
+
+
+Scores = RewardOutcome  #: its name in release 0.1
 
 
 def _widen(values: Tensor, width: int) -> Tensor:

@@ -217,16 +217,24 @@ class LambdaPOModule(LightningModule):
         """Log ``train/...``, and return what callbacks receive from the step."""
         self.training_log.update(batch, rollout, rewards, confidence, advantages, self.tally)
         self.training_log.log(self, self.training_log.finish(self.tally), batch_size=len(batch.prompts))
-        found = {"batch": batch, "rollout": rollout, "rewards": rewards}
-        return found | {"confidence": confidence, "advantages": advantages}
+        seen = {"batch": batch, "rollout": rollout, "rewards": rewards, "confidence": confidence}
+        # The last two are names of release 0.1.
+        return seen | {"advantages": advantages, "scores": rewards, "policy_scores": confidence}
 
     # -- validation, test, prediction -----------------------------------------------------------------------------
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
-        """Sample with the settings of ``validation``, and measure. Callbacks receive all of it."""
-        with step_randomness(self.sampling_seed, batch_idx):  # depends on the batch alone, so that evaluations repeat
-            rollout = self.sampler.sample(batch, self._stage, seed=self.sampling_seed)
-            return self.evaluator.judge(batch, rollout, self._stage)
+        """Sample with ``validation``'s own settings and measure. Callbacks receive all of it."""
+        return self._evaluate(batch, "val", batch_idx)
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """The same for the test set."""
+        return self._evaluate(batch, "test", batch_idx)
+
+    def _evaluate(self, batch: PromptBatch, stage: str, batch_idx: int) -> dict[str, Any]:
+        with step_randomness(self.sampling_seed, batch_idx):  # a function of the batch, so that evaluations repeat
+            rollout = self.sampler.sample(batch, stage, seed=self.sampling_seed)
+            return self.evaluator.judge(batch, rollout, stage)
 
     def on_validation_epoch_start(self) -> None:
         """Reset the metrics."""
@@ -236,7 +244,6 @@ class LambdaPOModule(LightningModule):
         """Log ``val/...`` or ``test/...``."""
         self.evaluator.log(self, self._stage)
 
-    test_step = validation_step  # the test set is treated the same way
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
 
@@ -274,17 +281,17 @@ class LambdaPOModule(LightningModule):
         self.policy = self.build_policy().train()  # rollouts and reference passes switch to eval mode themselves
         if self.needs_reference:
             self.reference = frozen_reference(self.policy)
-        engine = self.build_engine(self.causal_lm)
+        self.engine = self.build_engine(self.causal_lm)
         trainer = attached_trainer(self)
         if trainer is not None:
             shard = partial(parallel.shard, strategy=trainer.strategy, device_mesh=self.device_mesh)
             self.policy = with_causal_lm(self.policy, shard(self.causal_lm))
             self.reference = None if self.reference is None else cast(PreTrainedModel, shard(self.reference))
-        self.sampler = RolloutSampler(self.policy, engine, self.rollout_config, self.validation_config)
+        self.sampler = RolloutSampler(self)
         device = self.device if trainer is None else trainer.strategy.root_device
         prepare_encoders(
             self.rewards,
-            causal_lm(self.reference or self.policy).get_decoder(),
+            causal_lm(self.policy if self.reference is None else self.reference),
             self.tokenizer,
             device,
             max_tokens=self.max_tokens_per_micro_batch,
@@ -304,21 +311,22 @@ class LambdaPOModule(LightningModule):
     def on_fit_start(self) -> None:
         """Check that the data fits the rewards, and set up learning on its device."""
         checks.check_data(self.trainer, self.rewards, self.causal_lm, self.sampler.longest_completion)
-        optimizer = PolicyOptimizer(self, self.run_state, self.max_grad_norm, self.max_skipped_updates)
-        self.learner = Learner(
-            self.policy,
-            self.reference if self.algorithm.needs_reference else None,
-            algorithm=self.algorithm,
-            temperature=self.rollout_config.sampling.logprob_temperature,
-            max_new_tokens=self.rollout_config.max_new_tokens,
-            max_tokens=self.max_tokens_per_micro_batch,
-            chunk_size=self.logprob_chunk_size,
-            performance=self.performance,
-            mini_batches=self.updates_per_rollout // self.epochs_per_rollout,
-            passes=self.epochs_per_rollout,
-            tally=self.tally,
-            optimizer=optimizer,
-        )
+        with self.trainer.strategy.precision_plugin.train_step_context():  # for the scorer's probe
+            self.learner = Learner(
+                self.policy,
+                self.reference if self.algorithm.needs_reference else None,
+                algorithm=self.algorithm,
+                temperature=self.rollout_config.sampling.logprob_temperature,
+                max_new_tokens=self.rollout_config.max_new_tokens,
+                max_tokens=self.max_tokens_per_micro_batch,
+                chunk_size=self.logprob_chunk_size,
+                performance=self.performance,
+                mini_batches=self.updates_per_rollout // self.epochs_per_rollout,
+                passes=self.epochs_per_rollout,
+                tally=self.tally,
+                optimizer=PolicyOptimizer(self),
+                exact_sampler=self.engine.exact_logprobs,
+            )
 
     def on_train_start(self) -> None:
         """Let all ranks stop together, log the seeds, and repeat a validation that the run was killed in."""
@@ -331,7 +339,9 @@ class LambdaPOModule(LightningModule):
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
         """Refuse a batch with too few prompts for the reserve or for the mini-batches."""
         prompts = checks.check_reserve(self.rollout_config.reserve_prompts, len(batch.prompts))
-        checks.check_mini_batches(self.updates_per_rollout // self.epochs_per_rollout, prompts * parallel.world_size())
+        self.learner.passes = self.epochs_per_rollout
+        self.learner.mini_batches = self.updates_per_rollout // self.epochs_per_rollout
+        checks.check_mini_batches(self.learner.mini_batches, prompts * parallel.world_size())
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradient, or drop it if it is not finite."""
@@ -372,9 +382,8 @@ class LambdaPOModule(LightningModule):
         """
         if not isinstance(checkpoint_path, str | Path) or "://" in str(checkpoint_path):
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-        with naming(checkpoint_path):
-            moved = {} if kwargs.get("weights_only") is False else state.moved_settings(Path(checkpoint_path))
-            return super().load_from_checkpoint(checkpoint_path, *args, **(moved | kwargs))
+        with naming(checkpoint_path), state.settings_of_this_release(Path(checkpoint_path), kwargs) as arguments:
+            return super().load_from_checkpoint(checkpoint_path, *args, **arguments)
 
     # -- parts ----------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from where import DEVICE
 
 from lightning_lambdapo.config import AlgorithmConfig, PerformanceConfig, SamplingConfig
 from lightning_lambdapo.datatypes import PromptBatch, Rollout
@@ -20,7 +21,7 @@ from lightning_lambdapo.rollout import GroupedEngine
 from lightning_lambdapo.rollout.sampling import row_uniforms
 
 TEMPERATURE, MAX_NEW_TOKENS, GROUP = 0.8, 14, 4
-IDS = torch.tensor([[3, 9, 14, 22, 31], [4, 8, 15, 16, 23]])
+IDS = torch.tensor([[3, 9, 14, 22, 31], [4, 8, 15, 16, 23]], device=DEVICE)
 EVERYTHING = 10**6
 
 
@@ -43,9 +44,9 @@ def make(
         rollout = GroupedEngine(tiny.tokenizer(), (1, 5, 9), 0).generate(
             model, batch, sampling=SamplingConfig(temperature=TEMPERATURE), uniforms=uniforms
         )
-    advantages = torch.linspace(-1, 1.3, 12, dtype=dtype)
+    advantages = torch.linspace(-1, 1.3, 12, dtype=dtype, device=DEVICE)
     advantages[[2, 7, 9]] = 0.0
-    valid = torch.ones(12, dtype=torch.bool)
+    valid = torch.ones(12, dtype=torch.bool, device=DEVICE)
     valid[9] = False
     assert rollout.lengths.unique().numel() > 2
     return model, batch, rollout, advantages, valid
@@ -58,7 +59,7 @@ def gradient(model: Policy) -> Tensor:
 
 def by_hand() -> Any:
     """Stands for the optimizer where gradients alone are wanted."""
-    return SimpleNamespace(strategy=SingleDeviceStrategy("cpu"), backward=torch.Tensor.backward)
+    return SimpleNamespace(strategy=SingleDeviceStrategy(DEVICE), backward=torch.Tensor.backward)
 
 
 def learn(
@@ -109,7 +110,7 @@ def row_logprobs(model: PreTrainedModel, batch: PromptBatch, rollout: Rollout, r
     """Log-probabilities of one completion, alone and unpadded, from the model's own logits."""
     prompt = batch.input_ids[row // GROUP][batch.attention_mask[row // GROUP]].tolist()
     ids = rollout.completion_ids[row][rollout.completion_mask[row]].tolist()
-    logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
+    logits = model(torch.tensor([prompt + ids], device=DEVICE)).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
     return torch.log_softmax(logits, -1)[torch.arange(len(ids)), ids]
 
 
@@ -122,15 +123,21 @@ def slow_gradient(
     aggregation: str,
     reference: PreTrainedModel | None = None,
     kl_coef: float = 0.0,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """On-policy gradient row by row: with ratio 1 the surrogate's gradient is that of advantage times log-prob."""
+    """On-policy gradient row by row: with ratio 1 the surrogate's gradient is that of advantage times log-prob.
+
+    ``weights`` are ``(N, T)``, of the tokens' surrogate terms.
+    """
     model.zero_grad()
     rows = [row for row in range(12) if valid[row]]
     tokens = sum(int(rollout.lengths[row]) for row in rows)
-    total = torch.zeros((), dtype=advantages.dtype)
+    total = advantages.new_zeros(())
     for row in rows:
         logprobs = row_logprobs(model, batch, rollout, row)
         value = -advantages[row] * logprobs
+        if weights is not None:
+            value = value * weights[row, : len(logprobs)]
         if reference is not None:
             with torch.no_grad():
                 ref = row_logprobs(reference, batch, rollout, row)
@@ -150,6 +157,6 @@ def logits_and_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits of ``IDS``, and the gradients of a weighted sum of them by parameter."""
     model.zero_grad()
     logits = cast(Any, model)(input_ids=IDS, use_cache=False).logits
-    weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)
+    weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype, device=DEVICE).view_as(logits)
     (logits * weights).sum().backward()
     return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

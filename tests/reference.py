@@ -133,8 +133,9 @@ def policy_loss(
     kl: str,
     aggregation: str,
     max_new_tokens: int,
+    weights: Sequence[Row] | None = None,
 ) -> dict[str, float]:
-    """``loss``, ``mean_kl``, ``clip_fraction``, ``ratio_max``, token by token."""
+    """``loss``, ``mean_kl``, ``clip_fraction``, ``ratio_max``, token by token; ``weights`` are of surrogate terms."""
     tokens = sum(sum(row) for row in mask)
     rows = sum(any(row) for row in mask)
     loss, kl_sum, clipped_tokens, ratio_max = 0.0, 0.0, 0, 0.0
@@ -145,7 +146,7 @@ def policy_loss(
             ratio = math.exp(math.fsum(logprobs[n][u] - old_logprobs[n][u] for u in of) / len(of))
             plain = ratio * advantages[n]
             clipped = min(max(ratio, 1 - clip_low), 1 + clip_high) * advantages[n]
-            value = -min(plain, clipped)
+            value = -min(plain, clipped) * (1.0 if weights is None else weights[n][t])
             if ref_logprobs is not None:
                 d = ref_logprobs[n][t] - logprobs[n][t]
                 penalty = {"k1": -d, "k2": d * d / 2, "k3": math.exp(d) - d - 1}[kl]
@@ -162,6 +163,43 @@ def policy_loss(
         "mean_kl": kl_sum / max(tokens, 1),
         "clip_fraction": clipped_tokens / max(tokens, 1),
         "ratio_max": ratio_max,
+    }
+
+
+def importance_weights(
+    old_logprobs: Sequence[Row],
+    behavior_logprobs: Sequence[Row],
+    mask: Sequence[Mask],
+    *,
+    correction: str,
+    cap: float,
+    level: str,
+) -> tuple[list[list[float]], dict[str, float]]:
+    """Weight of every token, and the sums over tokens or rows, all of whose ratios are finite."""
+    weights = [[0.0] * len(row) for row in mask]
+    ratios, used, kl = [], [], 0.0
+    for n, keep in enumerate(mask):
+        places = [t for t, counts in enumerate(keep) if counts]
+        logs = {t: old_logprobs[n][t] - behavior_logprobs[n][t] for t in places}
+        kl += math.fsum(math.exp(value) - 1 - value for value in logs.values())
+        for unit in [places] if level == "sequence" and places else [[t] for t in places]:
+            ratio = math.prod(math.exp(logs[t]) for t in unit)
+            inside = ratio <= cap if correction == "truncate" else 1 / cap <= ratio <= cap
+            weight = ratio if inside else {"truncate": cap, "mask": 0.0}[correction]
+            for t in unit:
+                weights[n][t] = weight
+            ratios.append(ratio)
+            used.append(weight)
+    return weights, {
+        "count": len(ratios),
+        "finite": len(ratios),
+        "ratio_sum": math.fsum(ratios),
+        "ratio_max": max(ratios, default=0.0),
+        "weight_sum": math.fsum(used),
+        "weight_square_sum": math.fsum(weight * weight for weight in used),
+        "capped": sum(weight != ratio for weight, ratio in zip(used, ratios, strict=True)),
+        "kl_tokens": sum(map(sum, mask)),
+        "kl_sum": kl,
     }
 
 

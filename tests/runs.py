@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
+from where import accelerator
 
 from lightning_lambdapo import AdapterConfig, CompletionsLogger, PolicyConfig, RolloutCheckpoint
 from lightning_lambdapo.callbacks.run import finished_rollouts
@@ -132,7 +133,7 @@ def train(
     if death is not None:
         own.append(prepare_death(model, *death.split()))
     arguments: dict[str, Any] = {
-        "accelerator": "cpu",
+        "accelerator": accelerator(),
         "logger": CSVLogger(directory, flush_logs_every_n_steps=1),
         "callbacks": own,
         "enable_progress_bar": False,

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+from where import accelerator
 
 from lightning_lambdapo import LambdaPODataModule, LambdaPOModule, PolicyConfig, RolloutConfig
 from lightning_lambdapo.rewards import Reward, RewardInputs
@@ -63,9 +64,9 @@ def module(base: str, **settings: Any) -> LambdaPOModule:
 
 
 def trainer(path: Path, **settings: Any) -> Trainer:
-    """A trainer on the CPU that writes nothing by itself and does not validate."""
+    """A trainer on one device that writes nothing by itself and does not validate."""
     defaults: dict[str, Any] = {
-        "accelerator": "cpu",
+        "accelerator": accelerator(),
         "devices": 1,
         "logger": False,
         "enable_checkpointing": False,

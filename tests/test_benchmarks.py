@@ -11,9 +11,11 @@ import bench_learn
 import bench_ranks
 import bench_scaling
 import bench_step
+import gpu_check
 import measuring
 import pytest
 import torch
+from small import json_lines
 
 BUILTIN = "builtin:arithmetic"
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")  # a benchmark has no validation data
@@ -52,6 +54,22 @@ def test_the_decoders_switches_are_measured() -> None:
 def test_flips_between_numbers_of_ranks_are_counted() -> None:
     found = bench_ranks.flips(BUILTIN, "float64", 4, 1)
     assert (found["rows"], found["other tokens"]) == (32, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_gpu_check_is_rehearsed_on_the_cpu(tmp_path: Path) -> None:
+    code = gpu_check.main(["--tiny", f"--output={tmp_path}"])
+    found = json_lines(tmp_path / "report.jsonl")
+    assert not [line for line in found if "FAILED" in line]
+    assert code == 0
+    assert {line["check"] for line in found if "seconds" in line} >= set(gpu_check.CHECKS)
+    parity = [line for line in found if "rows_with_other_tokens" in line]
+    assert len(parity) == 6
+    assert all(line["rows_with_other_tokens"] == line["gradient_relative_error"] == 0 for line in parity)
+    repeats = [line for line in found if "same_bits_resumed" in line]
+    assert len(repeats) == 2
+    assert all(line["same_bits_again"] and line["same_bits_resumed"] for line in repeats)
 
 
 def test_the_advantage_is_measured() -> None:

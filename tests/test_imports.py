@@ -83,7 +83,7 @@ def test_what_must_not_know_of_each_other() -> None:
 def test_the_house_is_small() -> None:
     assert len(list(ROOT.glob("*.py"))) <= 8
     for path in [*FILES, *Path(__file__).parent.rglob("*.py")]:
-        assert len(path.read_text().splitlines()) <= 400, path
+        assert len(path.read_text().splitlines()) <= 410, path
 
 
 def test_one_file_names_the_strategies_and_one_what_the_oldest_needs() -> None:

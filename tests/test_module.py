@@ -1,3 +1,5 @@
+import copy
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any, cast
@@ -6,6 +8,7 @@ import bitsandbytes
 import pytest
 import tiny
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -24,6 +27,7 @@ from lightning_lambdapo import (
     SamplingConfig,
 )
 from lightning_lambdapo.rewards import Reward, SemanticDensityReward
+from lightning_lambdapo.rollout import HFEngine
 
 
 def test_a_step_logs_everything_and_nothing_is_nan(base: str, tmp_path: Path) -> None:
@@ -286,3 +290,56 @@ def test_it_lives_in_somebodys_own_project(base: str, tmp_path: Path) -> None:
     assert list((tmp_path / "best").glob("*.ckpt"))
     assert "val/reward" in run.callback_metrics
     assert run.callback_metrics["train/reward/lambda_free_reward"] >= 0
+
+
+def test_what_users_replace_is_what_the_next_step_uses(base: str, tmp_path: Path) -> None:
+    """Engine, settings and limits are read when they are used, not copied when the run starts."""
+    calls: list[int] = []
+
+    class Counting(HFEngine):
+        def generate(self, model: Any, batch: Any, **options: Any) -> Any:
+            calls.append(options["uniforms"].shape[1])
+            return super().generate(model, batch, **options)
+
+    class Changes(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            model = cast(LambdaPOModule, pl_module)
+            model.engine = Counting(model.tokenizer, (1,), 0)
+            model.rollout_config = dataclasses.replace(model.rollout_config, max_new_tokens=3)
+            model.max_grad_norm = 1e-6
+
+    before: list[dict[str, Tensor]] = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            before.append(weights(pl_module))
+
+    model = module(base, optimizer=lambda p: torch.optim.SGD(p, lr=1.0), max_grad_norm=1.0)
+    fit(tmp_path, model, callbacks=[Changes(), Watch()], max_steps=2)
+    assert calls == [3]
+    moved = sum(float((value - before[1][name]).square().sum()) for name, value in weights(model).items()) ** 0.5
+    assert moved <= 1.1e-6
+
+
+def test_a_policy_that_a_subclass_puts_in_place_is_the_one_that_samples(base: str, tmp_path: Path) -> None:
+    class Other(LambdaPOModule):
+        def configure_model(self) -> None:
+            super().configure_model()
+            with torch.no_grad():
+                for parameter in self.policy.parameters():
+                    parameter.mul_(0.5)
+            self.policy = copy.deepcopy(self.policy)
+
+    model = Other(PolicyConfig(base), rollout=RolloutConfig(group_size=4, max_new_tokens=8), rewards=[Digits()], seed=3)
+    (step,) = fit(tmp_path, model, max_steps=1)
+    assert step["train/sampling_drift_max"] < 1e-4
+
+
+def test_a_step_of_validation_needs_no_trainer(base: str) -> None:
+    model = module(base)
+    model.configure_model()
+    data = Rows(batch_size=4, tokenizer=model.tokenizer)
+    data.setup("validate")
+    batch = next(iter(data.val_dataloader()))
+    for step in (model.validation_step, model.test_step):
+        assert len(step(batch, 0)["outcomes"]) == 4

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
+from small import Rows, module, trainer
 from torch import nn
 
 from lightning_lambdapo import LambdaPOModule, PolicyConfig
@@ -37,8 +39,10 @@ PUBLIC = {
     "lightning_lambdapo.functional": "EmbeddingDensityScore LossOutput SemanticDensityScore chunked_logprobs "
     "completion_mask embedding_density group_advantages lambda_advantages logprobs_from_logits masked_mean masked_sum "
     "pairwise_weights policy_loss reasoning_trace semantic_density sequence_scores tokenize",
+    "lightning_lambdapo.datatypes": "LossOutput PromptBatch Rollout Scores",
+    "lightning_lambdapo.rewards.verifier": "MathVerifier Verdict",
     "lightning_lambdapo.callbacks": "CompletionsLogger PolicyExport RewardPlot RolloutCheckpoint Throughput "
-    "run_directory",
+    "finished_rollouts run_directory",
     "lightning_lambdapo.metrics": "GroupDiagnostics MajorityAtK PassAtK SemanticDensity",
     "lightning_lambdapo.policy": "AdapterConfig PolicyConfig causal_lm eos_token_ids load_policy load_tokenizer "
     "save_policy",
@@ -97,7 +101,7 @@ def test_a_run_of_0_1_is_resumed_to_the_end_it_had(tmp_path: Path) -> None:
     logged = rows(run / "metrics.csv")
     assert len(logged) == len(wanted) == 4
     for now, then in zip(logged, wanted, strict=True):
-        assert now.keys() == then.keys()
+        assert now.keys() >= then.keys()
         for name, value in then.items():
             if not name.startswith(("train/step_seconds", "train/tokens_per_second")) and "drift" not in name:
                 assert now[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
@@ -105,6 +109,27 @@ def test_a_run_of_0_1_is_resumed_to_the_end_it_had(tmp_path: Path) -> None:
     assert config["performance"]["compaction"] is config["performance"]["share_prompts_in_learning"] is False
     assert "compaction" not in config["rollout"]
     assert "share_prompts" not in config
+
+
+def test_a_resumed_run_keeps_its_generation_of_streams(tmp_path: Path) -> None:
+    """0.1 names none in its checkpoints. A run that is resumed twice, or validated, is still one of 0.1."""
+    new = LambdaPOModule(PolicyConfig("builtin:arithmetic"))
+    assert new.run_state.streams == 2
+    arguments = [f"--config={RECORDED / 'config.yaml'}", "--trainer.limit_val_batches=0"]
+    source, kept = RECORDED / "run.ckpt", []
+    for name, steps in (("first", 4), ("second", 6)):
+        main(
+            [
+                *("fit", *arguments, f"--ckpt_path={source}", f"--trainer.default_root_dir={tmp_path / name}"),
+                *(f"--trainer.max_steps={steps}", "--trainer.max_epochs=10"),
+            ]
+        )
+        source = next((tmp_path / name).rglob("*.ckpt"))
+        held = torch.load(source, weights_only=True)
+        (loader,) = held["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+        kept.append((held["lambdapo"]["rollout_step"], held["lambdapo"]["streams"], loader["streams"]))
+    assert kept == [(4, 1, 1), (6, 1, 1)]
+    assert LambdaPOModule.load_from_checkpoint(source).run_state.streams == 1
 
 
 @pytest.mark.parametrize(
@@ -124,22 +149,58 @@ def test_a_run_of_0_1_is_resumed_to_the_end_it_had(tmp_path: Path) -> None:
 )
 def test_checkpoints_of_0_1_load_with_their_switches(name: str, performance: PerformanceConfig) -> None:
     file = RECORDED / f"{name}.ckpt"
-    module = LambdaPOModule.load_from_checkpoint(file)
-    assert module.performance == performance
-    assert module.policy_config == PolicyConfig("builtin:arithmetic")
-    assert module.rollout_config.max_new_tokens == {"run": 24, "python": 6}[name]
+    loaded = LambdaPOModule.load_from_checkpoint(file)
+    assert loaded.performance == performance
+    assert loaded.policy_config == PolicyConfig("builtin:arithmetic")
+    assert loaded.rollout_config.max_new_tokens == {"run": 24, "python": 6}[name]
     held = torch.load(file, weights_only=True)
-    parameters = dict(module.named_parameters())
+    parameters = dict(loaded.named_parameters())
     assert held["state_dict"]
     for key, value in held["state_dict"].items():
         assert torch.equal(parameters[key], nn.Parameter(value))
-    assert module.rollout_step == held["lambdapo"]["rollout_step"] > 0
+    assert loaded.rollout_step == held["lambdapo"]["rollout_step"] > 0
 
 
 def test_a_checkpoint_of_0_1_is_exported(tmp_path: Path) -> None:
     main(["export", str(RECORDED / "run.ckpt"), "--output", str(tmp_path / "out")])
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     assert "24 tokens" in (tmp_path / "out" / "README.md").read_text()
+
+
+class Keywords(LambdaPOModule):
+    """Passes on whatever it is given, as many subclasses do."""
+
+    def __init__(self, extra: int = 1, **keywords: Any) -> None:
+        super().__init__(**keywords)
+
+
+def test_a_checkpoint_of_0_1_loads_into_a_subclass_with_keywords() -> None:
+    assert not Keywords.load_from_checkpoint(RECORDED / "python.ckpt").performance.compaction
+
+
+def test_settings_of_0_1_may_be_given_while_loading() -> None:
+    policy = {"model": "builtin:arithmetic", "onednn": False}
+    loaded = LambdaPOModule.load_from_checkpoint(RECORDED / "python.ckpt", policy=policy)
+    assert loaded.performance.onednn is False
+
+
+def test_a_step_still_returns_the_names_of_0_1(base: str, tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+
+    class Reader(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+            seen.append(outputs)
+
+        def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+            seen.append(outputs)
+
+    trainer(tmp_path, callbacks=[Reader()], max_steps=1, limit_val_batches=1, val_check_interval=1).fit(
+        module(base), Rows(batch_size=4)
+    )
+    assert len(seen) == 2
+    for outputs in seen:
+        assert outputs["scores"] is outputs["rewards"]
+    assert seen[0]["policy_scores"] is seen[0]["confidence"]
 
 
 @pytest.mark.parametrize("path", MOVED_SETTINGS)

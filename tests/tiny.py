@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
 )
+from where import DEVICE
 
 from lightning_lambdapo.config import PerformanceConfig, RolloutConfig
 from lightning_lambdapo.datatypes import PromptBatch
@@ -76,7 +77,7 @@ def config(architecture: str, vocab_size: int = 49) -> PretrainedConfig:
 def model(architecture: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random model; its initial weights are large enough for distributions that are far from uniform."""
     torch.manual_seed(seed)
-    built: PreTrainedModel = AutoModelForCausalLM.from_config(config(architecture)).to(dtype)
+    built: PreTrainedModel = AutoModelForCausalLM.from_config(config(architecture)).to(device=DEVICE, dtype=dtype)
     with torch.no_grad():
         for parameter in built.parameters():
             if parameter.ndim > 1:
@@ -140,9 +141,11 @@ def batch(
     """Left-padded token prompts, ``extra`` columns wider than needed."""
     width = max(map(len, prompts)) + extra
     return PromptBatch(
-        input_ids=torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompts]),
-        attention_mask=torch.tensor([[False] * (width - len(ids)) + [True] * len(ids) for ids in prompts]),
-        prompt_ids=torch.tensor(prompt_ids or list(range(len(prompts)))),
+        input_ids=torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompts], device=DEVICE),
+        attention_mask=torch.tensor(
+            [[False] * (width - len(ids)) + [True] * len(ids) for ids in prompts], device=DEVICE
+        ),
+        prompt_ids=torch.tensor(prompt_ids or list(range(len(prompts))), device=DEVICE),
         prompts=[" ".join(map(str, ids)) for ids in prompts],
         answers=["7" for _ in prompts],
         references=["a + b = 7" for _ in prompts],

@@ -41,8 +41,11 @@ def write(path: Path) -> None:
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"<{index}>" for index in range(3)] + [chr(97 + index) for index in range(45)] + ["ab"])
-    writer.add_token_merges(["a b"])
+    writer.add_token_list(
+        [f"<{index}>" for index in range(3)] + [chr(97 + index) for index in range(44)] + ["ab", "cd"]
+    )
+    writer.add_token_merges(["a b", "c d"])
+    writer.add_bos_token_id(2)
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(1)
     tensors = {"token_embd.weight": model.get_input_embeddings().weight, "output_norm.weight": model.model.norm.weight}

@@ -6,7 +6,7 @@ from lightning_lambdapo.callbacks.console import TrainingConsole
 from lightning_lambdapo.callbacks.evaluation_report import EvaluationReport
 from lightning_lambdapo.callbacks.export import PolicyExport
 from lightning_lambdapo.callbacks.plot import RewardPlot
-from lightning_lambdapo.callbacks.run import run_directory
+from lightning_lambdapo.callbacks.run import finished_rollouts, run_directory
 from lightning_lambdapo.callbacks.throughput import Throughput
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "RolloutCheckpoint",
     "Throughput",
     "TrainingConsole",
+    "finished_rollouts",
     "run_directory",
 ]

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from lightning_lambdapo.callbacks.run import finished_rollouts, run_directory
 from lightning_lambdapo.datatypes import PromptBatch, RewardOutcome, Rollout
-from lightning_lambdapo.distributed.parallel import gather_objects
+from lightning_lambdapo.distributed.parallel import gather_on_first_rank
 from lightning_lambdapo.runs.files import unused_path
 from lightning_lambdapo.runs.tables import group_table, markdown_group, plain_rows, shorten, telling_group
 
@@ -53,7 +53,7 @@ class CompletionsLogger(Callback):
         if step % self.every_n_rollouts and not table:
             return
         records = [{"step": step, **record} for record in _training_records(outputs)]
-        everyone = [record for part in gather_objects(records) for record in part]
+        everyone = [record for part in gather_on_first_rank(records) for record in part]
         if trainer.is_global_zero:
             if step % self.every_n_rollouts == 0:
                 self._write(trainer, "completions.jsonl", everyone)
@@ -70,7 +70,7 @@ class CompletionsLogger(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Write one line per predicted completion, of all ranks."""
-        everyone = [record for part in gather_objects(outputs) for record in part]
+        everyone = [record for part in gather_on_first_rank(outputs) for record in part]
         if trainer.is_global_zero:
             self._write(trainer, "predictions.jsonl", everyone)
 

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_lambdapo.callbacks.run import run_directory
 from lightning_lambdapo.datatypes import PromptBatch
-from lightning_lambdapo.distributed.parallel import gather_objects
+from lightning_lambdapo.distributed.parallel import gather_on_first_rank
 from lightning_lambdapo.evaluation.results import Outcome, results, write
 
 _SPLITS = {"validate": "val", "test": "test"}
@@ -62,7 +62,7 @@ class EvaluationReport(Callback):
         stage = str(trainer.state.fn.value) if trainer.state.fn is not None else ""
         if stage not in _SPLITS:
             return
-        outcomes = [each for part in gather_objects(self._outcomes) for each in part]
+        outcomes = [each for part in gather_on_first_rank(self._outcomes) for each in part]
         self._outcomes = []
         if not outcomes:
             rank_zero_warn(

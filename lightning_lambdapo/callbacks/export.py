@@ -10,7 +10,7 @@ from lightning_lambdapo.distributed.fsdp1 import flattens
 from lightning_lambdapo.distributed.parallel import full_state_dict, is_sharded
 from lightning_lambdapo.policy.model import Policy
 from lightning_lambdapo.runs.files import read_config, unused_path
-from lightning_lambdapo.runs.publishing import publish
+from lightning_lambdapo.runs.model_card import publish
 
 
 class PolicyExport(Callback):

@@ -9,12 +9,15 @@ as inexact, and resuming from it warns.
 """
 
 import dataclasses
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
@@ -25,6 +28,7 @@ from lightning_lambdapo.config import AdapterConfig, upgraded
 from lightning_lambdapo.distributed.fsdp1 import flattens, plain_name
 from lightning_lambdapo.distributed.lightning_internals import attached_trainer
 from lightning_lambdapo.distributed.parallel import saves_shards
+from lightning_lambdapo.distributed.seeding import STREAMS
 
 CHECKPOINT_KEY = "lambdapo"
 CHECKPOINT_VERSION = 1
@@ -49,6 +53,7 @@ class RunState:
         skipped_in_a_row: skipped updates since the last one that was made.
         updates_in_step: updates of the current training step that have begun.
         pending_validation: the run resumed from a checkpoint that was saved before the end of a validation.
+        streams: generation of the rows' random streams. A run of release 0.1 keeps its own when it is resumed.
     """
 
     rollout_step: int = 0
@@ -56,6 +61,7 @@ class RunState:
     skipped_in_a_row: int = 0
     updates_in_step: int = 0
     pending_validation: bool = False
+    streams: int = STREAMS
 
 
 def save(module: LightningModule, state: RunState, checkpoint: dict[str, Any], *, seed: int) -> None:
@@ -77,6 +83,7 @@ def save(module: LightningModule, state: RunState, checkpoint: dict[str, Any], *
         "skipped_in_a_row": state.skipped_in_a_row,
         "updates_in_unfinished_step": updates,
         "seed": seed,
+        "streams": state.streams,
         "owes_validation": trainer is not None
         and pending_validation.is_pending(trainer, so_far=state.pending_validation),
     }
@@ -105,6 +112,7 @@ def load(module: LightningModule, state: RunState, checkpoint: Mapping[str, Any]
     state.rollout_step = own["rollout_step"]
     state.skipped_updates = own["skipped_updates"]
     state.skipped_in_a_row = own.get("skipped_in_a_row", 0)
+    state.streams = own.get("streams", 1)
     trainer = attached_trainer(module)
     if trainer is None:
         return
@@ -157,17 +165,38 @@ def check(module: LightningModule, checkpoint: Mapping[str, Any], shapes: Shapes
         )
 
 
-def moved_settings(path: Path) -> dict[str, Any]:
-    """Check a checkpoint file. Returns the settings of release 0.1 that have moved, under their new names.
+@contextmanager
+def settings_of_this_release(path: Path, arguments: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Check a checkpoint file, and give the arguments with which Lightning is to load it.
+
+    If some settings of its hyper-parameters have moved since release 0.1, these are written to a temporary file as this
+    release has them, and that file takes their place.
+
+    Args:
+        path: the checkpoint.
+        arguments: the user's.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or in shards.
+        CheckpointError: the file is missing, damaged or in shards, or its hyper-parameters are no settings.
     """
+    found = upgraded(arguments)
     if path.is_dir():
         raise CheckpointError(IN_SHARDS)
+    if found.get("weights_only") is False or found.get("hparams_file") is not None:
+        yield found
+        return
     entries, _ = read_header(path)
     settings = entries.get("hyper_parameters") or {}
-    return {name: value for name, value in upgraded(settings).items() if value != settings.get(name)}
+    if not isinstance(settings, Mapping):
+        raise CheckpointError(f"its hyper-parameters are {type(settings).__name__}, not a mapping.")
+    new = upgraded(settings)
+    if new == settings:
+        yield found
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "hparams.yaml"
+        file.write_text(yaml.safe_dump(new, sort_keys=False), encoding="utf-8")
+        yield found | {"hparams_file": str(file)}
 
 
 def plain_settings(module: Any) -> dict[str, Any]:

@@ -9,19 +9,24 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lightning.pytorch import LightningModule
 from peft import PeftModel
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_lambdapo.checkpointing import state
 from lightning_lambdapo.checkpointing.files import naming, read_header
-from lightning_lambdapo.config import PolicyConfig, from_mapping, upgraded
+from lightning_lambdapo.config import AdapterConfig, PolicyConfig, from_mapping, upgraded
 from lightning_lambdapo.module import LambdaPOModule
+from lightning_lambdapo.policy.adapter import adapter_alone, place
+from lightning_lambdapo.policy.loading import load_tokenizer
 from lightning_lambdapo.policy.model import Policy
 from lightning_lambdapo.runs.files import Record, RunFileError, find_run, load_yaml, read_config, section, unused_path
-from lightning_lambdapo.runs.publishing import cast_weights, publish
+from lightning_lambdapo.runs.model_card import cast_weights, publish
 
 _CHECKPOINTS = "checkpoints/*.ckpt"
+_OWN_CLASS = ("lightning_lambdapo.LambdaPOModule", "lightning_lambdapo.module.LambdaPOModule")
 
 
 def main(args: list[str]) -> None:
@@ -108,8 +113,11 @@ def export(
     settings: Record = upgraded(entries.get("hyper_parameters") or {})
     if config is not None:
         settings |= {name: value for name, value in section(found, "model").items() if name in ("policy", "lora")}
-    module = _load(checkpoint, settings, found, merge=merge)
-    policy: Policy = module.policy
+    alone = None if merge else _adapter_alone(checkpoint, entries, settings)
+    if alone is None:
+        module = _load(checkpoint, settings, found, merge=merge)
+        alone = module.policy, module.tokenizer, module.rollout_step
+    policy, tokenizer, steps = alone
     merged = merge and isinstance(policy, PeftModel)
     if merged:
         policy = merge_adapter(cast(PeftModel, policy))
@@ -121,12 +129,12 @@ def export(
     try:
         publish(
             policy,
-            module.tokenizer,
+            tokenizer,
             partial,
             settings=settings,
             config=found,
             run=run,
-            steps=module.rollout_step,
+            steps=steps,
             merged=merged,
         )
         if target.exists():
@@ -160,6 +168,31 @@ def _load(checkpoint: Path, settings: Record, config: Record | None, *, merge: b
         overrides["policy"] = dataclasses.asdict(dataclasses.replace(held, gradient_checkpointing=False))
     _import_class(settings, config)
     return LambdaPOModule.load_from_checkpoint(checkpoint, map_location="cpu", **overrides)
+
+
+def _adapter_alone(
+    checkpoint: Path, entries: Record, settings: Record
+) -> tuple[Policy, PreTrainedTokenizerBase, int] | None:
+    """Policy, tokenizer and rollout steps without the quantised base, which an adapter's export does not need.
+
+    None if the policy has to be built: it is not quantised, or its adapter or class needs the base.
+    """
+    given, own = settings.get("policy"), settings.get("_class_path", _OWN_CLASS[0])
+    if checkpoint.is_dir() or own not in _OWN_CLASS or not isinstance(given, Mapping):
+        return None
+    config = from_mapping(PolicyConfig, given)
+    lora = settings.get("lora")
+    adapter = from_mapping(AdapterConfig, lora) if isinstance(lora, Mapping) and "class_path" not in lora else None
+    policy = None if lora is not None and adapter is None else adapter_alone(config, adapter)
+    if policy is None:
+        return None
+    holder = LightningModule()
+    holder.policy = policy
+    tensors = entries.get("state_dict", {})
+    with naming(checkpoint):
+        state.check(holder, entries, {name: value.shape for name, value in tensors.items()})
+    place(policy, tensors, "policy.")
+    return policy, load_tokenizer(config), entries[state.CHECKPOINT_KEY]["rollout_step"]
 
 
 def _import_class(settings: Record, config: Record | None) -> None:

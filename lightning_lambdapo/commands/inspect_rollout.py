@@ -143,10 +143,11 @@ def build_groups(records: Sequence[Record], settings: AlgorithmConfig) -> list[G
             f"Step {records[0]['step']} has groups of {' and '.join(map(str, sizes))} completions, so it was not "
             "written whole. Choose another step."
         )
-    rewards, scores, valid = (
-        torch.tensor([[record[name] for record in part] for part in parts]) for name in ("total", "score", "valid")
+    rewards, scores = (
+        torch.tensor([[record[name] for record in part] for part in parts], dtype=torch.float64)
+        for name in ("total", "score")
     )
-    rewards, scores = rewards.double(), scores.double()
+    valid = torch.tensor([[record["valid"] for record in part] for part in parts], dtype=torch.bool)
     if settings.estimator != "lambda":
         weights = None
         advantages = group_advantages(rewards, estimator=settings.estimator, valid=valid)

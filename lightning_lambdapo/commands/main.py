@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -108,6 +109,7 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: arguments in place of ``sys.argv``, for tests and for use from Python.
     """
+    _grow_segments()
     given = sys.argv[1:] if args is None else args
     if isinstance(given, list) and given and given[0] in COMMANDS:
         _silence()
@@ -144,6 +146,15 @@ def _run(cli: type[LambdaPOCLI], args: ArgsType) -> None:
         },
         args=args,
     )
+
+
+def _grow_segments() -> None:
+    """Let CUDA memory grow in place, because micro-batches of many sizes would leave holes. A user's setting stays.
+
+    Torch reads the variable when CUDA starts. All releases from 2.6 read this name, and later ones the shorter one too.
+    """
+    if not any(f"PYTORCH_{name}ALLOC_CONF" in os.environ for name in ("", "CUDA_", "HIP_")):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _silence() -> None:

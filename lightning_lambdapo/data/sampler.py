@@ -3,8 +3,11 @@
 from collections.abc import Iterator
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from lightning_lambdapo.distributed.seeding import STREAMS, random_bits
 
 
 class PromptSampler(DistributedSampler[Any]):
@@ -50,11 +53,19 @@ class PromptSampler(DistributedSampler[Any]):
         self.batch_size = batch_size
         self.total_size = count // global_batch * global_batch if training else count
         self.num_samples = -(-self.total_size // num_replicas)
+        self.streams = STREAMS
         self._resume: tuple[int, int] | None = None
 
-    def resume(self, epoch: int, batches: int) -> None:
-        """Skip the first ``batches`` batches of ``epoch``. Other epochs are dealt whole."""
+    def resume(self, epoch: int, batches: int, streams: int = STREAMS) -> None:
+        """Skip the first ``batches`` batches of ``epoch``. Other epochs are dealt whole.
+
+        Args:
+            epoch: the epoch to continue.
+            batches: its batches that were dealt before.
+            streams: generation of the order, for all epochs; 1 is that of release 0.1.
+        """
         self._resume = (epoch, batches)
+        self.streams = streams
 
     @property
     def skipped(self) -> int:
@@ -64,8 +75,7 @@ class PromptSampler(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[int]:
         count = len(self.dataset)  # type: ignore[arg-type]
         if self.shuffle:
-            generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
-            order = torch.randperm(count, generator=generator).tolist()
+            order = {1: _order_of_release_0_1, 2: _order}[self.streams](count, self.seed, self.epoch)
         else:
             order = list(range(count))
         mine = order[self.rank : self.total_size : self.num_replicas]
@@ -92,13 +102,27 @@ class PromptLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch, and how many of its batches were handed out."""
-        return {"epoch": self._prompt_sampler.epoch, "batches": self.handed_out}
+        """Epoch, how many of its batches were handed out, and the generation of the order."""
+        sampler = self._prompt_sampler
+        return {"epoch": sampler.epoch, "batches": self.handed_out, "streams": sampler.streams}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Continue from the saved position."""
-        self._prompt_sampler.resume(state_dict["epoch"], state_dict["batches"])
+        self._prompt_sampler.resume(state_dict["epoch"], state_dict["batches"], state_dict.get("streams", 1))
 
     @property
     def _prompt_sampler(self) -> PromptSampler:
         return cast(PromptSampler, self.sampler)
+
+
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    """A permutation in which every bit of seed and epoch matters."""
+    order: list[int] = np.argsort(random_bits(count, "order", seed, epoch), kind="stable").tolist()
+    return order
+
+
+def _order_of_release_0_1(count: int, seed: int, epoch: int) -> list[int]:
+    """The first generation: torch's generator takes only 32 bits of its seed, so seeds 1 and 4097 agree."""
+    generator = torch.Generator().manual_seed((seed << 20) + epoch)
+    order: list[int] = torch.randperm(count, generator=generator).tolist()
+    return order

@@ -10,11 +10,14 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from lightning_lambdapo.distributed import fsdp1
 from lightning_lambdapo.distributed.lightning_internals import writes_shards
+
+#: The default process group, and the gloo group beside it.
+_object_groups: dict[str, Any] = {}
 
 
 def world_size() -> int:
@@ -32,7 +35,16 @@ def gather_objects(value: Any) -> list[Any]:
     if not _is_distributed():
         return [value]
     values: list[Any] = [None] * world_size()
-    distributed.all_gather_object(values, value)
+    distributed.all_gather_object(values, value, group=_object_group())
+    return values
+
+
+def gather_on_first_rank(value: Any) -> list[Any]:
+    """The plain-data ``value`` of every rank, in rank order, on rank 0. Empty on the others. A collective."""
+    if not _is_distributed():
+        return [value]
+    values: list[Any] = [None] * world_size() if rank() == 0 else []
+    distributed.gather_object(value, values or None, dst=0, group=_object_group())
     return values
 
 
@@ -55,7 +67,8 @@ def global_occurrences(prompt_ids: list[int]) -> list[int]:
 
 def global_std(values: Tensor) -> Tensor:
     """Unbiased standard deviation over all ranks' values, or 0 for fewer than two. A collective."""
-    everything = torch.tensor([value for part in gather_objects(values.tolist()) for value in part]).double()
+    gathered_values = [value for part in gather_objects(values.tolist()) for value in part]
+    everything = torch.tensor(gathered_values, dtype=torch.float64)
     std = everything.std() if len(everything) > 1 else everything.new_zeros(())
     return std.to(values)
 
@@ -134,7 +147,8 @@ def shard(model: nn.Module, strategy: Strategy, device_mesh: Any) -> nn.Module:
     """Shard a causal language model over the data-parallel ranks, if the strategy shards.
 
     Each decoder layer is one group. Everything else (embedding, head, final norm) belongs to the root, which keeps tied
-    weights together. The root is the model itself, so its forward gathers what it needs.
+    weights together. The root is the model itself, so its forward gathers what it needs. Under ``bf16-mixed`` and
+    ``16-mixed`` weights are gathered in 16 bits.
 
     Returns:
         The model to use instead: a wrapper under ``FSDPStrategy``, else the model itself.
@@ -144,12 +158,24 @@ def shard(model: nn.Module, strategy: Strategy, device_mesh: Any) -> nn.Module:
     if isinstance(strategy, FSDPStrategy):
         return fsdp1.wrap(model, strategy, layers)
     if isinstance(strategy, ModelParallelStrategy):
-        mesh = device_mesh["data_parallel"]
+        settings = {"mesh": device_mesh["data_parallel"], "mp_policy": _mixed_precision(model, strategy)}
         for layer in layers:
-            fully_shard(layer, mesh=mesh)
+            fully_shard(layer, **settings)
         # Without resharding, every forward without a backward would leave plain weights that soon are stale.
-        fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        fully_shard(model, reshard_after_forward=True, **settings)
     return model
+
+
+def _mixed_precision(model: nn.Module, strategy: Strategy) -> MixedPrecisionPolicy:
+    """Gather weights in autocast's dtype, and sum gradients over ranks in float32. Shards keep their dtype.
+
+    Quantised weights are gathered as they are: older releases of torch would cast their bytes.
+    """
+    narrow = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(strategy.precision_plugin.precision))
+    kinds = {parameter.dtype for parameter in model.parameters()}
+    if narrow is None or not kinds <= {torch.float32, torch.bfloat16, torch.float16}:
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32)
 
 
 @contextmanager
@@ -172,6 +198,11 @@ def gathered(model: nn.Module) -> Iterator[None]:
             module.set_reshard_after_forward(True, recurse=False)
 
 
+def has_shards(model: nn.Module) -> bool:
+    """True if each rank holds only a shard of the weights of ``model``, which are gathered to compute with."""
+    return fsdp1.wrapper(model) is not model or any(isinstance(module, FSDPModule) for module in model.modules())
+
+
 def as_forward(model: nn.Module, name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Bind ``function`` to ``model`` as method ``name`` that gathers sharded weights as its forward does."""
     setattr(model, name, function.__get__(model))
@@ -187,6 +218,19 @@ def as_forward(model: nn.Module, name: str, function: Callable[..., Tensor]) -> 
 def is_sharded(strategy: Strategy) -> bool:
     """True if every forward pass is a collective, because each rank has only a shard of the weights."""
     return isinstance(strategy, ModelParallelStrategy | FSDPStrategy)
+
+
+def _object_group() -> Any:
+    """The processes that exchange objects: all of them. NCCL would send objects through the GPU, so gloo is used then.
+
+    The group is made at the first exchange, which is a collective, and again if the processes have met anew.
+    """
+    world = distributed.group.WORLD
+    if distributed.get_backend() != "nccl":
+        return world
+    if _object_groups.get("world") is not world:
+        _object_groups.update(world=world, gloo=distributed.new_group(backend="gloo"))
+    return _object_groups["gloo"]
 
 
 def _is_distributed() -> bool:

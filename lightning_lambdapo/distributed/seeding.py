@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -19,6 +20,9 @@ from lightning_lambdapo.distributed.parallel import rank
 
 R = TypeVar("R")
 
+#: Generation of the order of prompts and of the streams of rows in new runs. A run of release 0.1 keeps the first.
+STREAMS = 2
+
 
 class _Seeded(Protocol):
     @property
@@ -26,6 +30,16 @@ class _Seeded(Protocol):
 
     @property
     def sampling_seed(self) -> int: ...
+
+
+def random_bits(count: int, *key: str | int) -> npt.NDArray[np.uint64]:
+    """``count`` random 64-bit numbers, a prefix of themselves at a greater ``count``.
+
+    They are Philox's under the 128-bit digest of ``key``, so every bit of every part of the key matters. NumPy
+    promises the same raw numbers in every release.
+    """
+    digest = hashlib.blake2b("\0".join(map(str, key)).encode(), digest_size=16).digest()
+    return np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(count)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ class Tally:
         self._squares: defaultdict[str, float] = defaultdict(float)
         self._maxima: dict[str, float] = {}
         self._totals: defaultdict[str, float] = defaultdict(float)
+        self._weights: dict[str, tuple[float, float, float]] = {}
 
     def mean(self, name: str, values: Tensor) -> None:
         """Tally all elements of ``values`` for their mean."""
@@ -45,9 +46,17 @@ class Tally:
         self._totals[name] += value
 
     def maximum(self, name: str, values: Tensor) -> None:
-        """Tally the largest element of ``values``."""
+        """Tally the largest element of ``values``. NaN counts as the largest, on any rank and in any order."""
         if values.numel():
-            self._maxima[name] = max(self._maxima.get(name, -math.inf), values.max().item())
+            self._maxima[name] = _larger(self._maxima.get(name, -math.inf), values.max().item())
+
+    def effective_share(self, name: str, total: float, squares: float, count: float) -> None:
+        """Tally ``count`` weights by their sum and sum of squares, for their effective sample size as a share.
+
+        The share is ``(sum w)^2 / (count * sum w^2)`` (Kong 1992): 1 for equal weights, 0 if all are 0.
+        """
+        mine = self._weights.get(name, (0.0, 0.0, 0.0))
+        self._weights[name] = mine[0] + total, mine[1] + squares, mine[2] + count
 
     def merge(self, other: "Tally") -> None:
         """Add everything that ``other`` has tallied."""
@@ -56,9 +65,11 @@ class Tally:
         for name, value in other._squares.items():
             self._squares[name] += value
         for name, value in other._maxima.items():
-            self._maxima[name] = max(self._maxima.get(name, -math.inf), value)
+            self._maxima[name] = _larger(self._maxima.get(name, -math.inf), value)
         for name, value in other._totals.items():
             self.total(name, value)
+        for name, weights in other._weights.items():
+            self.effective_share(name, *weights)
 
     def reduce(self) -> dict[str, float]:
         """Statistics over all ranks, the same on each of them. A collective."""
@@ -70,4 +81,12 @@ class Tally:
             if (count := total._counts[name]) > 1:
                 variance = (square - total._sums[name] ** 2 / count) / (count - 1)
                 values[f"{name}_std"] = math.sqrt(max(variance, 0.0))
+        for name, (weight, square, count) in total._weights.items():
+            if count:
+                values[name] = weight**2 / (count * square) if square else 0.0
         return values | total._maxima | total._totals
+
+
+def _larger(first: float, second: float) -> float:
+    """The larger of two numbers, or NaN if either is NaN. Python's ``max`` depends on their order then."""
+    return first if first > second or math.isnan(first) else second

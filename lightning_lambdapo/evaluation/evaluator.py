@@ -94,11 +94,10 @@ class Evaluation(nn.Module):
 
     def compute(self) -> dict[str, float]:
         """All statistics that have data, over all ranks. A collective."""
-        values = self.tally.reduce()
-        values |= {f"pass_at_{metric.k}": float(metric.compute()) for metric in self._metrics(PassAtK)}
-        values |= {f"maj_at_{metric.k}": float(metric.compute()) for metric in self._metrics(MajorityAtK)}
-        values |= {f"density_{name}": float(value) for name, value in self.density.compute().items()}
-        return {name: value for name, value in values.items() if not math.isnan(value)}
+        at_k = {f"pass_at_{metric.k}": float(metric.compute()) for metric in self._metrics(PassAtK)}
+        at_k |= {f"maj_at_{metric.k}": float(metric.compute()) for metric in self._metrics(MajorityAtK)}
+        values = self.tally.reduce() | {name: value for name, value in at_k.items() if not math.isnan(value)}
+        return values | {f"density_{name}": float(value) for name, value in self.density.compute().items()}
 
     def reset(self) -> None:
         """Reset all metrics."""
@@ -135,7 +134,8 @@ class Evaluator(nn.Module):
             return {"outcomes": []}
         rewards = judge_rollout(self.rewards, batch, rollout)
         outcomes = self._stage(stage).update(batch, rollout, rewards)
-        return {"batch": batch, "rollout": rollout, "rewards": rewards, "outcomes": outcomes}
+        # "scores" is the name of release 0.1.
+        return {"batch": batch, "rollout": rollout, "rewards": rewards, "scores": rewards, "outcomes": outcomes}
 
     def log(self, module: LightningModule, stage: str) -> None:
         """Log ``val/...`` or ``test/...``. A collective."""

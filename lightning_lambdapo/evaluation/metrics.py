@@ -1,14 +1,14 @@
 """torchmetrics of reasoning reinforcement learning.
 
 Every state is a sum, so merging ranks gives the result of one process that saw all rows. Whether a statistic has data
-is decided after merging, so all ranks agree on it.
+is decided after merging, so all ranks agree on it. Sums are float64 and counts int64 under every precision.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_lambdapo.evaluation.estimators import majority_is_right, pass_at_k
@@ -26,7 +26,22 @@ _BINS = 1000
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-class SemanticDensity(Metric):
+class _ExactSums(Metric):
+    """A metric whose states keep their types when a module that holds it is cast.
+
+    ``Trainer(precision="bf16-true")`` casts the whole module, and a bfloat16 sum of ones ends at 256. ``set_dtype``,
+    torchmetrics' own way to ask for another type, still works.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        def without_cast(value: Tensor) -> Tensor:
+            changed = fn(value)
+            return changed if changed.dtype == value.dtype else value.to(changed.device)
+
+        return super()._apply(fn if self._dtype_convert else without_cast, exclude_state)
+
+
+class SemanticDensity(_ExactSums):
     """Mean precision, recall and F of reasoning traces against reference solutions.
 
     See :func:`~lightning_lambdapo.functional.semantic_density`. Both texts are cut before their last final-answer
@@ -97,7 +112,7 @@ class SemanticDensity(Metric):
         return dict(zip(("precision", "recall", "f"), means, strict=True))
 
 
-class _AtK(Metric):
+class _AtK(_ExactSums):
     """What pass@k and maj@k share: a mean over prompts of what their first ``k`` samples are worth."""
 
     is_differentiable = False
@@ -178,7 +193,7 @@ class MajorityAtK(_AtK):
         self.prompts += len(correct)
 
 
-class GroupDiagnostics(Metric):
+class GroupDiagnostics(_ExactSums):
     """Diagnostics of the pairwise advantage, over valid rows only: weights, ranking, balance, length.
 
     ``compute`` returns, where there is data:
@@ -276,8 +291,8 @@ class GroupDiagnostics(Metric):
             cumulative = self.histogram.cumsum(0).double()
             wanted = cumulative.new_tensor(_QUANTILES) * pairs * (1 - 1e-12)  # so that rounding skips no bin
             for quantile, index in zip(_QUANTILES, torch.searchsorted(cumulative, wanted), strict=True):
-                values[f"weight_q{round(100 * quantile):02d}"] = (index + 0.5) / _BINS
-            values["weight_extreme_share"] = self.extreme / pairs
+                values[f"weight_q{round(100 * quantile):02d}"] = (index.double() + 0.5) / _BINS
+            values["weight_extreme_share"] = self.extreme.double() / pairs
         if self.ordered[1] > 0:
             values["group_auc"] = self.ordered[0] / self.ordered[1]
         if self.groups[1] > 0:

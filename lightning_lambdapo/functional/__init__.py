@@ -7,6 +7,7 @@ from lightning_lambdapo.functional.advantages import (
     sequence_scores,
 )
 from lightning_lambdapo.functional.embedding_density import EmbeddingDensityScore, embedding_density
+from lightning_lambdapo.functional.importance import ImportanceStatistics, importance_weights
 from lightning_lambdapo.functional.logprobs import chunked_logprobs, logprobs_from_logits
 from lightning_lambdapo.functional.losses import LossOutput, policy_loss
 from lightning_lambdapo.functional.masking import completion_mask, masked_mean, masked_sum
@@ -19,12 +20,14 @@ from lightning_lambdapo.functional.semantic_density import (
 
 __all__ = [
     "EmbeddingDensityScore",
+    "ImportanceStatistics",
     "LossOutput",
     "SemanticDensityScore",
     "chunked_logprobs",
     "completion_mask",
     "embedding_density",
     "group_advantages",
+    "importance_weights",
     "lambda_advantages",
     "logprobs_from_logits",
     "masked_mean",

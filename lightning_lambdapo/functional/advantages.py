@@ -214,9 +214,7 @@ def group_advantages(rewards: Tensor, *, estimator: GroupEstimator, valid: Tenso
 def check_weighting(weighting: Weighting, temperature: Temperature, *, prefix: str = "") -> None:
     """Raise ``ValueError`` for settings that :func:`pairwise_weights` refuses; ``prefix`` goes before their names."""
     check_choice(f"{prefix}weighting", weighting, get_args(Weighting))
-    if temperature != "group_std" and (
-        not isinstance(temperature, int | float) or not 0 < temperature <= sys.float_info.max
-    ):
+    if temperature != "group_std" and (isinstance(temperature, str) or not 0 < temperature <= sys.float_info.max):
         raise ValueError(f'`{prefix}temperature` must be a finite number above 0 or "group_std", got {temperature!r}.')
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_lambdapo.functional.masking import outside_autocast
 from lightning_lambdapo.functional.semantic_density import check_beta
 
 
@@ -59,7 +60,7 @@ def embedding_density(
     dtype = torch.promote_types(torch.promote_types(generated.dtype, reference.dtype), torch.float32)
     if 0 in generated.shape or 0 in reference.shape:
         return EmbeddingDensityScore(*generated.new_zeros(3, len(generated), dtype=dtype))
-    with torch.autocast(generated.device.type, enabled=False):
+    with outside_autocast(generated):
         cosines = _directions(generated, generated_mask, dtype) @ _directions(reference, reference_mask, dtype).mT
     # Masked-out tokens have cosine 0 with everything. No cosine is below 0, so they change no maximum.
     cosines = cosines.clamp(0, 1)
@@ -67,7 +68,7 @@ def embedding_density(
     recall = cosines.amax(1).sum(1) / reference_mask.sum(1).clamp(min=1)
     share = 1 / (1 + (1 / beta) * (1 / beta))  # beta^2 / (1 + beta^2), without a square that overflows
     mixed = share * precision + (1 - share) * recall
-    f = torch.where(mixed > 0, precision * recall / mixed, 0.0).clamp(max=1)
+    f = torch.where(mixed == 0, 0.0, precision * recall / mixed).clamp(max=1)  # NaN stays NaN
     return EmbeddingDensityScore(precision, recall, f)
 
 

@@ -10,7 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lambdapo.functional.masking import at_least_float32
+from lightning_lambdapo.functional.masking import at_least_float32, outside_autocast
+
+#: Logits of which a finite copy exists at a time.
+_CLAMPED = 1 << 20
 
 
 def logprobs_from_logits(logits: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -171,11 +174,13 @@ def softmax_and_normaliser(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def entropy_from_softmax(logits: Tensor, probabilities: Tensor, normaliser: Tensor) -> Tensor:
     r"""Entropy in nats, :math:`\log \sum_v e^{z_v} - \sum_v p_v z_v`; logits of -inf contribute 0."""
-    entropy: Tensor = normaliser - torch.linalg.vecdot(probabilities, logits)
-    if bool(entropy.isnan().any()):  # 0 * -inf
-        finite = logits.clamp(min=torch.finfo(logits.dtype).min)
-        entropy = normaliser - torch.linalg.vecdot(probabilities, finite)
-    return entropy
+    with outside_autocast(logits):  # it would round both factors to 16 bits
+        # 0 * -inf is not a number. A look whether there is any would make the host wait for the device.
+        vocabulary, least = logits.shape[-1], torch.finfo(logits.dtype).min
+        rows = max(1, _CLAMPED // max(1, vocabulary))
+        parts = (values.reshape(-1, vocabulary).split(rows) for values in (probabilities, logits))
+        means = [torch.linalg.vecdot(p, z.clamp(min=least)) for p, z in zip(*parts, strict=True)]
+    return normaliser - torch.cat(means).view(normaliser.shape)
 
 
 def _checked_temperature(temperature: float) -> float:

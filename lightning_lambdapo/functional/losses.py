@@ -10,10 +10,17 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_lambdapo.functional.importance import (
+    LARGEST_LOG_RATIO,
+    Correction,
+    CorrectionLevel,
+    ImportanceStatistics,
+    importance_weights,
+)
 from lightning_lambdapo.functional.masking import (
-    at_least_float32,
     check_choice,
     check_same_shape,
+    kept_values,
     masked_mean,
     masked_sum,
 )
@@ -21,8 +28,6 @@ from lightning_lambdapo.functional.masking import (
 Level = Literal["token", "sequence"]
 KLEstimator = Literal["k1", "k2", "k3"]
 Aggregation = Literal["token", "sequence", "constant"]
-
-_LARGEST_LOG_RATIO = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +39,14 @@ class LossOutput:
         mean_kl: scalar, mean of the KL estimator over the masked tokens; None without reference log-probs.
         clip_fraction: scalar, share of masked tokens where clipping binds.
         ratio_max: scalar, largest importance ratio of a masked token; 0 where there is none.
+        importance: sums about the ratio of scorer and sampler; None without ``behavior_logprobs``.
     """
 
     loss: Tensor
     mean_kl: Tensor | None
     clip_fraction: Tensor
     ratio_max: Tensor
+    importance: ImportanceStatistics | None = None
 
 
 def policy_loss(
@@ -58,6 +65,10 @@ def policy_loss(
     max_new_tokens: int | None = None,
     token_count: int | None = None,
     row_count: int | None = None,
+    behavior_logprobs: Tensor | None = None,
+    importance_correction: Correction = "truncate",
+    importance_cap: float = 2.0,
+    importance_correction_level: CorrectionLevel = "token",
 ) -> LossOutput:
     r"""Loss of one part of an optimizer step.
 
@@ -70,6 +81,9 @@ def policy_loss(
     and with :math:`d = \log \pi_{ref} - \log \pi`: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1.
     ``aggregation="token"`` divides the sum over masked tokens by their number. ``"sequence"`` is the mean over rows of
     each row's mean. ``"constant"`` divides the sum by rows times ``max_new_tokens``.
+
+    With ``behavior_logprobs`` the surrogate term, and never the KL term, is multiplied by the constant weight
+    :math:`\min(\pi_{old} / \pi_{sampler}, c)`, see :func:`importance_weights`. The denominators stay as they are.
 
     Args:
         logprobs: ``(N, T)`` float with gradient.
@@ -86,13 +100,18 @@ def policy_loss(
         max_new_tokens: needed by ``"constant"``.
         token_count: masked tokens of the whole optimizer step, over all parts and ranks; None counts this call's.
         row_count: rows with a non-empty mask of the whole step; None counts this call's.
+        behavior_logprobs: ``(N, T)`` float, as the sampler recorded them; None for no importance correction.
+        importance_correction: weights above the cap are lowered to it (``"truncate"``), or are 0 (``"mask"``, also
+            below the cap's inverse).
+        importance_cap: the cap :math:`c`, above 1.
+        importance_correction_level: weight per ``"token"``, or one for the ``"sequence"``.
 
     Returns:
         Loss and statistics. Without a masked token the loss is 0, with a graph.
 
     Raises:
         ValueError: different shapes, unknown names, clipping distances out of range, ``"constant"`` without
-            ``max_new_tokens``, ``kl_coef`` without ``ref_logprobs``.
+            ``max_new_tokens``, ``kl_coef`` without ``ref_logprobs``, a cap that is not above 1.
 
     Example:
         >>> logprobs, advantages = torch.tensor([[-1.0, -2.0], [-0.5, -9.0]]), torch.tensor([1.0, -0.5])
@@ -125,19 +144,30 @@ def policy_loss(
         )
     mask = mask.bool()
     # Junk is replaced before exp, not multiplied by 0 after it, because 0 * inf is NaN, also in the gradient.
-    logprobs = _keep(logprobs, mask)
-    log_ratio = logprobs - _keep(old_logprobs, mask).detach()
+    logprobs = kept_values(logprobs, mask)
+    log_ratio = logprobs - kept_values(old_logprobs, mask).detach()
     if level == "sequence":
         log_ratio = masked_mean(log_ratio, mask, -1).unsqueeze(-1).expand_as(log_ratio)
     # An infinite ratio times 0 would be NaN: times a zero advantage, or times the zero gradient of a clipped term.
-    ratio = log_ratio.clamp(max=_LARGEST_LOG_RATIO).exp()
-    weight = _keep(advantages.detach().unsqueeze(-1).expand_as(mask), mask)
+    ratio = log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
+    weight = kept_values(advantages.detach().unsqueeze(-1).expand_as(mask), mask)
     surrogate = ratio * weight
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * weight
     per_token = -torch.minimum(surrogate, clipped)
+    importance = None
+    if behavior_logprobs is not None:
+        correction, importance = importance_weights(
+            old_logprobs,
+            behavior_logprobs,
+            mask,
+            correction=importance_correction,
+            cap=importance_cap,
+            level=importance_correction_level,
+        )
+        per_token = correction * per_token
     mean_kl = None
     if ref_logprobs is not None:
-        d = _keep(ref_logprobs, mask).detach() - logprobs
+        d = kept_values(ref_logprobs, mask).detach() - logprobs
         penalty = -d if kl == "k1" else d.square() / 2 if kl == "k2" else d.expm1() - d
         mean_kl = masked_mean(penalty.detach(), mask)
         if kl_coef:
@@ -151,7 +181,7 @@ def policy_loss(
     with torch.no_grad():
         clip_fraction = masked_mean((surrogate > clipped).to(ratio), mask)
         ratio_max = torch.where(mask, ratio, 0.0).max() if mask.any() else ratio.new_zeros(())
-    return LossOutput(loss, mean_kl, clip_fraction, ratio_max)
+    return LossOutput(loss, mean_kl, clip_fraction, ratio_max, importance)
 
 
 def check_clipping(clip_low: float, clip_high: float) -> None:
@@ -161,9 +191,3 @@ def check_clipping(clip_low: float, clip_high: float) -> None:
             f"`clip_low` must be in [0, 1] and `clip_high` at least 0, got {clip_low} and {clip_high}. The "
             "ratio is clipped to [1 - clip_low, 1 + clip_high]."
         )
-
-
-def _keep(values: Tensor, mask: Tensor) -> Tensor:
-    """Values where they count, in float32 at least; 0 elsewhere."""
-    values = at_least_float32(values)
-    return torch.where(mask, values, torch.zeros_like(values))

@@ -42,17 +42,18 @@ def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     Junk elsewhere, NaN included, affects neither value nor gradient, because it is replaced, not multiplied by 0.
 
     Args:
-        values: float, of any shape.
+        values: float, of any shape; half types are raised to float32.
         mask: bool, of the same shape.
         dim: dimension to sum over; None sums everything.
 
     Returns:
-        ``values``' type, without dimension ``dim``; 0 where nothing counts.
+        float32, or float64 for float64 values, without dimension ``dim``; 0 where nothing counts.
 
     Example:
         >>> masked_sum(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([True, True, False]))
         tensor(4.)
     """
+    values = at_least_float32(values)
     kept = torch.where(mask, values, torch.zeros_like(values))
     return kept.sum() if dim is None else kept.sum(dim)
 
@@ -61,12 +62,12 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     r"""Mean over the positions that count: :math:`\sum_t m_t x_t / \sum_t m_t`.
 
     Args:
-        values: float, of any shape.
+        values: float, of any shape; half types are raised to float32.
         mask: bool, of the same shape.
         dim: dimension to average over; None averages everything.
 
     Returns:
-        ``values``' type, without dimension ``dim``; 0 where nothing counts.
+        float32, or float64 for float64 values, without dimension ``dim``; 0 where nothing counts.
 
     Example:
         >>> masked_mean(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([True, True, False]))
@@ -85,6 +86,17 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 def at_least_float32(values: Tensor) -> Tensor:
     """float64 as it is, everything else as float32."""
     return values if values.dtype == torch.float64 else values.float()
+
+
+def kept_values(values: Tensor, mask: Tensor) -> Tensor:
+    """Values where they count, in float32 at least; 0 elsewhere."""
+    values = at_least_float32(values)
+    return torch.where(mask, values, torch.zeros_like(values))
+
+
+def outside_autocast(values: Tensor) -> torch.autocast:
+    """Context for products that must keep the type of their factors, on the device of ``values``."""
+    return torch.autocast(values.device.type, enabled=False)
 
 
 def check_same_shape(**tensors: Tensor) -> None:

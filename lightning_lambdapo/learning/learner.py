@@ -21,6 +21,8 @@ from lightning_lambdapo.distributed.parallel import (
 )
 from lightning_lambdapo.distributed.tally import Tally
 from lightning_lambdapo.functional import policy_loss
+from lightning_lambdapo.functional.masking import at_least_float32
+from lightning_lambdapo.learning.importance import correction_in_use, tally_importance
 from lightning_lambdapo.learning.optimizer import PolicyOptimizer
 from lightning_lambdapo.learning.packing import MicroBatch
 from lightning_lambdapo.learning.scoring import CompletionScorer
@@ -45,8 +47,10 @@ class Learner:
         passes: number of passes over each rollout.
         tally: receives the statistics of :meth:`updates` and :meth:`step`.
         optimizer: changes the parameters in :meth:`step`.
+        exact_sampler: the engine's log-probabilities are those of the learning pass, to rounding.
 
     Attributes:
+        correction: the importance correction of this run, see :func:`correction_in_use`.
         memory_retries: number of times that a micro-batch has run out of memory.
     """
 
@@ -65,6 +69,7 @@ class Learner:
         mini_batches: int = 1,
         passes: int = 1,
         tally: Tally | None = None,
+        exact_sampler: bool = True,
     ) -> None:
         self.policy = policy
         self.reference = reference
@@ -76,6 +81,7 @@ class Learner:
         self.optimizer = optimizer
         self.tally = Tally() if tally is None else tally
         self.memory_retries = 0
+        self.correction = correction_in_use(algorithm, policy, optimizer.strategy, exact_sampler=exact_sampler)
         make_scorer = partial(
             CompletionScorer,
             temperature=temperature,
@@ -124,13 +130,14 @@ class Learner:
     def old_logprobs(self, updates: list[Update]) -> Tensor:
         """Log-probabilities ``(N, T)`` before the first update, for every row to learn from. 0 elsewhere."""
         rollout = updates[0].rollout
-        logprobs = torch.zeros_like(rollout.sampling_logprobs)
+        logprobs = torch.zeros_like(at_least_float32(rollout.sampling_logprobs))
 
         def record(update: Update, micro_batches: list[MicroBatch], idle: int, tally: Tally) -> None:
             for _ in range(idle):
                 self.scorer(self._idle_micro_batch())
             for micro_batch in micro_batches:
                 scored = self.scorer(micro_batch)
+                micro_batch.release()
                 logprobs[micro_batch.rows, : scored.shape[1]] = scored.to(logprobs)
                 _tally_drift(tally, micro_batch, rollout, scored)
 
@@ -168,6 +175,7 @@ class Learner:
                     loss = self._loss(update, micro_batch, tally)
                     # Strategies average gradients over ranks, but the loss is already divided by global counts.
                     backward(loss * world_size())
+                    micro_batch.release()
                 for _ in range(idle):
                     backward(self._idle_loss())
 
@@ -236,6 +244,7 @@ class Learner:
         logprobs = self.scorer(micro_batch)
         if update.old_logprobs is None:
             _tally_drift(tally, micro_batch, update.rollout, logprobs.detach())
+        sampled = update.rollout.sampling_logprobs[rows, : mask.shape[1]]
         output = policy_loss(
             logprobs,
             logprobs.detach() if update.old_logprobs is None else update.old_logprobs[rows, : mask.shape[1]],
@@ -251,11 +260,17 @@ class Learner:
             max_new_tokens=self.max_new_tokens,
             token_count=update.token_count,
             row_count=update.row_count,
+            behavior_logprobs=None if self.correction is None else sampled,
+            importance_correction=self.correction or "truncate",
+            importance_cap=algorithm.importance_cap,
+            importance_correction_level=algorithm.importance_correction_level,
         )
         tokens = int(mask.sum())
         tally.ratio("loss", output.loss.item(), 0.0)
         tally.ratio("clip_fraction", output.clip_fraction.item() * tokens, 0.0)
         tally.maximum("ratio_max", output.ratio_max)
+        if output.importance is not None:
+            tally_importance(tally, output.importance)
         if output.mean_kl is not None:
             tally.ratio("kl", output.mean_kl.item() * tokens, tokens)
         return output.loss

@@ -1,10 +1,10 @@
 """Manual optimisation: clipping, skipping of non-finite updates, the schedule, and counters."""
 
 import math
-from typing import cast
+from typing import Any, Protocol, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
@@ -15,23 +15,29 @@ from lightning_lambdapo.distributed.parallel import clip_gradients, without_grad
 from lightning_lambdapo.distributed.tally import Tally
 
 
+class _OptimizedModule(Protocol):
+    """What the optimizer reads of its module. It reads it at every update, because users may change any of it."""
+
+    max_grad_norm: float | None
+    max_skipped_updates: int
+    run_state: RunState
+
+    @property
+    def trainer(self) -> Trainer: ...
+    def optimizers(self) -> Any: ...
+    def lr_schedulers(self) -> Any: ...
+    def manual_backward(self, loss: Tensor) -> None: ...
+
+
 class PolicyOptimizer:
     """A module's optimizer and schedule, as Lightning wraps them.
 
     Args:
-        module: has the optimizer. Its ``on_before_optimizer_step`` must call :meth:`clip`.
-        state: receives the counts of updates.
-        max_grad_norm: gradients are clipped to this global norm. None does not clip.
-        max_skipped_updates: number of updates in a row that may be skipped.
+        module: has the optimizer, the limits and the counters. Its ``on_before_optimizer_step`` must call :meth:`clip`.
     """
 
-    def __init__(
-        self, module: LightningModule, state: RunState, max_grad_norm: float | None, max_skipped_updates: int
-    ) -> None:
+    def __init__(self, module: _OptimizedModule) -> None:
         self.module = module
-        self.state = state
-        self.max_grad_norm = max_grad_norm
-        self.max_skipped_updates = max_skipped_updates
         self._grad_norm = 0.0
 
     @property
@@ -51,7 +57,7 @@ class PolicyOptimizer:
 
     def step(self, tally: Tally) -> None:
         """Change the parameters by their gradient, unless it is not finite."""
-        self.state.updates_in_step += 1
+        self.module.run_state.updates_in_step += 1
         self._optimizer().step()
         if math.isfinite(self._grad_norm):
             tally.ratio("grad_norm", self._grad_norm, 1.0)
@@ -60,28 +66,32 @@ class PolicyOptimizer:
         """Count an update that changes no parameter. One that is not ``finite`` counts as skipped."""
         if not finite:
             self._skip("were of a rollout whose log-probabilities are not finite")
-        self.state.updates_in_step += 1
+        self.module.run_state.updates_in_step += 1
         with without_grad_scaler(self.strategy):
             self._optimizer().step()
 
     def step_schedule(self, tally: Tally) -> None:
         """End an update with one step of the schedule."""
-        tally.maximum("skipped_updates", torch.tensor(self.state.skipped_updates))
+        tally.maximum("skipped_updates", torch.tensor(self.module.run_state.skipped_updates))
         schedule = self.module.lr_schedulers()
         if schedule is not None:
-            schedule.step()  # type: ignore[union-attr]
+            schedule.step()
 
     def clip(self, optimizer: Optimizer) -> None:
-        """Clip the gradient (unscaled by now), or drop it if it is not finite."""
+        """Clip the unscaled gradient, or drop it if it is not finite."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not parameters:
             return
-        self._grad_norm = clip_gradients(parameters, self.max_grad_norm, self.strategy)
+        scaler = getattr(self.strategy.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            # A fused optimizer unscales in its step, so Lightning leaves that to it, which is too late for the norm.
+            scaler.unscale_(optimizer)
+        self._grad_norm = clip_gradients(parameters, self.module.max_grad_norm, self.strategy)
         if math.isfinite(self._grad_norm):
-            self.state.skipped_in_a_row = 0
+            self.module.run_state.skipped_in_a_row = 0
             return
         optimizer.zero_grad()
-        if getattr(self.strategy.precision_plugin, "scaler", None) is None:  # normal while a scaler adapts
+        if scaler is None:  # normal while a scaler adapts
             self._skip(f"had a gradient norm of {self._grad_norm}")
 
     def _optimizer(self) -> LightningOptimizer:
@@ -89,10 +99,10 @@ class PolicyOptimizer:
 
     def _skip(self, reason: str) -> None:
         """Count a skipped update. Too many in a row are an error."""
-        self.state.skipped_updates += 1
-        self.state.skipped_in_a_row += 1
-        if self.state.skipped_in_a_row > self.max_skipped_updates:
+        self.module.run_state.skipped_updates += 1
+        self.module.run_state.skipped_in_a_row += 1
+        if self.module.run_state.skipped_in_a_row > self.module.max_skipped_updates:
             raise RuntimeError(
-                f"{self.state.skipped_in_a_row} updates in a row {reason}; the policy has diverged or its precision "
-                "is too low. Lower the learning rate, or use bf16-mixed or 32-true."
+                f"{self.module.run_state.skipped_in_a_row} updates in a row {reason}; the policy has diverged or its "
+                "precision is too low. Lower the learning rate, or use bf16-mixed or 32-true."
             )

@@ -35,6 +35,11 @@ class MicroBatch:
     targets: Tensor
     branches: PackedRow | None = None
 
+    def release(self) -> None:
+        """Free the attention masks of a packed row, when its last pass is over."""
+        if self.branches is not None:
+            self.branches.release()
+
     @classmethod
     def padded(cls, batch: PromptBatch, rollout: Rollout, rows: Tensor) -> Self:
         """One input row per completion: the left-padded prompt, then the right-padded completion."""

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_lambdapo.datatypes import PromptBatch, Rollout
@@ -16,15 +16,19 @@ from lightning_lambdapo.functional import chunked_logprobs, logprobs_from_logits
 from lightning_lambdapo.learning.packing import MicroBatch
 from lightning_lambdapo.policy.attention import branch_attention
 from lightning_lambdapo.policy.model import evaluating
+from lightning_lambdapo.policy.probing import GROUP_SIZE, OwnLogprobs, ProbeRow, difference, own_logprobs, probe_prompts
+
+_PROBE_LENGTHS = [14, 10, 11, 1]
 
 
 class CompletionScorer:
     """Computes the log-probabilities of the completion tokens of micro-batches with one model.
 
     Only positions that predict a completion token reach the output head, and logits exist for one chunk at a time. The
-    constructor compares this path with the model's own forward on short inputs. If padded rows differ (an architecture
-    with an unknown change to its logits), the model's own logits are used. If shared prompts differ (an attention that
-    cannot branch), padded rows are used. Each case gives one warning.
+    constructor compares this path with the model's own forward on short inputs, so it must run in the precision of the
+    run (under its autocast). If padded rows differ by more than rounding explains (an architecture with an unknown
+    change to its logits), the model's own logits are used. If shared prompts differ (an attention that cannot branch),
+    padded rows are used. Each case gives one warning.
 
     Args:
         model: the causal language model.
@@ -54,8 +58,9 @@ class CompletionScorer:
             parameter.requires_grad for parameter in model.get_output_embeddings().parameters()
         )
         self._chunked = as_forward(model, "lambdapo_logprobs", _chunked_forward)
-        self._splits = self._probe_head()
-        self.share_prompts = share_prompts and self._probe_packing()
+        probe = self._probe_own()
+        self._splits = self._probe_head(*probe)
+        self.share_prompts = share_prompts and self._probe_packing(*probe)
 
     def __call__(self, micro_batch: MicroBatch) -> Tensor:
         """Log-probabilities ``(n, T')`` of the completion tokens. 0 where masked out."""
@@ -82,11 +87,32 @@ class CompletionScorer:
         return logprobs_from_logits(logits[row, column - first], micro_batch.targets, temperature=self.temperature)
 
     @torch.no_grad()
-    def _probe_head(self) -> bool:
-        probe = MicroBatch.of_tokens(self._ids()[None])
+    def _probe_own(self) -> tuple[PromptBatch, Rollout, OwnLogprobs]:
+        """Two prompts with ragged completions, 72 tokens of them, and what the model's own forward says of these."""
+        prompts = probe_prompts(self.model)
+        device, longest, width = prompts[0].device, max(_PROBE_LENGTHS), max(map(len, prompts))
+        ids = torch.stack([nn.functional.pad(ids, (width - len(ids), 0)) for ids in prompts])
+        mask = torch.arange(width, device=device) >= width - torch.tensor(
+            [[len(ids)] for ids in prompts], device=device
+        )
+        batch = PromptBatch(ids, mask, ids[:, 0], ["", ""], [None, None], [None, None], [{}, {}])
+        completions = torch.stack([ids.repeat(2)[i : i + longest] for ids in prompts for i in range(GROUP_SIZE)])
+        lengths = torch.tensor(_PROBE_LENGTHS * 2, device=device)
+        kept = torch.arange(longest, device=device) < lengths[:, None]
+        logprobs = torch.zeros(kept.shape, device=device)
+        rollout = Rollout(completions, kept, logprobs, logprobs, lengths == longest, [""] * len(kept))
+        rows = [
+            ProbeRow(prompts[row // GROUP_SIZE], completions[row, : kept[row].sum()]) for row in range(len(completions))
+        ]
+        with evaluating(self.model):  # dropout would make any two passes differ
+            own = own_logprobs(self.model, rows, temperature=self.temperature, forward=wrapper(self.model))
+        return batch, rollout, own
+
+    @torch.no_grad()
+    def _probe_head(self, batch: PromptBatch, rollout: Rollout, own: OwnLogprobs) -> bool:
+        probe = MicroBatch.padded(batch, rollout, torch.arange(len(rollout.completion_ids), device=own.logprobs.device))
         reason = self._difference(
-            lambda: self._chunked(probe, self.temperature, self.chunk_size, self.recompute_logits),
-            lambda: self._from_own_logits(probe),
+            lambda: self._chunked(probe, self.temperature, self.chunk_size, self.recompute_logits), own
         )
         if reason is not None:
             warnings.warn(
@@ -97,19 +123,9 @@ class CompletionScorer:
         return reason is None
 
     @torch.no_grad()
-    def _probe_packing(self) -> bool:
-        ids = self._ids()
-        mask = torch.tensor([[False, True], [True, True]], device=ids.device)
-        batch = PromptBatch(ids[:4].view(2, 2), mask, ids[:2], ["", ""], [None, None], [None, None], [{}, {}])
-        kept = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]], dtype=torch.bool, device=ids.device)
-        logprobs = torch.zeros(kept.shape, device=ids.device)
-        completions = ids.repeat(2)[:12].view(4, 3)
-        rollout = Rollout(completions, kept, logprobs, logprobs, kept[:, 2], [""] * 4)
-        rows = torch.arange(4, device=ids.device)
-        reason = self._difference(
-            lambda: self._flat(MicroBatch.packed(batch, rollout, rows)),
-            lambda: self._flat(MicroBatch.padded(batch, rollout, rows)),
-        )
+    def _probe_packing(self, batch: PromptBatch, rollout: Rollout, own: OwnLogprobs) -> bool:
+        rows = torch.arange(len(rollout.completion_ids), device=own.logprobs.device)
+        reason = self._difference(lambda: self._flat(MicroBatch.packed(batch, rollout, rows)), own)
         if reason is not None:
             warnings.warn(
                 f"{type(self.model).__name__} cannot share prompts in the learning pass ({reason}). Rows are padded "
@@ -119,20 +135,15 @@ class CompletionScorer:
             )
         return reason is None
 
-    def _ids(self) -> Tensor:
-        vocabulary = self.model.config.get_text_config().vocab_size
-        return torch.arange(8, device=self.model.device).remainder(vocabulary)
-
-    def _difference(self, found: Callable[[], Tensor], expected: Callable[[], Tensor]) -> str | None:
-        """Why two ways do not give the same log-probabilities. None if they do."""
+    def _difference(self, found: Callable[[], Tensor], own: OwnLogprobs) -> str | None:
+        """Why a way does not give the model's own log-probabilities. None if it does."""
         try:
-            with evaluating(self.model):  # dropout would make any two passes differ
-                difference = (found() - expected()).abs().max().item()
+            with evaluating(self.model):
+                return difference(found(), own)
+        except torch.OutOfMemoryError:  # says nothing about the model
+            raise
         except (AttributeError, KeyError, TypeError, RuntimeError) as error:
             return str(error)
-        if difference <= torch.finfo(self.model.dtype).eps ** 0.5:
-            return None
-        return f"log-probabilities differ by up to {difference:.3g}"
 
 
 def _chunked_forward(

@@ -1,7 +1,8 @@
 """Attention for rows that branch off shared prompts, as a function that transformers' models call.
 
 A model uses it inside :func:`branch_attention`. The extra forward keyword ``branches`` says who attends to whom. No
-mask of (tokens x tokens) exists, no key of a prompt is stored twice, and no key head is repeated.
+mask of (tokens x tokens) exists, and no key of a prompt is stored twice. Where the device has a causal kernel, no mask
+exists at all, unless a window or a softcap needs one.
 """
 
 import math
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+
+from lightning_lambdapo.policy.causal import bucket, causal_attention, needs_mask
 
 _NAME = "lambdapo_branches"
 
@@ -80,20 +83,32 @@ class PackedRow(Branches):
     """One unpadded row of ``prompt, completion, completion, ..., prompt, completion, ...``: learning and prefill.
 
     Each prompt attends to itself. Each completion, padded to the longest of its group, attends to its prompt and
-    itself. No other pair is computed.
+    itself. No other pair is computed, but for what rounding lengths up adds.
 
     Args:
         prompts: length of each prompt.
         completions: for each prompt, the lengths of its completions. May be empty.
         device: device of the row.
+        multiple: numbers of queries and keys are rounded up to a multiple of this inside the attention, which changes
+            no result. None is that of :func:`bucket`.
     """
 
-    def __init__(self, prompts: Sequence[int], completions: Sequence[Sequence[int]], device: torch.device) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[int],
+        completions: Sequence[Sequence[int]],
+        device: torch.device,
+        multiple: int | None = None,
+    ) -> None:
         self.prompts = list(prompts)
         self.completions = [list(lengths) for lengths in completions]
         self.device = device
+        self._multiple = bucket(device) if multiple is None else multiple
         self._segments = [size for p, c in zip(self.prompts, self.completions, strict=True) for size in (p, sum(c))]
-        self._padding = [_Padding.of(lengths, device) for lengths in self.completions]
+        self._padding = [
+            _Padding.of(lengths, prompt, self._multiple, device)
+            for prompt, lengths in zip(self.prompts, self.completions, strict=True)
+        ]
         self._masks: dict[tuple[int, int, int | None, torch.dtype], Tensor] = {}
 
     @property
@@ -109,24 +124,38 @@ class PackedRow(Branches):
         parts = [states[0].transpose(0, 1).split(self._segments) for states in (query, key, value)]
         out: list[Tensor] = []
         for index, (prompt, padding) in enumerate(zip(self.prompts, self._padding, strict=True)):
-            q, k, v = (part[2 * index] for part in parts)
-            out.append(_attend(q[None], k[None], v[None], self._mask(0, prompt, layer, q.dtype), layer)[0])
+            prompt_q, prompt_k, prompt_v = (part[2 * index] for part in parts)
+            extra = -prompt % self._multiple  # later positions, to which no real one attends
+            q, k, v = (
+                nn.functional.pad(states, (0, 0, 0, 0, 0, extra))[None] for states in (prompt_q, prompt_k, prompt_v)
+            )
+            out.append(_attend(q, k, v, self._mask(0, q.shape[1], layer, q.dtype), layer)[0, :prompt])
             if padding is None:
                 continue
-            q, own_k, own_v = (padding.pad(part[2 * index + 1]) for part in parts)
-            k, v = (
-                torch.cat([shared.expand(len(own), *shared.shape), own], dim=1)
-                for shared, own in ((k, own_k), (v, own_v))
+            q, k, v = (padding.pad(part[2 * index + 1]) for part in parts)
+            # The prompt's last queries come along to a round number, and are dropped.
+            again = prompt % self._multiple
+            q, k, v = (
+                torch.cat([shared.expand(len(own), *shared.shape), own], dim=1) if len(shared) else own
+                for shared, own in ((prompt_q[prompt - again :], q), (prompt_k, k), (prompt_v, v))
             )
-            out.append(padding.unpad(_attend(q, k, v, self._mask(prompt, q.shape[1], layer, q.dtype), layer)))
+            attended = _attend(q, k, v, self._mask(prompt - again, q.shape[1], layer, q.dtype), layer)
+            out.append(padding.unpad(attended[:, again:]))
         return torch.cat(out)[None]
 
-    def _mask(self, past: int, length: int, layer: Layer, dtype: torch.dtype) -> Tensor:
+    def release(self) -> None:
+        """Free the masks. Call this when the row has been through its last pass."""
+        self._masks.clear()
+
+    def _mask(self, past: int, length: int, layer: Layer, dtype: torch.dtype) -> Tensor | None:
         """Additive ``(length, past + length)``: position ``past + j`` attends to keys up to itself, within its window.
 
-        Padding comes after every real position of its row, so no real position attends to it.
+        None if the kernel needs no mask for that. Padding comes after every real position of its row, so no real
+        position attends to it.
         """
         window = None if layer.window is not None and layer.window >= past + length else layer.window
+        if window is None and layer.softcap is None and not needs_mask(self.device, length, past + length):
+            return None
         name = (past, length, window, dtype)
         if name not in self._masks:
             distance = torch.arange(past, past + length, device=self.device)[:, None] - torch.arange(
@@ -140,12 +169,17 @@ class PackedRow(Branches):
 
 
 class _Padding:
-    """Converts rows of unequal length between ``(sum of lengths, ...)`` and ``(rows, longest, ...)``."""
+    """Converts rows of unequal length between ``(sum of lengths, ...)`` and ``(rows, width, ...)``.
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        self.shape = len(lengths), max(lengths)
+    The width is that of the longest row. It is rounded up until ``past`` earlier positions and the row together are a
+    multiple of ``multiple``.
+    """
+
+    def __init__(self, lengths: Sequence[int], past: int, multiple: int, device: torch.device) -> None:
+        longest = max(lengths)
+        self.shape = len(lengths), longest + -(past + longest) % multiple
         self.index: Tensor | None = None
-        if len(set(lengths)) > 1:
+        if set(lengths) != {self.shape[1]}:
             size = torch.tensor(lengths)
             place = torch.arange(self.shape[1]).expand(self.shape)
             mask = place < size[:, None]
@@ -154,8 +188,8 @@ class _Padding:
             self.kept = mask.flatten().nonzero().squeeze(-1).to(device)
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> "_Padding | None":
-        return cls(lengths, device) if lengths else None
+    def of(cls, lengths: Sequence[int], past: int, multiple: int, device: torch.device) -> "_Padding | None":
+        return cls(lengths, past, multiple, device) if lengths else None
 
     def pad(self, flat: Tensor) -> Tensor:
         return (flat if self.index is None else flat.index_select(0, self.index)).view(*self.shape, *flat.shape[1:])
@@ -165,19 +199,16 @@ class _Padding:
         return flat if self.index is None else flat.index_select(0, self.kept)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, layer: Layer) -> Tensor:
-    """Plain attention of ``(b, l, H, d)`` over ``(b, m, K, d)`` under an additive ``(l, m)`` mask."""
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, layer: Layer) -> Tensor:
+    """Plain attention of ``(b, l, H, d)`` over ``(b, m, K, d)`` under an additive ``(l, m)`` mask, or causal."""
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))
     if layer.softcap is None:
-        gqa = query.shape[1] != key.shape[1]
-        out = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=layer.scaling, enable_gqa=gqa
-        )
-    else:
-        repeats = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-        scores = cap_scores(query @ key.transpose(-1, -2) * layer.scaling, layer.softcap) + mask
-        out = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype) @ value
+        return causal_attention(query, key, value, mask, layer.scaling).transpose(1, 2)
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = cap_scores(query @ key.transpose(-1, -2) * layer.scaling, layer.softcap)
+    scores = scores if mask is None else scores + mask
+    out = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype) @ value
     return out.transpose(1, 2)
 
 

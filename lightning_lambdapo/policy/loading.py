@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from lightning_lambdapo.config import AdapterConfig, PerformanceConfig, PolicyConfig
+from lightning_lambdapo.policy.gguf_tokens import gguf_tokenizer
 from lightning_lambdapo.policy.lora import fast_linears
 from lightning_lambdapo.policy.model import Policy
 from lightning_lambdapo.policy.reference import REFERENCE_ADAPTER
@@ -33,6 +34,8 @@ def load_tokenizer(config: PolicyConfig) -> PreTrainedTokenizerBase:
     if config.tokenizer is not None:
         return AutoTokenizer.from_pretrained(config.tokenizer)
     location, options = locate(config)
+    if "gguf_file" in options:
+        return gguf_tokenizer(Path(location), options["gguf_file"])
     return AutoTokenizer.from_pretrained(location, **options)
 
 
@@ -69,7 +72,9 @@ def load_policy(
     model = _load_base(config)
     _silence_dropout(model)
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        # the name since transformers 5.23, which warns of the older one
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if adapter is None and config.adapter is None:
         fast_linears(model, onednn=performance.onednn)
         model.eval()

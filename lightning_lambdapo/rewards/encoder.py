@@ -167,7 +167,7 @@ def prepare_encoders(
 
     Args:
         rewards: the judges.
-        model: the policy's decoder, or that of its frozen copy.
+        model: the policy, or its frozen copy.
         tokenizer: the policy's.
         device: where the module computes.
         max_tokens: see :class:`TokenEncoder`.
@@ -176,5 +176,7 @@ def prepare_encoders(
     for reward in rewards:
         encoder = None
         if reward.needs_encoder:
-            encoder = TokenEncoder(model, tokenizer, layer=reward.encoder_layer, max_tokens=max_tokens, reading=reading)
+            encoder = TokenEncoder(
+                model.get_decoder(), tokenizer, layer=reward.encoder_layer, max_tokens=max_tokens, reading=reading
+            )
         reward.prepare_encoder(encoder, device)

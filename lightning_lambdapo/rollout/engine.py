@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,13 @@ class RolloutEngine(ABC):
         tokenizer: decodes the completions.
         eos_ids: every token id that ends a completion.
         pad_id: id written after the end. May be one of ``eos_ids``.
+
+    Attributes:
+        exact_logprobs: True if the engine computes log-probabilities by the policy's own layers, so that in float32
+            they are those of the learning pass to rounding. Otherwise ``importance_correction: auto`` is on.
     """
+
+    exact_logprobs: ClassVar[bool] = False
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], pad_id: int) -> None:
         self.tokenizer = tokenizer

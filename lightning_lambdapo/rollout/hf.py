@@ -15,6 +15,8 @@ from lightning_lambdapo.rollout.sampling import TokenSampler
 class HFEngine(RolloutEngine):
     """``generate`` with our sampler as its only logits processor, so that rows use their own streams."""
 
+    exact_logprobs = True
+
     def generate(
         self, model: PreTrainedModel, batch: PromptBatch, *, sampling: SamplingConfig, uniforms: Tensor
     ) -> Rollout:
@@ -38,6 +40,7 @@ class HFEngine(RolloutEngine):
                 attention_mask=mask.long(),
                 generation_config=config,
                 logits_processor=LogitsProcessorList([recorder]),
+                synced_gpus=False,  # sharded weights are gathered, and ranks decode different numbers of tokens
             )
         finally:
             model.generation_config = model_defaults

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
+from lightning_lambdapo.checkpointing.state import RunState
 from lightning_lambdapo.checks import check_context
 from lightning_lambdapo.config import EvaluationConfig, RolloutConfig, SamplingConfig
 from lightning_lambdapo.datatypes import PromptBatch, RewardOutcome, Rollout
@@ -15,26 +16,40 @@ from lightning_lambdapo.distributed.tally import Tally
 from lightning_lambdapo.policy.model import Policy, causal_lm, evaluating
 from lightning_lambdapo.rollout.dynamic_sampling import collect_groups
 from lightning_lambdapo.rollout.engine import RolloutEngine
+from lightning_lambdapo.rollout.memory import LiveTokens
 from lightning_lambdapo.rollout.sampling import row_uniforms
+
+
+class _SamplingModule(Protocol):
+    """What the sampler reads of its module. It reads it at every call, because users may replace any of it."""
+
+    policy: Policy
+    engine: RolloutEngine
+    rollout_config: RolloutConfig
+    validation_config: EvaluationConfig
+    run_state: RunState
 
 
 class RolloutSampler:
     """Completes prompts with the policy, in training and elsewhere.
 
     Args:
-        policy: the policy that is trained.
-        engine: generates the completions.
-        training: how completions are generated in training.
-        evaluation: how validation, test and prediction decode.
+        module: has policy, engine, settings, and the state that knows the generation of the streams.
     """
 
-    def __init__(
-        self, policy: Policy, engine: RolloutEngine, training: RolloutConfig, evaluation: EvaluationConfig
-    ) -> None:
-        self.policy = policy
-        self.engine = engine
-        self.training = training
-        self.evaluation = evaluation
+    def __init__(self, module: _SamplingModule) -> None:
+        self.module = module
+        self.live_tokens = LiveTokens(self.training.max_live_tokens)
+
+    @property
+    def training(self) -> RolloutConfig:
+        """How completions are generated in training."""
+        return self.module.rollout_config
+
+    @property
+    def evaluation(self) -> EvaluationConfig:
+        """How validation, test and prediction decode."""
+        return self.module.validation_config
 
     def longest_completion(self, stage: str) -> int:
         """Maximum number of new tokens of a completion in this stage."""
@@ -51,7 +66,7 @@ class RolloutSampler:
         tally: Tally,
     ) -> tuple[PromptBatch, Rollout, RewardOutcome]:
         """Sample and judge the groups of one training step. See :func:`collect_groups`. A collective."""
-        return collect_groups(
+        collected = collect_groups(
             batch,
             self.streams(batch, "train", seed=seed, step=step),
             self.training.reserve_prompts,
@@ -59,6 +74,8 @@ class RolloutSampler:
             judge=judge,
             tally=tally,
         )
+        tally.maximum("rollout_memory_retries", torch.tensor(self.live_tokens.retries))
+        return collected
 
     def sample(self, batch: PromptBatch, stage: str, *, seed: int) -> Rollout:
         """Complete each prompt ``validation.num_samples`` times, outside of training. A collective."""
@@ -68,13 +85,13 @@ class RolloutSampler:
     @torch.no_grad()
     def complete(self, batch: PromptBatch, uniforms: Tensor, sampling: SamplingConfig) -> Rollout | None:
         """Complete each prompt once for each of its rows of ``uniforms``. None without prompts. A collective."""
-        model = causal_lm(self.policy)
+        model = causal_lm(self.module.policy)
         if batch.prompts:
             check_context(model, int(batch.attention_mask.sum(-1).max()), uniforms.shape[1], quiet=True)
-        with evaluating(self.policy), gathered(model):
+        with evaluating(self.module.policy), gathered(model):
             if not batch.prompts:
                 return None
-            return self.engine.generate(model, batch, sampling=sampling, uniforms=uniforms)
+            return self.live_tokens.generate(self.module.engine, model, batch, sampling=sampling, uniforms=uniforms)
 
     def streams(self, batch: PromptBatch, stage: str, *, seed: int, step: int) -> Tensor:
         """Each row's stream of uniforms, ``(N, T)``. A collective."""
@@ -87,4 +104,5 @@ class RolloutSampler:
             occurrences=global_occurrences(prompt_ids),
             num_samples=self.training.group_size if stage == "train" else self.evaluation.num_samples,
             length=self.longest_completion(stage),
+            streams=self.module.run_state.streams,
         )

@@ -5,11 +5,13 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lightning_lambdapo.config import SamplingConfig
+from lightning_lambdapo.distributed.seeding import STREAMS, random_bits
 from lightning_lambdapo.functional.logprobs import entropy_from_softmax, softmax_and_normaliser
 from lightning_lambdapo.functional.masking import at_least_float32
 
@@ -23,6 +25,7 @@ def row_uniforms(
     occurrences: Sequence[int],
     num_samples: int,
     length: int,
+    streams: int = STREAMS,
 ) -> Tensor:
     """Each row's own stream of uniforms, keyed by (seed, stage, step, prompt id, occurrence, sample index).
 
@@ -37,20 +40,30 @@ def row_uniforms(
         occurrences: ``B`` counts of earlier appearances of the same prompt in the global batch.
         num_samples: ``G`` rows per prompt.
         length: ``T`` numbers per row.
+        streams: generation of the streams; 1 is that of release 0.1.
 
     Returns:
         ``(B * G, T)`` float64 on the CPU, in (0, 1].
     """
-    generator = torch.Generator()
+    draw = {1: _stream_of_release_0_1, 2: _stream}[streams]
     uniforms = torch.empty(len(prompt_ids) * num_samples, length, dtype=torch.float64)
     rows = iter(uniforms)
     for prompt_id, occurrence in zip(prompt_ids, occurrences, strict=True):
         for sample in range(num_samples):
-            key = struct.pack("<qqqqq", seed, step, prompt_id, occurrence, sample) + stage.encode()
-            digest = hashlib.blake2b(key, digest_size=8).digest()
-            generator.manual_seed(int.from_bytes(digest, "little"))
-            torch.rand(length, dtype=torch.float64, generator=generator, out=next(rows))
+            next(rows).copy_(draw(length, stage, seed, step, prompt_id, occurrence, sample))
     return 1.0 - uniforms
+
+
+def _stream(length: int, stage: str, *key: int) -> Tensor:
+    """Uniforms in [0, 1) with the 53 bits that a float64 holds."""
+    return torch.from_numpy((random_bits(length, stage, *key) >> np.uint64(11)) * 2.0**-53)
+
+
+def _stream_of_release_0_1(length: int, stage: str, *key: int) -> Tensor:
+    """The first generation of streams: torch's generator takes only 32 bits of its seed."""
+    digest = hashlib.blake2b(struct.pack("<qqqqq", *key) + stage.encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.rand(length, dtype=torch.float64, generator=generator)
 
 
 def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
@@ -81,6 +94,9 @@ def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
 
 class TokenSampler:
     """Draws one token per row and step from its own stream, and computes its log-probability and the entropy.
+
+    Nothing that it computes is read back by the host, so that a captured decoding step may call it. The exception is
+    sampling on CUDA under ``torch.use_deterministic_algorithms``, see :func:`inverse_cdf`.
 
     Args:
         config: the sampling settings.
@@ -138,9 +154,10 @@ class TokenSampler:
             return logits
         if self._seen is None:  # padding is not "seen", because a row must not depend on the padding of its batch
             ids, mask = self._prompt
-            self._seen = torch.zeros(len(ids), logits.shape[-1], dtype=torch.bool, device=logits.device)
-            row_of, column = mask.nonzero(as_tuple=True)
-            self._seen[row_of, ids[row_of, column]] = True
+            vocabulary = logits.shape[-1]
+            seen = torch.zeros(len(ids), vocabulary + 1, dtype=torch.bool, device=logits.device)
+            seen.scatter_(1, torch.where(mask, ids, vocabulary), True)
+            self._seen = seen[:, :vocabulary]
         penalty = self.config.repetition_penalty
         penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
         return torch.where(self._seen[rows], penalised, logits)

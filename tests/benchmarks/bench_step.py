@@ -76,7 +76,7 @@ def measure_ours(model: str, prompts: Path | None, case: Result) -> Result:
     rows = [{"prompt": text} for text in rendered(module.tokenizer, prompts, case.get("prompts", PROMPTS))]
 
     def lengthen() -> None:
-        module.sampler.training = dataclasses.replace(module.sampler.training, max_new_tokens=length)
+        module.rollout_config = dataclasses.replace(module.rollout_config, max_new_tokens=length)
 
     assert torch.get_num_threads() == case["threads"]
     seconds = time_last_step(module, rows, 2, after=lengthen)

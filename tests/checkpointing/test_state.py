@@ -68,6 +68,7 @@ def test_checkpoints_hold_what_is_trained_and_load_weights_only(base: str, tmp_p
         "updates_in_unfinished_step": 0,
         "seed": 3,
         "owes_validation": False,
+        "streams": 2,
     }
     assert (tmp_path / "last.ckpt").exists()
 

@@ -1,6 +1,8 @@
 """``lambdapo export``: what it writes loads with transformers and peft alone, and is the policy that was trained."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,9 +28,10 @@ from lightning_lambdapo import (
     RolloutCheckpoint,
     SamplingConfig,
 )
+from lightning_lambdapo.commands import export as export_command
 from lightning_lambdapo.commands.main import main
 from lightning_lambdapo.rewards import AccuracyReward
-from lightning_lambdapo.runs.publishing import model_card
+from lightning_lambdapo.runs.model_card import model_card
 
 IDS = torch.tensor([[3, 9, 14, 22, 31], [4, 8, 15, 16, 23]])
 LORA = AdapterConfig(r=4, alpha=12)
@@ -186,6 +189,45 @@ def test_a_4_bit_base_is_merged_unquantised(base: str, tmp_path: Path) -> None:
     error = (exact - logits(model.policy)).abs().mean()
     assert 0 < error < 0.5 * exact.std()
     assert "up to the quantisation error of the base" in (run / "merged" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("how", ["python", "continued", "command line"])
+def test_the_adapter_of_a_quantised_base_is_saved_without_it(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """The weights of the base may be gone. Files and bytes are those of the way that loads it."""
+    where = shutil.copytree(base, tmp_path / "base")
+    policy = PolicyConfig(str(where), quantization="nf4")
+    settings: dict[str, Any] = {"lora": LORA, "policy": policy}
+    if how == "continued":
+        _, first = train(tmp_path / "first", base, **settings)
+        export(first)
+        settings = {"policy": dataclasses.replace(policy, adapter=str(first / "export"))}
+    if how == "command line":
+        main(["fit", f"--config={config_file(str(where), tmp_path)}", "--model.policy.quantization=nf4"])
+        run = tmp_path / "lightning_logs" / "version_0"
+    else:
+        _, run = train(tmp_path / "run", base, **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(export_command, "adapter_alone", lambda *_: None)
+        export(run, "--output", tmp_path / "loaded")
+    (where / "model.safetensors").rename(where / "gone")
+    with pytest.raises(SystemExit):
+        export(run, "--merge")
+    kept: list[int] = []
+    publish = vars(export_command)["publish"]
+
+    def published(policy: Any, *arguments: Any, **keywords: Any) -> None:
+        kept.append(sum(p.numel() for p in policy.parameters() if p.device.type != "meta"))
+        publish(policy, *arguments, **keywords)
+
+    monkeypatch.setattr(export_command, "publish", published)
+    export(run, "--output", tmp_path / "alone")
+    adapter = load_file(tmp_path / "loaded" / "adapter_model.safetensors")
+    assert kept == [sum(tensor.numel() for tensor in adapter.values())]
+    files = {path.name: path.read_bytes() for path in (tmp_path / "loaded").iterdir()}
+    assert "adapter_model.safetensors" in files
+    assert {path.name: path.read_bytes() for path in (tmp_path / "alone").iterdir()} == files
 
 
 def test_a_gguf_base(gguf_file: Path, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,20 @@ def test_configs_come_back_from_plain_mappings() -> None:
     assert found == RolloutConfig(group_size=3, sampling=SamplingConfig(temperature=0.5))
     with pytest.raises(TypeError, match="groupsize"):
         from_mapping(RolloutConfig, {"groupsize": 3})
+
+
+@pytest.mark.parametrize("name", [None, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
+def test_memory_grows_in_place_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str | None
+) -> None:
+    names = ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"]
+    for each in names:
+        monkeypatch.delenv(each, raising=False)
+    if name is not None:
+        monkeypatch.setenv(name, "max_split_size_mb:128")
+    with pytest.raises(SystemExit):
+        main(["score", "--help"])
+    found = {each: os.environ[each] for each in names if each in os.environ}
+    expected = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    assert found == (expected if name is None else {name: "max_split_size_mb:128"})
+    assert not torch.cuda.is_initialized()

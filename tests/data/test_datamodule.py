@@ -187,4 +187,4 @@ def test_training_loaders_have_a_length_and_a_position(tmp_path: Path) -> None:
     batches = iter(loader)
     next(batches)
     next(batches)
-    assert loader.state_dict() == {"epoch": 0, "batches": 2}
+    assert loader.state_dict() == {"epoch": 0, "batches": 2, "streams": 2}

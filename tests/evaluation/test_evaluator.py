@@ -1,3 +1,5 @@
+import dataclasses
+import math
 import random
 
 import pytest
@@ -80,6 +82,19 @@ def test_without_an_accuracy_reward_there_is_no_accuracy() -> None:
     found = evaluation.compute()
     assert found["reward"] == 0.5
     assert not [name for name in found if name.startswith(("pass", "maj", "avg", "density"))]
+
+
+def test_a_statistic_that_is_no_number_is_shown() -> None:
+    """Only a metric without data is omitted: an entropy of NaN is what a broken policy has."""
+    rewards = [FormatReward(style="hash")]
+    evaluation = Evaluation(EvaluationConfig(), rewards)
+    batch = tiny.batch([[3], [4]])._replace(references=[None, None])
+    sampled = rollout(["#### 7", "7"])
+    sampled = dataclasses.replace(sampled, entropy=sampled.entropy * math.nan)
+    evaluation.update(batch, sampled, judge_rollout(rewards, batch, sampled))
+    found = evaluation.compute()
+    assert [name for name, value in found.items() if math.isnan(value)] == ["entropy"]
+    assert "pass_at_1" not in found
 
 
 def test_truncated_rows_are_invalid_when_masked() -> None:

@@ -42,6 +42,14 @@ def test_by_hand() -> None:
     assert found.f.item() == pytest.approx(5 * 0.6 * 0.3 / (4 * 0.6 + 0.3))
 
 
+def test_a_token_that_is_not_a_number_gives_no_number() -> None:
+    """Not an F of 0, which would be taken for a reward."""
+    broken, one = torch.tensor([[[math.nan, 1.0]]]), torch.ones(1, 1, 2)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    for sides in ((broken, one), (one, broken)):
+        assert all(value.isnan().all() for value in embedding_density(sides[0], mask, sides[1], mask))
+
+
 def test_opposites_are_0_not_negative() -> None:
     one = torch.tensor([[[1.0, 2.0]]])
     mask = torch.ones(1, 1, dtype=torch.bool)

@@ -7,6 +7,7 @@ import pytest
 import reference
 import torch
 from torch import Tensor, nn
+from where import DEVICE
 
 from lightning_lambdapo.functional import chunked_logprobs, logprobs_from_logits
 from lightning_lambdapo.functional.logprobs import softmax_and_normaliser
@@ -16,12 +17,12 @@ M, H, V = 11, 6, 17
 
 def problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, nn.Linear]:
     generator = torch.Generator().manual_seed(3)
-    head = nn.Linear(H, V, dtype=dtype)
+    head = nn.Linear(H, V, dtype=dtype, device=DEVICE)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    hidden = torch.randn(M, H, generator=generator).to(dtype).requires_grad_()
-    return hidden, torch.randint(V, (M,), generator=generator), head
+    hidden = torch.randn(M, H, generator=generator).to(DEVICE, dtype).requires_grad_()
+    return hidden, torch.randint(V, (M,), generator=generator).to(DEVICE), head
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
@@ -35,7 +36,7 @@ def test_gradient_formed_ahead_is_that_of_dense_logits(chunk_size: int, temperat
         logits: Tensor = linear(part) * 0.7
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    upstream = torch.linspace(-1, 2, M, dtype=torch.float64)
+    upstream = torch.linspace(-1, 2, M, dtype=torch.float64, device=DEVICE)
     dense = logprobs_from_logits(head(hidden), targets, temperature=temperature)
     (expected,) = torch.autograd.grad((dense * upstream).sum(), hidden)
     found, entropy = chunked_logprobs(
@@ -47,7 +48,7 @@ def test_gradient_formed_ahead_is_that_of_dense_logits(chunk_size: int, temperat
     assert entropy is not None
     assert not entropy.requires_grad
     rows = [reference.entropy(row, temperature) for row in head(hidden).tolist()]
-    torch.testing.assert_close(entropy, torch.tensor(rows, dtype=torch.float64), atol=1e-12, rtol=0.0)
+    torch.testing.assert_close(entropy.cpu(), torch.tensor(rows, dtype=torch.float64), atol=1e-12, rtol=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,17 +1,20 @@
 """Prompts shared in packed rows, and every other switch of the learning pass: the gradient stays what it was."""
 
-from typing import Any
+from typing import Any, cast
+from weakref import WeakSet
 
 import pytest
 import tiny
 import torch
 from gradients import EVERYTHING, GROUP, MAX_NEW_TOKENS, TEMPERATURE, by_hand, learn, make, slow_gradient
 from torch import Tensor
+from where import DEVICE
 
 from lightning_lambdapo.config import AdapterConfig, AlgorithmConfig, PerformanceConfig, PolicyConfig
 from lightning_lambdapo.learning.learner import Learner
 from lightning_lambdapo.learning.packing import plan_micro_batches
 from lightning_lambdapo.learning.updates import plan_updates
+from lightning_lambdapo.policy import attention
 from lightning_lambdapo.policy.attention import PackedRow
 from lightning_lambdapo.policy.loading import load_policy
 from lightning_lambdapo.policy.model import Policy
@@ -56,10 +59,19 @@ def test_packed_micro_batches_hold_each_prompt_once(max_tokens: int) -> None:
     assert {1: 8, EVERYTHING: 1}.get(max_tokens, len(plan)) == len(plan)
 
 
+@pytest.mark.parametrize("as_on_cuda", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "phi3", "gpt2", "mistral"])
-def test_shared_prompts_and_padded_rows_have_one_gradient(architecture: str) -> None:
-    """Also under sliding windows of 6 tokens and soft-capped logits, with and without a KL term."""
+def test_shared_prompts_and_padded_rows_have_one_gradient(
+    monkeypatch: pytest.MonkeyPatch, architecture: str, as_on_cuda: bool
+) -> None:
+    """Also under sliding windows of 6 tokens and soft-capped logits, with and without a KL term.
+
+    As on CUDA: lengths are rounded up, and no mask is made where no window needs one.
+    """
     case = make(architecture=architecture)
+    if as_on_cuda:
+        monkeypatch.setattr(attention, "bucket", lambda _: 8)
+        monkeypatch.setattr(attention, "needs_mask", lambda *_: False)
     reference = tiny.model(architecture, seed=1, dtype=torch.float64)
     cases: list[dict[str, Any]] = [{}, {"reference": reference, "kl_coef": 0.3}]
     for settings in cases:
@@ -80,9 +92,9 @@ def adapted(path: Any, **settings: Any) -> Policy:
     performance = PerformanceConfig(
         **{name: settings.pop(name) for name in ("fused_lora", "onednn") if name in settings}
     )
-    policy = load_policy(PolicyConfig(str(path), **settings), AdapterConfig(r=4), performance=performance).train()
+    policy = load_policy(PolicyConfig(str(path), **settings), AdapterConfig(r=4), performance=performance)
     tiny.shake(policy, 0.1)
-    return policy
+    return cast(Policy, cast(Any, policy).to(DEVICE).train())
 
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.2])
@@ -145,6 +157,25 @@ def test_an_attention_that_cannot_branch_gets_padded_rows(monkeypatch: pytest.Mo
     assert not learner.scorer.share_prompts
     found, _ = learn(*case, share_prompts=False)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+def test_masks_die_with_their_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a micro-batch is learned from, no other one holds masks."""
+    rows: WeakSet[PackedRow] = WeakSet()
+    holding: list[int] = []
+    attend = PackedRow.attend
+
+    def observed(self: PackedRow, *arguments: Any) -> Tensor:
+        rows.add(self)
+        out = attend(self, *arguments)
+        holding.append(sum(bool(row._masks) for row in rows))
+        return out
+
+    case = make(architecture="mistral")
+    monkeypatch.setattr(PackedRow, "attend", observed)
+    learn(*case, max_tokens=25)
+    assert len(holding) > 6
+    assert max(holding) == 1
 
 
 def test_no_token_is_processed_twice_or_in_vain() -> None:

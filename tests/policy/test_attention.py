@@ -6,6 +6,7 @@ import tiny
 import torch
 from torch import Tensor
 
+from lightning_lambdapo.policy import attention, causal
 from lightning_lambdapo.policy.attention import Layer, PackedRow, UnsupportedAttentionError, branch_attention
 
 HEADS, KV_HEADS, SIZE = 4, 2, 6
@@ -74,6 +75,109 @@ def test_packed_row_is_attention_under_its_mask(
         for place in [*range(prompt), *(prompt + step for length in lengths for step in range(length))]
     ]
     assert row.position_ids.tolist() == [positions]
+
+
+def states_of(total: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Query, key and value of a row."""
+    return [
+        torch.randn(1, heads, total, SIZE, dtype=dtype, requires_grad=True) for heads in (HEADS, KV_HEADS, KV_HEADS)
+    ]
+
+
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("window", [None, 6, 100])
+@pytest.mark.parametrize(("mask", "grouped"), [(True, True), (False, True), (False, False), (True, False)])
+@pytest.mark.parametrize("multiple", [1, 4, 8])
+def test_every_kernel_and_rounded_shapes_give_the_same(
+    monkeypatch: pytest.MonkeyPatch, multiple: int, mask: bool, grouped: bool, window: int | None, softcap: float | None
+) -> None:
+    """What CUDA would take, forced on this device: no mask, repeated heads, lengths rounded up."""
+    needs_mask, sizes = causal.needs_mask, []
+    monkeypatch.setattr(attention, "needs_mask", needs_mask if mask else lambda *_: False)
+    monkeypatch.setattr(causal, "takes_grouped_heads", lambda *_: grouped)
+    attend = attention._attend
+
+    def observed(query: Tensor, key: Tensor, *arguments: Any) -> Tensor:
+        sizes.extend([query.shape[1], key.shape[1]])
+        return attend(query, key, *arguments)
+
+    monkeypatch.setattr(attention, "_attend", observed)
+    torch.manual_seed(1)
+    prompts, completions = [5, 8, 7], [[3, 6, 1], [4, 4], []]
+    states = states_of(sum(prompts) + sum(map(sum, completions)))
+    row = PackedRow(prompts, completions, torch.device("cpu"), multiple)
+    found = row.attend(states[0], states[1], states[2], Layer(0, 0.4, window, softcap))
+    visible = visibility(prompts, completions, window)
+    expected = dense(states[0], states[1], states[2], visible, scaling=0.4, softcap=softcap)
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-12)
+    upstream = torch.randn_like(expected)
+    for one, other in zip(
+        torch.autograd.grad((found[0] * upstream).sum(), states),
+        torch.autograd.grad((expected * upstream).sum(), states),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    assert not any(size % multiple for size in sizes)
+    kept = len(row._masks)
+    assert kept == 0 if not mask and window in (None, 100) and softcap is None else kept > 0
+    row.release()
+    assert not row._masks
+
+
+def test_prompts_need_no_mask_anywhere() -> None:
+    row = PackedRow([5, 2], [[], []], torch.device("cpu"))
+    query, key, value = states_of(7)
+    row.attend(query, key, value, Layer(0, 1.0, window=5))
+    assert not row._masks
+    row.attend(query, key, value, Layer(0, 1.0, window=4))
+    assert list(row._masks) == [(0, 5, 4, torch.float64)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "keys", "mask"),
+    [("cpu", 3, 3, False), ("cpu", 3, 5, True), ("cuda", 3, 5, False), ("cuda", 3, 3, False), ("mps", 3, 5, True)],
+)
+def test_where_a_mask_is_needed(kind: str, length: int, keys: int, mask: bool) -> None:
+    assert causal.needs_mask(torch.device(kind), length, keys) == mask
+    assert causal.bucket(torch.device(kind)) == (64 if kind == "cuda" else 1)
+
+
+def test_an_amd_device_gets_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert causal.needs_mask(torch.device("cuda"), 3, 5)
+    assert not causal.needs_mask(torch.device("cuda"), 5, 5)
+
+
+def test_the_kernels_triangle_is_our_mask() -> None:
+    """Position ``past + j`` sees the keys up to itself: exactly the lower right triangle."""
+    for past, length in ((0, 4), (1, 1), (7, 3), (3, 7)):
+        query, value = torch.zeros(1, 1, length, 2), torch.eye(past + length)[None, None]
+        key = torch.zeros(1, 1, past + length, 2)
+        weights = causal.causal_attention(query, key, value, None, 1.0)[0, 0]
+        expected = torch.ones(length, past + length).tril(past)
+        torch.testing.assert_close(weights, expected / expected.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("maskless", [True, False])
+@pytest.mark.parametrize("kind", ["bfloat16", "autocast"])
+def test_bfloat16(monkeypatch: pytest.MonkeyPatch, kind: str, maskless: bool) -> None:
+    """Also where norms of queries and keys, but not of values, leave float32 under autocast."""
+    if maskless:
+        monkeypatch.setattr(attention, "needs_mask", lambda *_: False)
+    torch.manual_seed(2)
+    prompts, completions = [9, 4], [[3, 6], [2, 2, 5]]
+    states = states_of(sum(prompts) + sum(map(sum, completions)), torch.bfloat16)
+    row = PackedRow(prompts, completions, torch.device("cpu"), 4)
+    exact = [each.detach().double() for each in states]
+    visible = visibility(prompts, completions, None)
+    expected = dense(exact[0], exact[1], exact[2], visible, scaling=0.4, softcap=None)
+    query, key = (each.float() if kind == "autocast" else each for each in states[:2])
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        found = row.attend(query, key, states[2], Layer(0, 0.4))
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found[0].double(), expected, rtol=0, atol=0.02)
+    found.float().square().sum().backward()
+    assert all(each.grad is not None and each.grad.isfinite().all() for each in states)
 
 
 def test_the_models_own_attention_comes_back() -> None:

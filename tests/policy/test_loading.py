@@ -142,7 +142,9 @@ def test_exports_load_with_from_pretrained_and_reproduce_the_logits(base: str, t
     with torch.no_grad():
         next(full.parameters()).add_(0.1)
     save_policy(full, load_tokenizer(PolicyConfig(base)), tmp_path / "full")
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "full")), logits(full))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
+    assert all(torch.equal(value, full.state_dict()[name]) for name, value in loaded.state_dict().items())
+    torch.testing.assert_close(logits(loaded), logits(full), rtol=1e-5, atol=1e-5)  # other kernels
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4"])
@@ -199,7 +201,7 @@ def test_gradient_checkpointing_changes_no_gradient(base: str) -> None:
         policy = load_policy(PolicyConfig(base, gradient_checkpointing=flag), AdapterConfig(r=4))
         tiny.randomise(policy)
         policy.train()
-        assert causal_lm(policy).is_activation_checkpointing == flag
+        assert any(getattr(layer, "gradient_checkpointing", False) for layer in policy.modules()) == flag
         policy(IDS).logits.square().mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
     torch.testing.assert_close(gradients[0], gradients[1])

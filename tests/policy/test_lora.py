@@ -43,6 +43,48 @@ def test_fused_adapter_is_pefts_own(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-12, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [
+        (torch.bfloat16, None),
+        (torch.float16, None),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float16),
+    ],
+)
+def test_fused_adapter_in_16_bits(
+    dtype: torch.dtype, autocast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A float32 adapter over 16-bit activations: as near to float64 as peft's own layer, and float32 gradients."""
+    eps = torch.finfo(autocast or dtype).eps
+    ratios = []
+    for seed in range(6):
+        settings = LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM")
+        plain = get_peft_model(tiny.model(seed=seed, dtype=dtype), settings).train()
+        tiny.shake(plain, 0.3)
+        exact = copy.deepcopy(plain).double()
+        fused = copy.deepcopy(plain)
+        fast_linears(fused, onednn=False)
+        with monkeypatch.context() as patch:
+            calls = fused_calls(fused, patch)
+            logits, gradients = logits_and_gradients(exact)
+            with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None, cache_enabled=False):
+                peft, ours = logits_and_gradients(plain), logits_and_gradients(fused)
+        assert len(calls) == 14
+        errors = []
+        for found, all_found in (peft, ours):
+            assert all_found.keys() == gradients.keys()
+            assert all(gradient.dtype == torch.float32 for gradient in all_found.values())
+            pairs = [(found, logits), *((all_found[name], gradients[name]) for name in gradients)]
+            relative = [float((one.double() - other).norm() / other.norm()) for one, other in pairs]
+            assert max(relative) < 30 * eps
+            errors.append(sum(relative) / len(relative))
+        ratios.append(errors[1] / errors[0])
+    # Outside of autocast peft computes the adapter in float32.
+    assert sum(ratios) / len(ratios) < (1.2 if autocast else 1.6)
+
+
 @pytest.mark.parametrize("options", [{"lora_dropout": 0.5}, {"use_dora": True}])
 def test_other_adapters_take_pefts_way(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     plain = tiny.adapted(dtype=torch.float32, **options).train()

@@ -176,7 +176,7 @@ def test_the_metrics_beside_it_stay_lexical(base: str) -> None:
 def test_shards_are_refused_before_anything_is_loaded(base: str, tmp_path: Path) -> None:
     model = module(base, rewards=[density()])
     with pytest.raises(
-        ValueError, match=r"'semantic_density' wants.*ModelParallelStrategy.*set the reward's `encoder`"
+        ValueError, match=r"'semantic_density' needs.*ModelParallelStrategy.*Set the reward's `encoder`"
     ):
         trainer(tmp_path, **runs.strategy("fsdp")).fit(model, Rows(batch_size=4))
     assert not hasattr(model, "policy")

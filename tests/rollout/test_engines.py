@@ -1,33 +1,25 @@
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from decoding import ARCHITECTURES, SWITCHES, streams
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from lightning_lambdapo.config import RolloutConfig, SamplingConfig
+from lightning_lambdapo.config import PerformanceConfig, RolloutConfig, SamplingConfig
 from lightning_lambdapo.datatypes import PromptBatch, Rollout
 from lightning_lambdapo.learning.packing import plan_micro_batches
 from lightning_lambdapo.learning.scoring import CompletionScorer
-from lightning_lambdapo.policy.lora import merged_adapter
-from lightning_lambdapo.rollout import GroupedEngine, HFEngine, RolloutEngine
+from lightning_lambdapo.policy.decoding import decoding_weights
+from lightning_lambdapo.rollout import GroupedEngine, HFEngine, RolloutEngine, sampling
 from lightning_lambdapo.rollout.kv_store import GroupStore
 from lightning_lambdapo.rollout.sampling import row_uniforms
 
-ARCHITECTURES = ["llama", "qwen3", "gemma3", "phi3", "gpt2", "mistral"]
 GREEDY = SamplingConfig(temperature=0.0)
-
-
-def streams(batch: PromptBatch, group_size: int, length: int, **key: int) -> Tensor:
-    settings = {"seed": 0, "step": 0} | key
-    ids = batch.prompt_ids.tolist()
-    return row_uniforms(
-        stage="train", prompt_ids=ids, occurrences=[0] * len(ids), num_samples=group_size, length=length, **settings
-    )
 
 
 def run(
@@ -108,11 +100,12 @@ def test_streams_are_keyed_by_everything_but_the_batch() -> None:
     assert torch.equal(other[2:], base)
 
 
-def test_streams_never_hold_a_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch draws from [0, 1); at 0 a first token of probability zero would be drawn."""
-    monkeypatch.setattr(torch, "rand", lambda *_, out, **__: out.zero_())
+@pytest.mark.parametrize(("bits", "uniform"), [(0, 1.0), (2**64 - 1, 2.0**-53)])
+def test_streams_never_hold_a_zero(monkeypatch: pytest.MonkeyPatch, bits: int, uniform: float) -> None:
+    """At 0 a first token of probability zero would be drawn."""
+    monkeypatch.setattr(sampling, "random_bits", lambda count, *_: np.full(count, bits, dtype=np.uint64))
     key = {"seed": 1, "stage": "train", "step": 2, "prompt_ids": [7], "occurrences": [0], "num_samples": 2, "length": 5}
-    assert (row_uniforms(**key) == 1.0).all()  # type: ignore[arg-type]
+    assert (row_uniforms(**key) == uniform).all()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("engine", [GroupedEngine, HFEngine])
@@ -210,16 +203,6 @@ def test_the_models_generation_config_has_no_say() -> None:
 def test_bad_rollout_settings(settings: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RolloutConfig(**settings)  # type: ignore[arg-type]
-
-
-SWITCHES: dict[str, dict[str, Any]] = {
-    "all on": {},
-    "prompts not shared": {"share_prompts_in_rollouts": False},
-    "ended rows stay": {"compaction": False},
-    "one group at a time": {"max_live_tokens": 1},
-    "admission as rows end": {"max_live_tokens": 260},
-    "admission, ended rows stay": {"max_live_tokens": 260, "compaction": False},
-}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -326,7 +309,7 @@ def test_the_probe_sees_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(GroupStore, "attend", wrong)
     batch = tiny.batch(tiny.ragged_prompts(3))
-    with pytest.warns(UserWarning, match="log-probabilities would be off by"):
+    with pytest.warns(UserWarning, match="log-probabilities differ by"):
         found = run(GroupedEngine, model, batch)
     assert completions(found) == completions(run(HFEngine, model, batch))
 
@@ -354,42 +337,10 @@ def test_merging_changes_no_token_and_no_weight(options: dict[str, Any]) -> None
     assert torch.equal(merged.completion_ids, apart.completion_ids)
     with policy.disable_adapter():
         assert not torch.equal(run(GroupedEngine, model, batch).completion_ids, apart.completion_ids)
-    with merged_adapter(model, True):
+    with decoding_weights(model, PerformanceConfig(merge_adapter=True)):
         layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
         assert all(layer.merged for layer in layers)
     for name, parameter in model.named_parameters():
         assert parameter is before[name][0]
         assert torch.equal(parameter, before[name][1])
     assert not any(layer.merged for layer in layers)
-
-
-def test_what_is_not_merged() -> None:
-    def count(policy: PeftModel, wanted: bool | None) -> int:
-        with merged_adapter(policy, wanted):
-            return sum(layer.merged for layer in policy.modules() if isinstance(layer, LoraLinear))
-
-    assert count(tiny.adapted(dtype=torch.float32, scale=1.0), None) == 14  # on the CPU
-    assert count(tiny.adapted(dtype=torch.float32, scale=1.0), True) == 14
-    assert count(tiny.adapted(dtype=torch.float32, scale=1.0), False) == 0
-    assert count(tiny.adapted(dtype=torch.bfloat16, scale=1.0), True) == 0
-    assert count(tiny.adapted(dtype=torch.float32, scale=1.0, use_dora=True), True) == 0
-    policy = tiny.adapted(dtype=torch.float32, scale=1.0)
-    with policy.disable_adapter():
-        assert count(policy, True) == 0
-    with pytest.raises(RuntimeError, match="midway"), merged_adapter(policy, True):
-        raise RuntimeError("midway")
-    assert not any(layer.merged for layer in policy.modules() if isinstance(layer, LoraLinear))
-
-
-def test_gpt2_adapters_are_merged_the_right_way_round() -> None:
-    settings = LoraConfig(r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM")
-    policy = cast(PeftModel, get_peft_model(tiny.model("gpt2", dtype=torch.float64), settings)).eval()
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            if "lora_B" in name:
-                parameter.fill_(0.3)
-    ids = torch.tensor([[3, 4, 5, 6]])
-    expected = policy(ids).logits
-    with merged_adapter(policy, True):
-        assert any(layer.merged for layer in policy.modules() if isinstance(layer, LoraLinear))
-        torch.testing.assert_close(policy(ids).logits, expected, rtol=0, atol=1e-10)
