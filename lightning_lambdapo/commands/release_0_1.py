@@ -26,9 +26,8 @@ def upgraded_arguments(args: Sequence[str]) -> list[str]:
     while waiting:
         option, equals, value = waiting.pop(0).partition("=")
         if not equals and waiting and (option in _CONFIG or option.startswith("--model")):
-            value = waiting.pop(0)
-            new, *more = _upgraded_option(option, value)
-            found += [*new, *more] if isinstance(new, tuple) else [new]
+            given, *more = _upgraded_option(option, waiting.pop(0))
+            found += [*given, *more]
         elif equals:
             (name, content), *more = _upgraded_option(option, value)
             found += [f"{name}={content}", *more]

@@ -139,7 +139,8 @@ class Learner:
                 scored = self.scorer(micro_batch)
                 micro_batch.release()
                 logprobs[micro_batch.rows, : scored.shape[1]] = scored.to(logprobs)
-                _tally_drift(tally, micro_batch, rollout, scored)
+                sampled = rollout.sampling_logprobs[micro_batch.rows, : scored.shape[1]]
+                _tally_drift(tally, sampled, scored, micro_batch.completion_mask)
 
         with evaluating(self.policy), self.scorer.attention():
             for update in updates:
@@ -242,9 +243,9 @@ class Learner:
         algorithm, rows, mask = self.algorithm, micro_batch.rows, micro_batch.completion_mask
         ref_logprobs = self.ref_logprobs(micro_batch) if algorithm.needs_reference else None
         logprobs = self.scorer(micro_batch)
-        if update.old_logprobs is None:
-            _tally_drift(tally, micro_batch, update.rollout, logprobs.detach())
         sampled = update.rollout.sampling_logprobs[rows, : mask.shape[1]]
+        if update.old_logprobs is None:
+            _tally_drift(tally, sampled, logprobs.detach(), mask)
         output = policy_loss(
             logprobs,
             logprobs.detach() if update.old_logprobs is None else update.old_logprobs[rows, : mask.shape[1]],
@@ -276,10 +277,8 @@ class Learner:
         return output.loss
 
 
-def _tally_drift(tally: Tally, micro_batch: MicroBatch, rollout: Rollout, logprobs: Tensor) -> None:
+def _tally_drift(tally: Tally, sampled: Tensor, logprobs: Tensor, mask: Tensor) -> None:
     """Tally how far log-probabilities differ from those at sampling, by batch shapes, kernels or precision."""
-    mask = micro_batch.completion_mask
-    sampled = rollout.sampling_logprobs[micro_batch.rows, : mask.shape[1]]
     drift = (sampled.to(logprobs) - logprobs)[mask].abs()
     tally.mean("sampling_drift", drift)
     tally.maximum("sampling_drift_max", drift)
