@@ -76,7 +76,7 @@ def test_normaliser_is_exact_where_probabilities_vanish() -> None:
 @pytest.mark.parametrize("chunk_size", [1, 4, 11, 1024])
 def test_chunked_equals_dense_and_loops(chunk_size: int, temperature: float) -> None:
     hidden, targets, head = problem()
-    upstream = torch.linspace(-1, 2, M, dtype=torch.float64)
+    upstream = torch.linspace(-1, 2, M, dtype=torch.float64, device=DEVICE)
     leaves = [hidden, *head.parameters()]
 
     dense = logprobs_from_logits(head(hidden), targets, temperature=temperature)
@@ -89,7 +89,7 @@ def test_chunked_equals_dense_and_loops(chunk_size: int, temperature: float) -> 
     expected = [
         reference.log_softmax(row, temperature)[target] for row, target in zip(rows, targets.tolist(), strict=True)
     ]
-    torch.testing.assert_close(dense, torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0.0)
+    torch.testing.assert_close(dense.cpu(), torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0.0)
     torch.testing.assert_close(found, dense, atol=1e-12, rtol=0.0)
     for gradient, dense_gradient in zip(gradients, dense_gradients, strict=True):
         torch.testing.assert_close(gradient, dense_gradient, atol=1e-12, rtol=0.0)
@@ -116,7 +116,7 @@ def test_entropy_equals_the_loops_and_has_no_gradient(temperature: float, chunk_
     assert logprobs.requires_grad
     assert not entropy.requires_grad
     expected = [reference.entropy(row, temperature) for row in head(hidden).tolist()]
-    torch.testing.assert_close(entropy, torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0.0)
+    torch.testing.assert_close(entropy.cpu(), torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0.0)
     torch.testing.assert_close(logprobs, chunked_logprobs(hidden, targets, head, temperature=temperature)[0])
 
 
@@ -170,7 +170,7 @@ def test_no_more_than_one_chunk_of_logits_is_kept(entropy: bool) -> None:
 def test_no_position_keeps_the_graph(entropy: bool, recompute: bool) -> None:
     hidden, _, head = problem()
     logprobs, entropies = chunked_logprobs(
-        hidden[:0], torch.zeros(0, dtype=torch.long), head, entropy=entropy, recompute=recompute
+        hidden[:0], torch.zeros(0, dtype=torch.long, device=DEVICE), head, entropy=entropy, recompute=recompute
     )
     assert logprobs.shape == (0,)
     assert (entropies is not None) == entropy
@@ -188,7 +188,7 @@ def test_half_logits_are_raised_before_the_softmax(dtype: torch.dtype) -> None:
     assert found.dtype == entropy.dtype == torch.float32
     rows = head(hidden).double().tolist()
     expected = [reference.log_softmax(row, 0.7)[target] for row, target in zip(rows, targets.tolist(), strict=True)]
-    torch.testing.assert_close(found, torch.tensor(expected), atol=2e-5, rtol=0.0)
+    torch.testing.assert_close(found.cpu(), torch.tensor(expected), atol=2e-5, rtol=0.0)
     found.sum().backward()
     assert hidden.grad is not None
     assert hidden.grad.dtype == dtype

@@ -5,6 +5,7 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
+from where import DEVICE
 
 from lightning_lambdapo.policy import attention, causal
 from lightning_lambdapo.policy.attention import Layer, PackedRow, UnsupportedAttentionError, branch_attention
@@ -189,7 +190,7 @@ def test_the_models_own_attention_comes_back() -> None:
     with pytest.raises(RuntimeError, match="on the way"), branch_attention(model):
         raise RuntimeError("on the way")
     assert model.config._attn_implementation == before
-    ids = torch.arange(6)[None]
+    ids = torch.arange(6, device=DEVICE)[None]
     assert math.isfinite(model(ids).logits.sum().item())
 
 
@@ -208,6 +209,6 @@ def test_attention_with_more_to_it_is_refused(attribute: str, value: Any, messag
     for module in model.modules():
         if type(module).__name__ == "LlamaAttention":
             setattr(module, attribute, value)
-    row = PackedRow([4], [[]], torch.device("cpu"))
+    row = PackedRow([4], [[]], DEVICE)
     with pytest.raises(UnsupportedAttentionError, match=message), branch_attention(model):
-        model(torch.arange(4)[None], position_ids=row.position_ids, use_cache=False, branches=row)
+        model(torch.arange(4, device=DEVICE)[None], position_ids=row.position_ids, use_cache=False, branches=row)

@@ -100,7 +100,7 @@ def test_what_is_not_finite_leaves_with_its_row(monkeypatch: pytest.MonkeyPatch,
     """A masked key is multiplied by 0, so a slot must be cleared before the next row or prompt comes in."""
     monkeypatch.setattr(store_module, "_BLOCK", 4)
     store, layer = made(rows=4, group_size=2, prompt_width=3), Layer(0, 1.0)
-    factors = torch.ones(2)
+    factors = torch.ones(2, device=DEVICE)
     factors[ended] = poison  # a prompt, and both of its rows
     for seed, factor in enumerate(factors):
         query, key, value = states(1, 3, seed=seed)
