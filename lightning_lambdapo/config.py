@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
 import torch
 
+from lightning_lambdapo.engines import VLLMConfig, VLLMServerConfig, check_engine
 from lightning_lambdapo.functional.advantages import Reduction, Scale, Score, Temperature, Weighting, check_weighting
 from lightning_lambdapo.functional.importance import CorrectionLevel, check_cap
 from lightning_lambdapo.functional.losses import Aggregation, KLEstimator, Level, check_clipping
@@ -17,6 +18,7 @@ from lightning_lambdapo.functional.masking import check_choice
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+Engine = Literal["grouped", "hf", "vllm", "vllm_server"]
 Estimator = Literal["lambda", "grpo", "dr_grpo", "rloo"]
 ImportanceCorrection = Literal["auto", "none", "truncate", "mask"]
 T = TypeVar("T")
@@ -148,8 +150,9 @@ class RolloutConfig:
     """How completions are generated for training.
 
     Attributes:
-        engine: ``"grouped"`` (prompts stored once, finished rows dropped) or ``"hf"`` (transformers' ``generate``).
-            ``"grouped"`` falls back to ``"hf"`` for architectures that it cannot decode.
+        engine: ``"grouped"`` (prompts stored once, finished rows dropped), ``"hf"`` (transformers' ``generate``),
+            ``"vllm"`` (vLLM in this process) or ``"vllm_server"`` (vLLM servers). ``"grouped"`` falls back to ``"hf"``
+            for architectures that it cannot decode.
         group_size: rollouts per prompt, G. At least 2.
         max_new_tokens: longest completion, in tokens.
         sampling: how tokens are drawn.
@@ -158,16 +161,22 @@ class RolloutConfig:
             prompts wait for the next epoch. 0 switches it off. Each rank has its own reserve.
         max_live_tokens: tokens whose keys and values the grouped engine may store at once. Each row counts with its
             longest possible completion. Further prompts start as rows end. None decodes all prompts together.
+        vllm: settings of ``engine: vllm``.
+        servers: settings of ``engine: vllm_server``.
     """
 
-    engine: Literal["grouped", "hf"] = "grouped"
+    engine: Engine = "grouped"
     group_size: int = 8
     max_new_tokens: int = 256
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reserve_prompts: int = 0
     max_live_tokens: int | None = None
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
+    servers: VLLMServerConfig = field(default_factory=VLLMServerConfig)
 
     def __post_init__(self) -> None:
+        check_choice("rollout.engine", self.engine, get_args(Engine))
+        check_engine(self.engine, self.servers, filters=self.sampling.filters, max_live_tokens=self.max_live_tokens)
         if self.group_size < 2:
             raise ValueError(
                 f"`group_size` must be at least 2, got {self.group_size}; a pairwise advantage needs a peer."

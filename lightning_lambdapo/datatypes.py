@@ -64,7 +64,8 @@ class Rollout:
         completion_mask: ``(N, T)`` bool, True from the first token through the first end-of-sequence token.
         sampling_logprobs: ``(N, T)`` float, log-probability of each sampled token, ``log_softmax(logits /
             temperature)`` before top-k, top-p, min-p and repetition penalty. 0 where masked out.
-        entropy: ``(N, T)`` float, entropy in nats of the same distribution. 0 where masked out.
+        entropy: ``(N, T)`` float, entropy in nats of the same distribution. 0 where masked out. None if the engine does
+            not compute it.
         truncated: ``(N,)`` bool, True where no end-of-sequence token came before ``max_new_tokens``.
         texts: ``N`` completions, decoded without special tokens.
     """
@@ -72,7 +73,7 @@ class Rollout:
     completion_ids: Tensor
     completion_mask: Tensor
     sampling_logprobs: Tensor
-    entropy: Tensor
+    entropy: Tensor | None
     truncated: Tensor
     texts: list[str]
 
@@ -89,14 +90,17 @@ class Rollout:
     def select(self, rows: Sequence[int]) -> "Rollout":
         """These rows, in this order."""
         index = list(rows)
-        tensors = {name: getattr(self, name)[index] for name in _ROLLOUT_TENSORS}
+        values = {name: getattr(self, name) for name in _ROLLOUT_TENSORS}
+        tensors: dict[str, Any] = {name: None if value is None else value[index] for name, value in values.items()}
         return Rollout(**tensors, texts=[self.texts[row] for row in rows])
 
     def join(self, other: "Rollout") -> "Rollout":
         """These rows, followed by the other's. The shorter ones are padded with token 0, which is masked out."""
         width = max(self.completion_ids.shape[1], other.completion_ids.shape[1])
-        tensors = {
-            name: torch.cat([_widen(getattr(part, name), width) for part in (self, other)]) for name in _ROLLOUT_TENSORS
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in _ROLLOUT_TENSORS}
+        tensors: dict[str, Any] = {
+            name: None if any(part is None for part in pair) else torch.cat([_widen(part, width) for part in pair])
+            for name, pair in pairs.items()
         }
         return Rollout(**tensors, texts=[*self.texts, *other.texts])
 

@@ -39,13 +39,14 @@ from lightning_lambdapo.functional import group_advantages, lambda_advantages, s
 from lightning_lambdapo.learning.learner import Learner
 from lightning_lambdapo.learning.optimizer import PolicyOptimizer
 from lightning_lambdapo.learning.training_log import TrainingLog
-from lightning_lambdapo.policy.loading import eos_token_ids, load_policy, load_tokenizer
+from lightning_lambdapo.policy.loading import load_policy, load_tokenizer
 from lightning_lambdapo.policy.model import Policy, causal_lm, with_causal_lm
 from lightning_lambdapo.policy.reference import answering_as_reference, frozen_reference
 from lightning_lambdapo.rewards import AccuracyReward, as_rewards
 from lightning_lambdapo.rewards.base import RewardLike
 from lightning_lambdapo.rewards.encoder import prepare_encoders
-from lightning_lambdapo.rollout import GroupedEngine, HFEngine, RolloutEngine
+from lightning_lambdapo.rollout import RolloutEngine
+from lightning_lambdapo.rollout.build import build_engine
 from lightning_lambdapo.rollout.sampler import RolloutSampler
 
 
@@ -162,11 +163,7 @@ class LambdaPOModule(LightningModule):
 
     def build_engine(self, model: PreTrainedModel) -> RolloutEngine:
         """Hook: build the engine that generates the rollouts. Called once, when a run starts."""
-        eos_ids = eos_token_ids(model, self.tokenizer)
-        pad_id = self.tokenizer.pad_token_id
-        arguments = self.tokenizer, eos_ids, eos_ids[0] if pad_id is None else pad_id
-        grouped = self.rollout_config.engine == "grouped"
-        return GroupedEngine(*arguments, self.rollout_config, self.performance) if grouped else HFEngine(*arguments)
+        return build_engine(model, self.tokenizer, self.policy_config, self.rollout_config, self.performance)
 
     # -- one training step ----------------------------------------------------------------------------------------
 
@@ -353,9 +350,11 @@ class LambdaPOModule(LightningModule):
         self.interrupts.stop_together()
 
     def teardown(self, stage: str) -> None:
-        """Stop the rewards' workers."""
+        """Stop the rewards' workers and the engine."""
         for reward in self.rewards:
             reward.close()
+        if hasattr(self, "engine"):
+            self.engine.close()
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 

@@ -69,7 +69,7 @@ def gathered(outer: nn.Module) -> Iterator[None]:
         yield
 
 
-def as_forward(model: nn.Module, method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def as_forward(model: nn.Module, method: Callable[..., Any]) -> Callable[..., Any]:
     """Call ``method`` of the wrapped model through the wrapper's forward, which gathers the weights."""
 
     def redirected(*arguments: Any) -> Tensor:

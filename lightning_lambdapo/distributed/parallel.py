@@ -203,10 +203,10 @@ def has_shards(model: nn.Module) -> bool:
     return fsdp1.wrapper(model) is not model or any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def as_forward(model: nn.Module, name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def as_forward(model: nn.Module, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Bind ``function`` to ``model`` as method ``name`` that gathers sharded weights as its forward does."""
     setattr(model, name, function.__get__(model))
-    method: Callable[..., Tensor] = getattr(model, name)
+    method: Callable[..., Any] = getattr(model, name)
     if fsdp1.wrapper(model) is not model:
         return fsdp1.as_forward(model, method)
     if isinstance(model, FSDPModule):
@@ -234,4 +234,5 @@ def _object_group() -> Any:
 
 
 def _is_distributed() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
+    """A group of one process, which vLLM makes, has nothing to exchange."""
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

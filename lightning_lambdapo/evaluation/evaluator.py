@@ -24,7 +24,7 @@ PROGRESS_BAR = ("reward", "accuracy", "density_f")
 
 
 def tally_rollout(tally: Tally, rollout: Rollout, rewards: RewardOutcome) -> None:
-    """Tally what both training and evaluation log: rewards over applicable rows, lengths, entropy."""
+    """Tally what both training and evaluation log: rewards over applicable rows, lengths, entropy if it is known."""
     tally.mean_and_std("reward", rewards.total[rewards.valid])
     for name, part in rewards.parts.items():
         tally.mean_and_std(f"reward/{name}", part[~part.isnan()])
@@ -32,7 +32,8 @@ def tally_rollout(tally: Tally, rollout: Rollout, rewards: RewardOutcome) -> Non
     tally.maximum("completion_length_max", rollout.lengths)
     tally.mean("truncated", rollout.truncated)
     tally.mean("valid", rewards.valid)
-    tally.mean("entropy", rollout.entropy[rollout.completion_mask])
+    if rollout.entropy is not None:
+        tally.mean("entropy", rollout.entropy[rollout.completion_mask])
 
 
 def prompt_outcomes(

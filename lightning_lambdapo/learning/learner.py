@@ -136,8 +136,10 @@ class Learner:
             for _ in range(idle):
                 self.scorer(self._idle_micro_batch())
             for micro_batch in micro_batches:
-                scored = self.scorer(micro_batch)
+                scored, entropy = self.scorer.with_entropy(micro_batch, wanted=rollout.entropy is None)
                 micro_batch.release()
+                if entropy is not None:
+                    tally.mean("entropy", entropy)
                 logprobs[micro_batch.rows, : scored.shape[1]] = scored.to(logprobs)
                 sampled = rollout.sampling_logprobs[micro_batch.rows, : scored.shape[1]]
                 _tally_drift(tally, sampled, scored, micro_batch.completion_mask)
@@ -242,10 +244,13 @@ class Learner:
     def _loss(self, update: Update, micro_batch: MicroBatch, tally: Tally) -> Tensor:
         algorithm, rows, mask = self.algorithm, micro_batch.rows, micro_batch.completion_mask
         ref_logprobs = self.ref_logprobs(micro_batch) if algorithm.needs_reference else None
-        logprobs = self.scorer(micro_batch)
+        on_policy = update.old_logprobs is None
+        logprobs, entropy = self.scorer.with_entropy(micro_batch, wanted=on_policy and update.rollout.entropy is None)
         sampled = update.rollout.sampling_logprobs[rows, : mask.shape[1]]
-        if update.old_logprobs is None:
+        if on_policy:
             _tally_drift(tally, sampled, logprobs.detach(), mask)
+        if entropy is not None:
+            tally.mean("entropy", entropy)
         output = policy_loss(
             logprobs,
             logprobs.detach() if update.old_logprobs is None else update.old_logprobs[rows, : mask.shape[1]],

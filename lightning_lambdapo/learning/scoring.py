@@ -13,6 +13,8 @@ from lightning_lambdapo.datatypes import PromptBatch, Rollout
 from lightning_lambdapo.distributed.fsdp1 import wrapper
 from lightning_lambdapo.distributed.parallel import as_forward
 from lightning_lambdapo.functional import chunked_logprobs, logprobs_from_logits
+from lightning_lambdapo.functional.logprobs import entropy_from_softmax, softmax_and_normaliser
+from lightning_lambdapo.functional.masking import at_least_float32
 from lightning_lambdapo.learning.packing import MicroBatch
 from lightning_lambdapo.policy.attention import branch_attention
 from lightning_lambdapo.policy.model import evaluating
@@ -64,27 +66,41 @@ class CompletionScorer:
 
     def __call__(self, micro_batch: MicroBatch) -> Tensor:
         """Log-probabilities ``(n, T')`` of the completion tokens. 0 where masked out."""
-        logprobs = self._flat(micro_batch)
-        return logprobs.new_zeros(micro_batch.completion_mask.shape).masked_scatter(
-            micro_batch.completion_mask, logprobs
-        )
+        return self.with_entropy(micro_batch, wanted=False)[0]
+
+    def with_entropy(self, micro_batch: MicroBatch, *, wanted: bool = True) -> tuple[Tensor, Tensor | None]:
+        """The same, and the entropies ``(M,)`` in nats of the ``M`` tokens' distributions, without gradient."""
+        logprobs, entropy = self._flat(micro_batch, entropy=wanted)
+        mask = micro_batch.completion_mask
+        return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs), entropy
 
     def attention(self) -> AbstractContextManager[None]:
         """The attention of packed micro-batches, for a backward pass that may run the model again."""
         return branch_attention(self.model) if self.share_prompts else nullcontext()
 
-    def _flat(self, micro_batch: MicroBatch) -> Tensor:
+    def _flat(self, micro_batch: MicroBatch, *, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
         with branch_attention(self.model) if micro_batch.branches is not None else nullcontext():
             if self._splits:
-                return self._chunked(micro_batch, self.temperature, self.chunk_size, self.recompute_logits)
-            return self._from_own_logits(micro_batch)
+                return self._in_chunks(micro_batch, entropy=entropy)
+            return self._from_own_logits(micro_batch, entropy=entropy)
 
-    def _from_own_logits(self, micro_batch: MicroBatch) -> Tensor:
+    def _in_chunks(self, micro_batch: MicroBatch, *, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+        found: tuple[Tensor, Tensor | None] = self._chunked(
+            micro_batch, self.temperature, self.chunk_size, self.recompute_logits, entropy
+        )
+        return found
+
+    def _from_own_logits(self, micro_batch: MicroBatch, *, entropy: bool) -> tuple[Tensor, Tensor | None]:
         width = micro_batch.input_ids.shape[1]
         first = int(micro_batch.predictors.remainder(width).min())
         logits = wrapper(self.model)(**_inputs(micro_batch), logits_to_keep=width - first).logits
         row, column = micro_batch.predictors // width, micro_batch.predictors.remainder(width)
-        return logprobs_from_logits(logits[row, column - first], micro_batch.targets, temperature=self.temperature)
+        chosen = logits[row, column - first]
+        logprobs = logprobs_from_logits(chosen, micro_batch.targets, temperature=self.temperature)
+        if not entropy:
+            return logprobs, None
+        scaled = at_least_float32(chosen.detach()) / self.temperature
+        return logprobs, entropy_from_softmax(scaled, *softmax_and_normaliser(scaled))
 
     @torch.no_grad()
     def _probe_own(self) -> tuple[PromptBatch, Rollout, OwnLogprobs]:
@@ -111,9 +127,7 @@ class CompletionScorer:
     @torch.no_grad()
     def _probe_head(self, batch: PromptBatch, rollout: Rollout, own: OwnLogprobs) -> bool:
         probe = MicroBatch.padded(batch, rollout, torch.arange(len(rollout.completion_ids), device=own.logprobs.device))
-        reason = self._difference(
-            lambda: self._chunked(probe, self.temperature, self.chunk_size, self.recompute_logits), own
-        )
+        reason = self._difference(lambda: self._in_chunks(probe)[0], own)
         if reason is not None:
             warnings.warn(
                 f"{type(self.model).__name__} cannot compute log-probabilities in chunks ({reason}). Its own forward "
@@ -125,7 +139,7 @@ class CompletionScorer:
     @torch.no_grad()
     def _probe_packing(self, batch: PromptBatch, rollout: Rollout, own: OwnLogprobs) -> bool:
         rows = torch.arange(len(rollout.completion_ids), device=own.logprobs.device)
-        reason = self._difference(lambda: self._flat(MicroBatch.packed(batch, rollout, rows)), own)
+        reason = self._difference(lambda: self._flat(MicroBatch.packed(batch, rollout, rows))[0], own)
         if reason is not None:
             warnings.warn(
                 f"{type(self.model).__name__} cannot share prompts in the learning pass ({reason}). Rows are padded "
@@ -147,19 +161,19 @@ class CompletionScorer:
 
 
 def _chunked_forward(
-    model: PreTrainedModel, micro_batch: MicroBatch, temperature: float, chunk_size: int, recompute: bool
-) -> Tensor:
-    """Log-probabilities ``(M,)`` of the ``M`` completion tokens that count, in row-major order."""
+    model: PreTrainedModel, micro_batch: MicroBatch, temperature: float, chunk_size: int, recompute: bool, entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities ``(M,)`` of the ``M`` completion tokens that count, in row-major order, and entropies."""
     hidden = model.get_decoder()(**_inputs(micro_batch)).last_hidden_state
-    logprobs, _ = chunked_logprobs(
+    return chunked_logprobs(
         hidden.flatten(0, 1).index_select(0, micro_batch.predictors),
         micro_batch.targets,
         _head(model),
         temperature=temperature,
         chunk_size=chunk_size,
+        entropy=entropy,
         recompute=recompute,
     )
-    return logprobs
 
 
 def _inputs(micro_batch: MicroBatch) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def _prepare(
         if isinstance(weight, DTensor) or not isinstance(weight, nn.Parameter):
             reasons["weights are sharded or computed"] = None
             continue
-        dtype = _computed_in(module, own if _is_quantized(module) else weight.dtype, autocast)
+        dtype = _computed_in(module, own if is_quantized(module) else weight.dtype, autocast)
         plain = layer is not None and _is_plain(layer)
         exact = weight.device.type == "cpu" and dtype in (torch.float32, torch.float64)
         merge = plain and (exact if performance.merge_adapter is None else performance.merge_adapter)
@@ -99,11 +99,11 @@ def _prepare(
 
 def _copied(module: nn.Module, merging: Any, dtype: torch.dtype, budget: "_Budget") -> nn.Module | nn.Parameter | None:
     """What replaces a quantised layer, or the weight of another, with the adapter of ``merging``. None: nothing."""
-    if _is_quantized(module):
+    if is_quantized(module):
         size = cast(nn.Linear, module).out_features * cast(nn.Linear, module).in_features
-        if not _can_dequantize(module) or not budget.take(size * dtype.itemsize):
+        if not can_dequantize(module) or not budget.take(size * dtype.itemsize):
             return None
-        full = _dequantized(module)
+        full = dequantized(module)
         return _Dequantized(module, (full if merging is None else _merged_weight(merging, full)).to(dtype))
     weight = cast(nn.Parameter, module.weight).detach()
     if merging is not None:
@@ -153,7 +153,8 @@ class _Budget:
         return True
 
 
-def _is_quantized(module: nn.Module) -> bool:
+def is_quantized(module: nn.Module) -> bool:
+    """True for a linear layer of bitsandbytes in 4 or 8 bits."""
     return type(module).__name__ in _QUANTIZED
 
 
@@ -162,7 +163,7 @@ def _base(layer: Any) -> nn.Module:
 
 
 def _is_lora(layer: nn.Module) -> bool:
-    return isinstance(layer, LoraLinear) or (isinstance(layer, LoraLayer) and _is_quantized(_base(layer)))
+    return isinstance(layer, LoraLinear) or (isinstance(layer, LoraLayer) and is_quantized(_base(layer)))
 
 
 def _is_plain(layer: Any) -> bool:
@@ -185,14 +186,15 @@ def _computed_in(module: nn.Module, own: torch.dtype, autocast: torch.dtype | No
     return chosen if isinstance(chosen, torch.dtype) else own
 
 
-def _can_dequantize(module: nn.Module) -> bool:
+def can_dequantize(module: nn.Module) -> bool:
+    """True if :func:`dequantized` knows the format of a quantised layer."""
     if type(module).__name__ == "Linear8bitLt":
         return _scales(module) is not None and cast(Tensor, module.weight).dtype == torch.int8
     state = getattr(module.weight, "quant_state", None)
     return state is not None and not getattr(state, "packing_format_for_cpu", False)
 
 
-def _dequantized(module: nn.Module) -> Tensor:
+def dequantized(module: nn.Module) -> Tensor:
     """The layer's weight ``(out, in)`` in full, in the type that it was quantised from or float32."""
     weight = cast(Any, module.weight)
     if type(module).__name__ == "Linear8bitLt":

@@ -5,6 +5,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -133,7 +134,7 @@ def save_policy(
             str(directory), selected_adapters=["default"], state_dict=weights, save_embedding_layers=False
         )
     else:
-        _forget_gguf(policy)
+        forget_gguf(policy)
         policy.save_pretrained(directory, state_dict=weights)
     tokenizer.save_pretrained(directory)
 
@@ -155,7 +156,7 @@ def _load_base(config: PolicyConfig) -> PreTrainedModel:
     if config.quantization is None:
         return AutoModelForCausalLM.from_pretrained(location, dtype=config.torch_dtype, **options)
     if options.pop("gguf_file", None) is not None:
-        location = str(_unpack_gguf(Path(config.model).expanduser()))
+        location = str(unpack_gguf(Path(config.model).expanduser()))
     if config.quantization == "int8":
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     else:
@@ -176,21 +177,36 @@ def _load_base(config: PolicyConfig) -> PreTrainedModel:
     return model
 
 
-def _unpack_gguf(path: Path) -> Path:
+def unpack_gguf(path: Path) -> Path:
     """Directory with the float32 weights of a GGUF file. Transformers cannot quantise one while reading it."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lightning_lambdapo" / "gguf"
-    target = cache / digest
+
+    def write(directory: Path) -> None:
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        forget_gguf(model)
+        model.save_pretrained(directory)
+
+    return cached_directory("gguf", digest, write)
+
+
+def cached_directory(kind: str, name: str, write: Callable[[Path], None]) -> Path:
+    """A directory of the user's cache. It is written once, whole or not at all, also by several ranks at once.
+
+    Args:
+        kind: what is in it.
+        name: its key, such as a hash of what it is made from.
+        write: writes it, called if there is none.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lightning_lambdapo" / kind
+    target = cache / name
     if target.is_dir():
         return target
     cache.mkdir(parents=True, exist_ok=True)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    _forget_gguf(model)
     scratch = Path(tempfile.mkdtemp(dir=cache))
     try:
-        model.save_pretrained(scratch)
-        scratch.rename(target)  # whole or not at all, even if several ranks unpack at once
+        write(scratch)
+        scratch.rename(target)
     except OSError:
         if not target.is_dir():
             raise
@@ -199,7 +215,7 @@ def _unpack_gguf(path: Path) -> Path:
     return target
 
 
-def _forget_gguf(model: PreTrainedModel) -> None:
+def forget_gguf(model: PreTrainedModel) -> None:
     """Remove the GGUF settings: the weights are plain by now, but transformers would refuse to save the model."""
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_lambdapo.config import SamplingConfig
 from lightning_lambdapo.datatypes import PromptBatch, Rollout
 from lightning_lambdapo.functional import completion_mask
+from lightning_lambdapo.policy.model import Policy
 
 
 class RolloutEngine(ABC):
@@ -24,9 +25,12 @@ class RolloutEngine(ABC):
     Attributes:
         exact_logprobs: True if the engine computes log-probabilities by the policy's own layers, so that in float32
             they are those of the learning pass to rounding. Otherwise ``importance_correction: auto`` is on.
+        has_own_weights: True if the engine decodes with a copy of the policy's weights, which :meth:`sync` delivers.
+            Each version's first rollout is then checked for whether it comes from the current weights.
     """
 
     exact_logprobs: ClassVar[bool] = False
+    has_own_weights: ClassVar[bool] = False
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], pad_id: int) -> None:
         self.tokenizer = tokenizer
@@ -49,7 +53,26 @@ class RolloutEngine(ABC):
             The rollout, ``N`` rows in group-major order.
         """
 
-    def finish(self, completion_ids: Tensor, logprobs: Tensor, entropy: Tensor) -> Rollout:
+    def sync(self, policy: Policy, version: int) -> None:  # noqa: B027 - most engines have nothing to do
+        """Deliver the policy's weights. Called before each rollout, inside the context that gathers sharded weights.
+
+        Args:
+            policy: the policy with its current weights.
+            version: their number. It changes when the weights do. A version delivered before needs no work.
+        """
+
+    @property
+    def cached_block(self) -> int | None:
+        """Prompts are cached from one rollout to the next in blocks of this many tokens. None for no such cache."""
+        return None
+
+    def sleep(self) -> None:  # noqa: B027 - most engines have nothing to do
+        """Free memory, because the policy learns now. The next :meth:`sync` or :meth:`generate` wakes the engine."""
+
+    def close(self) -> None:  # noqa: B027 - most engines have nothing to do
+        """Free everything. A later :meth:`sync` may start the engine again."""
+
+    def finish(self, completion_ids: Tensor, logprobs: Tensor, entropy: Tensor | None) -> Rollout:
         """Mask, decode and trim raw ``(N, T)`` completions. Tokens after the end-of-sequence token are ignored."""
         mask = completion_mask(completion_ids, self.eos_ids)
         ended = (completion_ids.unsqueeze(-1) == completion_ids.new_tensor(self.eos_ids)).any(-1) & mask
@@ -63,7 +86,7 @@ class RolloutEngine(ABC):
             completion_ids=completion_ids.masked_fill(~mask, self.pad_id)[:, :width],
             completion_mask=mask[:, :width],
             sampling_logprobs=torch.where(mask, logprobs, zero)[:, :width],
-            entropy=torch.where(mask, entropy, zero)[:, :width],
+            entropy=None if entropy is None else torch.where(mask, entropy, zero)[:, :width],
             truncated=~ended.any(-1),
             texts=texts,
         )

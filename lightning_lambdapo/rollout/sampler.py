@@ -14,6 +14,7 @@ from lightning_lambdapo.datatypes import PromptBatch, RewardOutcome, Rollout
 from lightning_lambdapo.distributed.parallel import gathered, global_occurrences
 from lightning_lambdapo.distributed.tally import Tally
 from lightning_lambdapo.policy.model import Policy, causal_lm, evaluating
+from lightning_lambdapo.rollout.delivery import Delivery
 from lightning_lambdapo.rollout.dynamic_sampling import collect_groups
 from lightning_lambdapo.rollout.engine import RolloutEngine
 from lightning_lambdapo.rollout.memory import LiveTokens
@@ -40,6 +41,7 @@ class RolloutSampler:
     def __init__(self, module: _SamplingModule) -> None:
         self.module = module
         self.live_tokens = LiveTokens(self.training.max_live_tokens)
+        self.delivery = Delivery()
 
     @property
     def training(self) -> RolloutConfig:
@@ -74,6 +76,7 @@ class RolloutSampler:
             judge=judge,
             tally=tally,
         )
+        self.module.engine.sleep()
         tally.maximum("rollout_memory_retries", torch.tensor(self.live_tokens.retries))
         return collected
 
@@ -88,10 +91,19 @@ class RolloutSampler:
         model = causal_lm(self.module.policy)
         if batch.prompts:
             check_context(model, int(batch.attention_mask.sum(-1).max()), uniforms.shape[1], quiet=True)
-        with evaluating(self.module.policy), gathered(model):
-            if not batch.prompts:
-                return None
-            return self.live_tokens.generate(self.module.engine, model, batch, sampling=sampling, uniforms=uniforms)
+        policy, engine = self.module.policy, self.module.engine
+        with evaluating(policy):
+            with gathered(model):
+                if engine.has_own_weights:
+                    engine.sync(policy, self.delivery.next_version(policy))
+                rollout = (
+                    self.live_tokens.generate(engine, model, batch, sampling=sampling, uniforms=uniforms)
+                    if batch.prompts
+                    else None
+                )
+            if engine.has_own_weights:
+                self.delivery.check(policy, batch, rollout, sampling, engine.cached_block)
+        return rollout
 
     def streams(self, batch: PromptBatch, stage: str, *, seed: int, step: int) -> Tensor:
         """Each row's stream of uniforms, ``(N, T)``. A collective."""

@@ -214,7 +214,7 @@ def _context(bench: Bench, what: str) -> contextlib.AbstractContextManager[Any]:
 class _Endless(GroupedEngine):
     """Does not decode the random model's tokens, which are no text."""
 
-    def finish(self, completion_ids: Tensor, logprobs: Tensor, entropy: Tensor) -> Rollout:
+    def finish(self, completion_ids: Tensor, logprobs: Tensor, entropy: Tensor | None) -> Rollout:
         mask = torch.ones_like(completion_ids, dtype=torch.bool)
         return Rollout(completion_ids, mask, logprobs, entropy, mask[:, 0], [""] * len(mask))
 

@@ -90,7 +90,7 @@ def test_a_statistic_that_is_no_number_is_shown() -> None:
     evaluation = Evaluation(EvaluationConfig(), rewards)
     batch = tiny.batch([[3], [4]])._replace(references=[None, None])
     sampled = rollout(["#### 7", "7"])
-    sampled = dataclasses.replace(sampled, entropy=sampled.entropy * math.nan)
+    sampled = dataclasses.replace(sampled, entropy=torch.full_like(sampled.sampling_logprobs, math.nan))
     evaluation.update(batch, sampled, judge_rollout(rewards, batch, sampled))
     found = evaluation.compute()
     assert [name for name, value in found.items() if math.isnan(value)] == ["entropy"]

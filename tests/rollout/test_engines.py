@@ -150,6 +150,7 @@ def test_sampling_logprobs_are_scoring_logprobs(
     chosen = expected[torch.arange(len(ids)), ids]
     torch.testing.assert_close(rollout.sampling_logprobs[5, : len(ids)].double(), chosen, atol=1e-4, rtol=0)
     entropy = -(expected.exp() * expected).sum(-1)
+    assert rollout.entropy is not None
     torch.testing.assert_close(rollout.entropy[5, : len(ids)].double(), entropy, atol=1e-4, rtol=0)
 
 

@@ -1,0 +1,113 @@
+"""Settings of the rollout engines that are programs of their own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class VLLMConfig:
+    """A vLLM engine inside the training process, on the same device: ``rollout.engine: vllm``.
+
+    Attributes:
+        gpu_memory_utilization: share of the GPU's memory that the engine may use, weights included. Training needs the
+            rest. On a CPU it has no meaning.
+        kv_cache_gb: memory in GB (1e9 bytes) for keys and values. None is what ``gpu_memory_utilization`` leaves, and
+            1 on a CPU.
+        max_model_len: longest prompt and completion together, in tokens. None is the longest that fits in memory.
+        enforce_eager: True computes without ``torch.compile`` and CUDA graphs. None does so on a CPU, where compiling
+            takes longer than it saves.
+        sleep: free the engine's memory while the policy learns. None does so on CUDA. True elsewhere is an error.
+        options: further arguments of ``vllm.LLM``, such as ``max_num_seqs`` or ``enable_prefix_caching``.
+    """
+
+    gpu_memory_utilization: float = 0.4
+    kv_cache_gb: float | None = None
+    max_model_len: int | None = None
+    enforce_eager: bool | None = None
+    sleep: bool | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"`rollout.vllm.gpu_memory_utilization` must be in (0, 1], got {self.gpu_memory_utilization}."
+            )
+        if self.kv_cache_gb is not None and not 0 < self.kv_cache_gb < float("inf"):
+            raise ValueError(f"`rollout.vllm.kv_cache_gb` must be above 0, got {self.kv_cache_gb}.")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ValueError(
+                f"`rollout.vllm.max_model_len` must be at least 2 (a prompt and a token), got {self.max_model_len}."
+            )
+        own = sorted(self.options.keys() & _OWN)
+        if own:
+            raise ValueError(
+                f"`rollout.vllm.options` contains {', '.join(own)}, which the engine sets itself from `policy` and the "
+                "other settings. Remove it there."
+            )
+
+
+#: Arguments of ``vllm.LLM`` that decide whether its tokens come from the trained policy, or that have a setting above.
+_OWN = {
+    *("model", "tokenizer", "skip_tokenizer_init", "revision", "quantization", "seed", "logprobs_mode"),
+    *("generation_config", "enable_lora", "max_lora_rank", "enable_sleep_mode", "distributed_executor_backend"),
+    *("gpu_memory_utilization", "kv_cache_memory_bytes", "max_model_len", "enforce_eager", "tensor_parallel_size"),
+}
+
+
+@dataclass(frozen=True)
+class VLLMServerConfig:
+    """vLLM servers on other GPUs or machines: ``rollout.engine: vllm_server``.
+
+    Each is a ``vllm serve`` of the policy's base, see rollout/README.md for its command line.
+
+    Attributes:
+        urls: addresses of the servers, such as ``http://10.0.0.2:8000``. A batch is shared among them by load.
+        directory: a directory that training and servers see under this path. Each version of the trained weights is
+            written to it. None is a temporary directory, for servers on the same machine.
+        deadline: seconds for one rollout or one delivery of weights. Requests are repeated until then, on other
+            servers if their own has died.
+        api_key: key that the servers were started with.
+    """
+
+    urls: list[str] = field(default_factory=list)
+    directory: str | None = None
+    deadline: float = 1800.0
+    api_key: str | None = None
+
+    def __post_init__(self) -> None:
+        for url in self.urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"`rollout.servers.urls` must begin with http:// or https://, got {url!r}.")
+        if len(set(self.urls)) < len(self.urls):
+            raise ValueError(f"`rollout.servers.urls` names a server twice: {', '.join(self.urls)}.")
+        if not self.deadline > 0:
+            raise ValueError(f"`rollout.servers.deadline` must be above 0 seconds, got {self.deadline}.")
+
+
+def check_engine(
+    engine: str, servers: VLLMServerConfig, *, filters: Sequence[str], max_live_tokens: int | None
+) -> None:
+    """Refuse settings that a vLLM engine would not follow.
+
+    Args:
+        engine: ``rollout.engine``.
+        servers: settings of ``"vllm_server"``.
+        filters: names of the sampling settings that remove tokens.
+        max_live_tokens: ``rollout.max_live_tokens``.
+    """
+    if not engine.startswith("vllm"):
+        return
+    if filters:
+        raise ValueError(
+            f"`rollout.sampling` sets {', '.join(filters)}, and `rollout.engine` is {engine}: vLLM gives log-"
+            "probabilities among the tokens that are left, which are not those of the policy. Remove the filter, or "
+            "set `rollout.engine: grouped`."
+        )
+    if max_live_tokens is not None:
+        raise ValueError(
+            f"`rollout.max_live_tokens` is {max_live_tokens}, which {engine} does not read: vLLM plans its memory by "
+            "itself. Remove it, or set `max_num_seqs` in `rollout.vllm.options`."
+        )
+    if engine == "vllm_server" and not servers.urls:
+        raise ValueError("`rollout.engine` is vllm_server, and `rollout.servers.urls` is empty. Name the servers.")

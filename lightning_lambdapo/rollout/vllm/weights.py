@@ -1,0 +1,161 @@
+"""The policy's weights in the forms that vLLM takes: a base directory, an adapter directory, named tensors."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from lightning_lambdapo.config import PolicyConfig
+from lightning_lambdapo.policy.decoding import can_dequantize, dequantized, is_quantized
+from lightning_lambdapo.policy.loading import cached_directory, locate
+from lightning_lambdapo.policy.model import Policy, causal_lm
+from lightning_lambdapo.policy.versions import fingerprint
+
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+#: Ranks that vLLM has kernels for.
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def check_servable(policy: Policy) -> None:
+    """Refuse a policy of which vLLM would serve only a part.
+
+    Raises:
+        ValueError: naming trained tensors that vLLM does not take, or a layer of another format.
+    """
+    if not isinstance(policy, PeftModel):
+        return
+    kind = policy.peft_config["default"].peft_type
+    trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    strange = [
+        name for name in trained if ".lora_A.default.weight" not in name and ".lora_B.default.weight" not in name
+    ]
+    variants = [name for name, layer in _layers(policy) if "default" in getattr(layer, "lora_variant", {})]
+    if strange or variants:
+        what = f"the trained tensor {strange[0]}" if strange else f"the variant of LoRA (DoRA, ...) in {variants[0]}"
+        raise ValueError(
+            f"vLLM would decode without {what}: it takes the LoRA weights of linear layers, and nothing else of this "
+            f"adapter ({kind}). Set `lora` to plain LoRA (no `use_dora`, `modules_to_save`, `bias`, no embedding among "
+            "`target_modules`), or `rollout.engine: grouped`."
+        )
+
+
+def adapter_rank(policy: PeftModel) -> int:
+    """The rank that vLLM must be started with: the adapter's largest, rounded up to one that vLLM has."""
+    largest = max(layer.r["default"] for _, layer in _layers(policy))
+    fitting = [rank for rank in _RANKS if rank >= largest]
+    if not fitting:
+        raise ValueError(f"vLLM serves adapters up to rank {_RANKS[-1]}, and this one has {largest}. Lower `lora.r`.")
+    return fitting[0]
+
+
+@torch.no_grad()
+def write_adapter(policy: PeftModel, directory: Path) -> None:
+    r"""Write the LoRA weights so that vLLM computes :math:`W x + s B A x` exactly as the policy does.
+
+    Each layer's own scale :math:`s` is multiplied into B, and smaller ranks are filled up with zeros. vLLM reads one
+    rank and one scale for all layers, and would ignore ``alpha_pattern`` and ``rank_pattern``.
+    """
+    layers = list(_layers(policy))
+    rank = max(layer.r["default"] for _, layer in layers)
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers:
+        missing = rank - layer.r["default"]
+        down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        tensors[f"{name}.lora_A.weight"] = nn.functional.pad(down, (0, 0, 0, missing)).cpu().contiguous()
+        scaled = up * layer.scaling["default"]
+        tensors[f"{name}.lora_B.weight"] = nn.functional.pad(scaled, (0, missing)).cpu().contiguous()
+    directory.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "bias": "none",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": sorted({name.rpartition(".")[2] for name, _ in layers}),
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    save_file(tensors, directory / "adapter_model.safetensors")
+
+
+def base_directory(policy: Policy, config: PolicyConfig) -> tuple[str, str | None]:
+    """Where vLLM finds the policy's base, and its revision: where it was loaded from, or a copy in the cache.
+
+    A quantised base is written in full, in the type that it computes in, so that vLLM decodes with the same rounded
+    weights. So are a base from a GGUF file, and one that was not loaded from a directory.
+    """
+    model = causal_lm(policy)
+    place, options = locate(config)
+    if config.quantization is None and "gguf_file" not in options and model.config.name_or_path == place:
+        return place, config.revision
+    layers = [(name, layer) for name, layer in model.named_modules() if not isinstance(layer, LoraLayer)]
+    names = [name for name, layer in layers if is_quantized(layer) and not can_dequantize(layer)]
+    if names:
+        raise ValueError(f"The layer {names[0]} is quantised in a format that cannot be written in full for vLLM.")
+    frozen = {name: each.detach() for name, each in model.named_parameters() if ".lora_" not in name}
+    key = json.dumps([model.config.to_diff_dict(), config.dtype, config.quantization, fingerprint(frozen)], default=str)
+    written = cached_directory(
+        "vllm_base", hashlib.sha256(key.encode()).hexdigest()[:32], lambda directory: _write_base(model, directory)
+    )
+    return str(written), None
+
+
+def checkpoint_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """The base's weights by the names of its checkpoint file, layer by layer. Call it where weights are gathered."""
+    model = causal_lm(policy)
+    yield from revert_weight_conversion(model, _base_tensors(model)).items()
+
+
+@torch.no_grad()
+def _write_base(model: PreTrainedModel, directory: Path) -> None:
+    config = copy.deepcopy(model.config)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    config.save_pretrained(directory)
+    tensors = revert_weight_conversion(model, _base_tensors(model))
+    save_torch_state_dict({name: each.cpu().contiguous() for name, each in tensors.items()}, directory)
+
+
+def _base_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Parameters and saved buffers without adapters, quantised ones in full, each tied tensor once."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for path, layer in model.named_modules():
+        saved = [
+            each for each in layer.named_buffers(recurse=False) if each[0] not in layer._non_persistent_buffers_set
+        ]
+        for name, tensor in (*layer.named_parameters(recurse=False), *saved):
+            full = f"{path}.{name}" if path else name
+            if ".lora_" in f".{full}" or id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            value = tensor.detach()
+            if name == "weight" and is_quantized(layer):
+                value = dequantized(layer).to(getattr(layer, "compute_dtype", None) or model.dtype)
+            found[_plain(full)] = value
+    return found
+
+
+def _layers(policy: PeftModel) -> Iterator[tuple[str, Any]]:
+    """The adapted layers by their names in the adapter's file."""
+    for name, module in policy.named_modules():
+        if isinstance(module, LoraLayer) and "default" in cast(Any, module).r:
+            yield _plain(name), module
+
+
+def _plain(name: str) -> str:
+    """A name without what peft and strategies wrap around modules."""
+    for wrapper in (*_WRAPPERS, "base_layer."):
+        name = name.replace(wrapper, "")
+    return name
