@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,12 +89,13 @@ class VLLMEngine(RolloutEngine):
 
         self._wake()
         requests = requests_for(batch, sampling=sampling, uniforms=uniforms, eos_ids=self.eos_ids)
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": request.prompt} for request in requests],
-            [SamplingParams(**request.settings) for request in requests],
-            use_tqdm=False,
-            lora_request=self._adapter,
-        )
+        with isolate_rng():  # vLLM draws from the process's generators, too, whose numbers belong to learning
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": request.prompt} for request in requests],
+                [SamplingParams(**request.settings) for request in requests],
+                use_tqdm=False,
+                lora_request=self._adapter,
+            )
         answers = []
         for output in outputs:
             tokens = list(output.outputs[0].token_ids)

@@ -89,7 +89,7 @@ def test_prompts_cached_under_old_weights(
         assert model.sampler.delivery.evidence["prompts"].square > 0.1
         assert model.sampler.delivery.evidence["prompts"].share < 0.01
         return
-    monkeypatch.setattr(VLLMEngine, "_forget_prompts", lambda self: None)
+    monkeypatch.setattr(VLLMEngine, "_forget_prompts", lambda _: None)
     steps, message = failure(tmp_path, model, LongPrompts)
     assert steps == 1
     assert "prompts that were cached under the weights before the last update" in message

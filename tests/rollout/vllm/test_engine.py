@@ -143,7 +143,7 @@ def test_training(served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     for step in steps:
         assert step["train/sampling_drift"] < 1e-4
         assert step["train/importance_ratio_mean"] == pytest.approx(1, abs=1e-4)  # it is on: the engine is not ours
-        assert 2 < step["train/entropy"] < 4  # of 49 tokens, by the learning pass
+        assert 1 < step["train/entropy"] < 4  # of 49 tokens, by the learning pass
     assert model.sampler.delivery.version == 8
     evidence = model.sampler.delivery.evidence["previous"]
     assert evidence.square > 0.1  # updates could be seen
