@@ -27,7 +27,7 @@ def build_engine(
     if rollout.engine == "vllm_server":
         from lightning_lambdapo.rollout.vllm.servers import VLLMServerEngine
 
-        return VLLMServerEngine(*arguments, rollout.servers)
+        return VLLMServerEngine(*arguments, policy, rollout.servers)
     if rollout.engine == "hf":
         return HFEngine(*arguments)
     return GroupedEngine(*arguments, rollout, performance)

@@ -174,8 +174,8 @@ class Delivery:
             return (
                 f"The engine sampled from {' or '.join(ways)}, and not from version {self.version} of the policy's "
                 f"weights: its log-probabilities show {best.share:.0%} of that difference (score {best.score:.1f}), "
-                f"and differ from the policy's by {self.drift:.2g} nats per token. The weights were not delivered. The run "
-                "ends, because it would learn from another policy's completions; resume it from its last checkpoint."
+                f"and differ from the policy's by {self.drift:.2g} nats per token. The weights were not delivered. The "
+                "run ends, because it would learn from another policy's completions. Resume from its last checkpoint."
             )
         if too_far:
             return (

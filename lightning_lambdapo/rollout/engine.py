@@ -27,6 +27,8 @@ class RolloutEngine(ABC):
             they are those of the learning pass to rounding. Otherwise ``importance_correction: auto`` is on.
         has_own_weights: True if the engine decodes with a copy of the policy's weights, which :meth:`sync` delivers.
             Each version's first rollout is then checked for whether it comes from the current weights.
+        version: number of the weights that such an engine has. :meth:`sync` sets it, and is called if it is another
+            than the policy's.
     """
 
     exact_logprobs: ClassVar[bool] = False
@@ -36,6 +38,7 @@ class RolloutEngine(ABC):
         self.tokenizer = tokenizer
         self.eos_ids = tuple(eos_ids)
         self.pad_id = pad_id
+        self.version = -1
 
     @abstractmethod
     def generate(
@@ -54,11 +57,11 @@ class RolloutEngine(ABC):
         """
 
     def sync(self, policy: Policy, version: int) -> None:  # noqa: B027 - most engines have nothing to do
-        """Deliver the policy's weights. Called before each rollout, inside the context that gathers sharded weights.
+        """Deliver the policy's weights. Called before a rollout on all ranks, where sharded weights are gathered.
 
         Args:
             policy: the policy with its current weights.
-            version: their number. It changes when the weights do. A version delivered before needs no work.
+            version: their number, which changes when the weights do.
         """
 
     @property

@@ -92,18 +92,23 @@ class RolloutSampler:
         if batch.prompts:
             check_context(model, int(batch.attention_mask.sum(-1).max()), uniforms.shape[1], quiet=True)
         policy, engine = self.module.policy, self.module.engine
+
+        def generate() -> Rollout | None:
+            if not batch.prompts:
+                return None
+            return self.live_tokens.generate(engine, model, batch, sampling=sampling, uniforms=uniforms)
+
         with evaluating(policy):
-            with gathered(model):
-                if engine.has_own_weights:
-                    engine.sync(policy, self.delivery.next_version(policy))
-                rollout = (
-                    self.live_tokens.generate(engine, model, batch, sampling=sampling, uniforms=uniforms)
-                    if batch.prompts
-                    else None
-                )
-            if engine.has_own_weights:
-                self.delivery.check(policy, batch, rollout, sampling, engine.cached_block)
-        return rollout
+            if not engine.has_own_weights:
+                with gathered(model):
+                    return generate()
+            version = self.delivery.next_version(policy)
+            if engine.version != version:
+                with gathered(model):
+                    engine.sync(policy, version)
+            rollout = generate()
+            self.delivery.check(policy, batch, rollout, sampling, engine.cached_block)
+            return rollout
 
     def streams(self, batch: PromptBatch, stage: str, *, seed: int, step: int) -> Tensor:
         """Each row's stream of uniforms, ``(N, T)``. A collective."""

@@ -1,6 +1,5 @@
 """Rollouts by a vLLM engine inside the training process."""
 
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,7 +61,6 @@ class VLLMEngine(RolloutEngine):
         self.policy_config = policy
         self.config = config
         self._llm: Any = None
-        self._version = -1
         self._deliveries = 0
         self._adapter: Any = None
         self._asleep = False
@@ -71,15 +69,13 @@ class VLLMEngine(RolloutEngine):
         """Deliver the policy's weights. See :meth:`RolloutEngine.sync`."""
         if not self._runs:
             self._start(policy)
-        if version == self._version:
-            return
         self._wake()
         if isinstance(policy, PeftModel):
             self._deliver_adapter(policy)
         else:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checkpoint_tensors(policy)})
         self._forget_prompts()
-        self._version = version
+        self.version = version
 
     def generate(
         self, model: PreTrainedModel, batch: PromptBatch, *, sampling: SamplingConfig, uniforms: Tensor
@@ -120,16 +116,14 @@ class VLLMEngine(RolloutEngine):
         self._llm.sleep(level=1 if keeps_base else 2)
         self._asleep = True
         if not keeps_base:
-            self._version = -1
+            self.version = -1
 
     def close(self) -> None:
-        """Stop the engine and remove its adapter's files. The next :meth:`sync` starts it again."""
+        """Stop the engine. The next :meth:`sync` starts it again."""
         if self._runs:
             stop_engine()
-        if self._adapter is not None:
-            shutil.rmtree(self._adapter.lora_path, ignore_errors=True)
         self._llm = self._adapter = None
-        self._version = -1
+        self.version = -1
         self._asleep = False
 
     @property
@@ -185,13 +179,14 @@ class VLLMEngine(RolloutEngine):
     def _deliver_adapter(self, policy: PeftModel) -> None:
         from vllm.lora.request import LoRARequest
 
-        memory = Path("/dev/shm")  # noqa: S108
-        directory = Path(tempfile.mkdtemp(prefix="lambdapo_", dir=memory if memory.is_dir() else None))
-        write_adapter(policy, directory)
-        old = self._adapter
+        if self._adapter is not None:
+            self._llm.llm_engine.remove_lora(self._adapter.lora_int_id)
         self._deliveries += 1
-        # vLLM would serve an id that it knows from its cache, whatever the directory holds by now.
-        self._adapter = LoRARequest(f"version_{self._deliveries}", self._deliveries, str(directory))
-        if old is not None:
-            self._llm.llm_engine.remove_lora(old.lora_int_id)
-            shutil.rmtree(old.lora_path, ignore_errors=True)
+        memory = "/dev/shm"  # noqa: S108
+        with tempfile.TemporaryDirectory(
+            prefix="lambdapo_", dir=memory if Path(memory).is_dir() else None
+        ) as directory:
+            write_adapter(policy, Path(directory))
+            # vLLM would serve an id that it knows from its cache, whatever the directory holds by now.
+            self._adapter = LoRARequest(f"version_{self._deliveries}", self._deliveries, directory)
+            self._llm.llm_engine.add_lora(self._adapter)  # read now, so that the files can go
