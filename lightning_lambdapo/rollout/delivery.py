@@ -36,7 +36,7 @@ from lightning_lambdapo.policy.model import Policy, causal_lm
 from lightning_lambdapo.policy.versions import fingerprint, other_weights, trained_tensors
 
 _ROWS, _TOKENS, _TOKENS_OF_A_ROW = 16, 512, 128
-_KNOWN, _SHARE, _DECAY = 6.0, 0.5, 0.9
+_KNOWN, _SHARE, _DECAY, _ALIKE = 6.0, 0.5, 0.9, 48
 _FAILURES = {
     "base": "the base model without the adapter",
     "previous": "the weights before the last update",
@@ -62,13 +62,21 @@ class Evidence:
     remainder: float = math.inf
 
     def add(self, error: Tensor, difference: Tensor) -> None:
-        """Add the tokens of a rollout: ``s - c`` and ``h - c``, both ``(M,)``. Earlier ones count less."""
+        """Add the tokens of a rollout: ``s - c`` and ``h - c``, both ``(M,)``. Earlier ones count less.
+
+        Both are clamped to the 48th largest value, so that a few tokens cannot outweigh the others.
+        """
+        whole = error.square().sum().item()
+        self.remainder = (error - difference).square().sum().item() / whole if whole else math.inf
+        count = min(_ALIKE, len(error))
+        if not count:
+            return
+        largest = max(values.abs().topk(count).values[-1].item() for values in (error, difference))
+        error, difference = error.clamp(-largest, largest), difference.clamp(-largest, largest)
         product = error * difference
         self.product = _DECAY * self.product + product.sum().item()
         self.product_square = _DECAY * self.product_square + product.square().sum().item()
         self.square = _DECAY * self.square + difference.square().sum().item()
-        whole = error.square().sum().item()
-        self.remainder = (error - difference).square().sum().item() / whole if whole else math.inf
 
     @property
     def share(self) -> float:
@@ -181,7 +189,8 @@ class Delivery:
             return (
                 f"The engine's log-probabilities differ from the policy's by {self.drift:.2g} nats per token on "
                 f"average, and rounding explains at most {limit}. It computes another model. Check that `policy.model` "
-                "and the engine's base are the same, with the same type and quantization."
+                "and the engine's base are the same, with the same type and quantization. Restart servers that another "
+                "run has given all of its weights."
             )
         return None
 

@@ -135,7 +135,8 @@ class Server:
             connection.close()
         if response.status != http.client.OK:
             raise RuntimeError(f"{self.url}{path} answered {response.status}: {content[:500].decode(errors='replace')}")
-        return json.loads(content) if content.strip() else None
+        is_json = response.getheader("Content-Type", "").startswith("application/json")
+        return json.loads(content) if is_json else content.decode()
 
 
 class _KeptAlive(http.client.HTTPConnection):

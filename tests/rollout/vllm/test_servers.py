@@ -68,6 +68,15 @@ def two(served: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[
             each.kill()
 
 
+@pytest.fixture(autouse=True)
+def _base_again(two: list[Process], served: str) -> None:
+    """A server keeps what it was given last."""
+    call = {"method": "reload_weights", "kwargs": {"weights_path": served}}
+    for each in two:
+        Server(each.url)._call("POST", "/collective_rpc", call, timeout=60)
+        Server(each.url)._call("POST", "/reset_prefix_cache", timeout=60)
+
+
 class Counting(Callback):
     """Which server answered how often."""
 
