@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 
 from lightning_lambdapo.config import SamplingConfig
 from lightning_lambdapo.datatypes import PromptBatch, Rollout
+from lightning_lambdapo.distributed.fsdp1 import wrapper
 from lightning_lambdapo.distributed.parallel import gather_objects
 from lightning_lambdapo.functional import logprobs_from_logits
 from lightning_lambdapo.policy.model import Policy, causal_lm
@@ -203,7 +204,7 @@ class Delivery:
             return None
         if kind == "prompts" and (block is None or all(len(row.prompt) <= block for row in rows)):
             return None
-        model = causal_lm(policy)
+        model = wrapper(causal_lm(policy))
         before: AbstractContextManager[Any] = nullcontext()
         if kind in ("previous", "prompts") and previous is not None:
             before = other_weights(policy, previous, own=self._current)

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_lambdapo.config import PolicyConfig, SamplingConfig
 from lightning_lambdapo.datatypes import PromptBatch, Rollout
-from lightning_lambdapo.distributed.parallel import world_size
 from lightning_lambdapo.engines import VLLMConfig
 from lightning_lambdapo.policy.model import Policy
 from lightning_lambdapo.rollout.engine import RolloutEngine
@@ -168,8 +167,6 @@ class VLLMEngine(RolloutEngine):
             settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": adapter_rank(policy)}
         if self._sleeps:
             settings["enable_sleep_mode"] = True
-        if world_size() > 1:  # each rank has an engine of its own, among processes that are there already
-            settings["distributed_executor_backend"] = "external_launcher"
         self._llm = start_engine(settings | self.config.options)
 
     def _forget_prompts(self) -> None:

@@ -8,8 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import distributed
+
+from lightning_lambdapo.distributed.parallel import rank, world_size
 
 _live: dict[str, Any] = {}
 
@@ -36,18 +40,29 @@ def start_engine(settings: dict[str, Any]) -> Any:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings are about what is set here
     _live["groups"] = distributed.is_initialized()
     # vLLM seeds the process, and its dependencies warn. Neither is the run's business.
-    with isolate_rng(), warnings.catch_warnings():
+    with isolate_rng(), warnings.catch_warnings(), patch.dict(os.environ, _place()):
         warnings.simplefilter("ignore")
         from vllm import LLM
         from vllm.distributed import cleanup_dist_env_and_memory
 
         try:
-            _live["llm"] = LLM(**settings)
+            # Of several ranks each has an engine of its own, among processes that are there already. vLLM's other ways
+            # to start would wait for further ones, or all use the first GPU.
+            _live["llm"] = LLM(**settings, distributed_executor_backend="external_launcher")
         except BaseException:
             with _groups_kept(_live["groups"]):
                 cleanup_dist_env_and_memory()  # else no later engine could start
             raise
     return _live["llm"]
+
+
+def _place() -> dict[str, str]:
+    """Which of the ranks this process is, and which GPU it has, in the variables that vLLM reads."""
+    device = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    found = {"RANK": str(rank()), "WORLD_SIZE": str(world_size()), "LOCAL_RANK": str(device)}
+    if not distributed.is_initialized():
+        found |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port())}
+    return found
 
 
 def stop_engine() -> None:
