@@ -199,7 +199,7 @@ def unmarked_letter(text: str) -> str | None:
         ('C', 'C', None)
     """
     text = without_denied(spoken(text))
-    chosen = max(chosen_letters(text), default=None)
+    chosen = max(chosen_letters(text, strict=True), default=None)
     return chosen[1] if chosen else trailing_letter(text) or only_option(text)
 
 

@@ -16,16 +16,17 @@ _AND = r"(?:[,&/]|,?\s?\b(?:and|or|nor)\b)"
 _LISTED = re.compile(rf"(?<![A-Za-z'])\(?([A-J])[\s)*]{{0,4}}{_AND}[\s(*]{{0,4}}(?:(?:or|and|maybe)\s)?[\s(*]{{0,4}}\Z")
 _GOES_ON = re.compile(rf"[)*\s]{{0,3}}{_AND}[\s(*]{{0,4}}[A-J](?![\w'])[)*.]{{0,3}}(?:\s*$|\s?{_AND})", re.MULTILINE)
 
+_VARIABLE = re.compile(r"\)?\s{0,4}(?:[=<>+*/^-]|\\(?![)\]]))")
 _NAME = r"(?i:option|choice|answer choice|answer)s?"
 _RIGHT = r"(?i:correct|right|best|true|appropriate|accurate|suitable)"
 _START = r"(?:^|[.,:;]\s|\b(?i:so|that|hence|thus|therefore|only)\s)"
 _SIGNS = r"[\s*_(:$]"
 _CHOSEN = re.compile(
     # Option C is correct, (C) is the right answer, so C must be correct
-    rf"(?:(?:\b{_NAME}{_SIGNS}{{1,4}}|\((?=[A-J]\)))([A-J])|{_START}\**([A-J]))(?![\w'])[\s*_).:]{{0,4}}"
+    rf"(?:(?:\b{_NAME}{_SIGNS}{{1,4}}|\((?=[A-Ja-j]\)))([A-Ja-j])|{_START}\**([A-J]))(?![\w'])[\s*_).:]{{0,4}}"
     r"\b(?:is|(?:must|would|has to) be|seems(?: to be)?|looks)\s"
     r"(?:(?:therefore|thus|hence|clearly|indeed|also|the|only|most)\s){0,3}"
-    rf"(?:{_RIGHT}|answer)\b"
+    rf"(?:{_RIGHT}|answer)\b(?!-|\s(?:angle|triangle))"
     # the correct option is C, the best choice: (C)
     rf"|\b(?:{_RIGHT}|final|only|chosen)\s(?i:option|choice)\s?(?:is|:){_SIGNS}{{0,6}}"
     rf"(?:{_NAME}{_SIGNS}{{1,4}})?([A-J])(?![\w'])"
@@ -72,17 +73,27 @@ def leading_letter(content: str, *, strict: bool = False) -> str | None:
     return next(letter for letter in match.groups() if letter).upper() if match else None
 
 
-def chosen_letters(text: str) -> Iterator[tuple[int, str]]:
+def chosen_letters(text: str, *, strict: bool = False) -> Iterator[tuple[int, str]]:
     """Position and letter of every sentence that chooses one option.
+
+    Args:
+        text: the text, without what it says is wrong.
+        strict: leave out a bare letter that may be a variable: one with a number somewhere after it.
 
     Example:
         >>> list(chosen_letters("Option A is wrong. Option C is correct.")), list(chosen_letters("A and C is right"))
         ([(19, 'C')], [])
+        >>> list(chosen_letters("We choose C = 3.", strict=True)), list(chosen_letters("I choose C.", strict=True))
+        ([], [(2, 'C')])
     """
+    last_digit = max((digit.start() for digit in re.finditer(r"\d", text)), default=-1) if strict else -1
     for match in _CHOSEN.finditer(text):
         index = match.lastindex or 0
+        bare = strict and index in (2, 4)
+        if bare and (last_digit > match.end() or _VARIABLE.match(text, match.end(index))):
+            continue
         if not _is_listed(text, match.start(index), match[index]) and not _goes_on(text, match.end(index)):
-            yield match.start(), match[index]
+            yield match.start(), match[index].upper()
 
 
 def trailing_letter(text: str) -> str | None:

@@ -9,6 +9,7 @@ from lightning_lambdapo.rewards.verifier.extraction import (
     final_letter,
     leading_letter,
     marked_answer,
+    unmarked_letter,
 )
 from lightning_lambdapo.rewards.verifier.marks import spoken
 from lightning_lambdapo.rewards.verifier.mathematics import spans
@@ -143,6 +144,7 @@ def test_strict_letters_are_no_words_or_variables(content: str, letter: str | No
         "answer for " * 20_000,
         "not 1, " * 20_000,
         "not A, " * 20_000,
+        "choose A " * 20_000,
         "A or " * 20_000,
         "<think>" * 20_000,
         "</think>" * 20_000,
@@ -154,6 +156,7 @@ def test_hostile_texts_are_read_in_linear_time(text: str) -> None:
     # A quadratic search would run into the suite's time limit: 50,000 unclosed marks are 10^10 steps.
     final_answer(text)
     final_letter(text)
+    unmarked_letter(text)
 
 
 BARE = [

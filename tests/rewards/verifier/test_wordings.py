@@ -263,7 +263,8 @@ def test_votes_follow_the_same_rules(reward: AccuracyReward, gold: str, right: l
         ("so $x \\ge 4$.", "x\\ge 4"), ("It is $\\sqrt{7}$.", "\\sqrt{7}"),
         ("The answer is\n\\[ \\frac{2}{4} \\]", "1/2"),
         ("The roots are \\boxed{3} and \\boxed{8}.", "3,8"), ("The answer isn't 5", None), ("<think>5", None),
-        ("(A) or (D)", None),
+        ("(A) or (D)", None), ("We choose C = 3, so it is 12.", "12"), ("Angle C is right, so it is 90", "90"),
+        ("so C is right-angled and has 12 cm", "12"), ("option c is correct", "C"),
     ],
 )  # fmt: skip
 def test_votes_of_other_kinds(reward: AccuracyReward, text: str, vote: str | None) -> None:
