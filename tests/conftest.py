@@ -109,3 +109,12 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no real problem files at {path}; set LAMBDAPO_TEST_DATA to a directory that has them")
     return path
+
+
+@pytest.fixture(scope="session")
+def shared_trials(shared_data: Path) -> Path:
+    """Texts and pairs of answers, with the verdicts that they should get, beside the real problem files."""
+    path = shared_data.parent / "trials"
+    if not path.is_dir():
+        pytest.skip(f"no trials at {path}")
+    return path

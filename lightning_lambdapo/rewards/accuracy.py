@@ -6,7 +6,6 @@ from typing import get_args
 
 from lightning_lambdapo.rewards.base import Reward, RewardInputs
 from lightning_lambdapo.rewards.verifier.exact import (
-    bracketing,
     canonical,
     clean,
     is_text,
@@ -15,16 +14,17 @@ from lightning_lambdapo.rewards.verifier.exact import (
     quantity,
     same_quantity,
     too_costly,
+    unlike,
+    without_approximation,
 )
 from lightning_lambdapo.rewards.verifier.extraction import (
     AnswerFormat,
     final_answer,
     final_letter,
-    last_number,
     leading_letter,
     marked_answer,
-    only_option,
-    trailing_letter,
+    unmarked_answer,
+    unmarked_letter,
 )
 from lightning_lambdapo.rewards.verifier.pool import MathVerifier, Verdict
 
@@ -54,7 +54,8 @@ class AccuracyReward(Reward):
         name: key in logs. Accuracy, pass@k and maj@k are computed from the part called ``accuracy``.
         answer_format: how the final answer is marked: ``"boxed"``, ``"hash"`` (``#### x``), ``"tag"``
             (``<answer>x</answer>``), ``"letter"`` (multiple choice, A to J), or ``"auto"``: the last of those marks or
-            of "the answer is x", else the last number; the letter where the gold answer is one.
+            of "the answer is x", else the last number or maths; the letter where the gold answer is one. What stands in
+            ``<think>...</think>``, or after a ``<think>`` that is not closed, is no answer.
         deadline: CPU seconds that math-verify gets for one answer.
         workers: math-verify processes.
         max_failure_rate: largest share of verifications that may fail, time out or stay undecided, checked from 20 on.
@@ -131,9 +132,8 @@ class AccuracyReward(Reward):
             return final_letter(completion)
         answer = marked_answer(completion, self.answer_format)
         if self.answer_format == "auto":
-            unmarked = trailing_letter(completion) or only_option(completion)
-            letter = unmarked if answer is None else leading_letter(answer, strict=True)
-            answer = letter or answer or last_number(completion)
+            letter = unmarked_letter(completion) if answer is None else leading_letter(answer, strict=True)
+            answer = letter or answer or unmarked_answer(completion)
         return canonical(answer[:_MAX_CHARACTERS]) or None if answer else None
 
     def statistics(self) -> dict[str, float]:
@@ -159,7 +159,11 @@ class AccuracyReward(Reward):
             return letter, final_letter(completion)
         gold = marked_answer(gold, phrases=False) or gold
         option = _GOLD_LETTER.fullmatch(clean(gold)) if self.answer_format == "auto" else None
-        return (option[1], final_letter(completion)) if option else (gold, final_answer(completion, self.answer_format))
+        if option:
+            return option[1], final_letter(completion)
+        answer = final_answer(completion, self.answer_format)
+        short = answer is not None and len(answer) <= _MAX_CHARACTERS
+        return gold, without_approximation(gold, answer) if answer and short else answer
 
     def _verify(self, hard: dict[tuple[str, str], list[int]], verdicts: list[float | None]) -> None:
         """Fill in the verdicts that only math-verify can give."""
@@ -201,8 +205,7 @@ def _cheap_verdict(gold: str, answer: str) -> bool | None:
     numbers = quantity(gold), quantity(answer)
     if numbers[0] and numbers[1]:
         return same_quantity(numbers[0], numbers[1])
-    unlike = {bracketing(gold), bracketing(answer)} == {"set", "ordered"}  # math-verify calls these equal
-    return False if unlike or (any(numbers) and any(wordy)) else None
+    return False if unlike(gold, answer) or (any(numbers) and any(wordy)) else None
 
 
 def _refused(text: str) -> bool:

@@ -4,14 +4,13 @@ import re
 from typing import Literal, get_args
 
 from lightning_lambdapo.rewards.base import Reward, RewardInputs
-from lightning_lambdapo.rewards.verifier.extraction import iter_boxed
+from lightning_lambdapo.rewards.verifier.marks import count_boxes, iter_boxed, spoken
 
 Style = Literal["boxed", "hash", "tag", "think_answer"]
 
 _MAX_CHARACTERS = 100_000
 _HASH_LINE = re.compile(r"^[ \t]*####(?!#)[ \t]*\S", re.MULTILINE)
 _MARKS = {
-    "boxed": ("\\boxed{",),
     "hash": ("####",),
     "tag": ("<answer>", "</answer>"),
     "think_answer": ("<think>", "</think>", "<answer>", "</answer>"),
@@ -22,11 +21,13 @@ class FormatReward(Reward):
     r"""1 where the completion gives its final answer in the asked-for form exactly once, else 0.
 
     ========================  =============================================================================
-    ``style="boxed"``         one ``\boxed{...}``, braces balanced and not empty
+    ``style="boxed"``         one ``\boxed{...}``, braces balanced and not empty, or ``\boxed 9`` as LaTeX takes it
     ``style="hash"``          one ``####``, which starts a line and has something after it
     ``style="tag"``           one ``<answer>...</answer>``, not empty
     ``style="think_answer"``  nothing but ``<think>...</think>`` and then ``<answer>...</answer>``, neither empty
     ========================  =============================================================================
+
+    The first three look only at what is said outside ``<think>...</think>``.
 
     Args:
         weight: coefficient in the total.
@@ -67,10 +68,12 @@ class FormatReward(Reward):
     def _fits(self, text: str) -> bool:
         if self.pattern is not None:
             return len(text) <= _MAX_CHARACTERS and self.pattern.search(text) is not None
+        if self.style != "think_answer":
+            text = spoken(text)
+        if self.style == "boxed":
+            return count_boxes(text) == 1 and any(content for _, content in iter_boxed(text))
         if any(text.count(mark) != 1 for mark in _MARKS[self.style]):
             return False
-        if self.style == "boxed":
-            return any(content for _, content in iter_boxed(text))
         if self.style == "hash":
             return _HASH_LINE.search(text) is not None
         if self.style == "tag":

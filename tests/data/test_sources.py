@@ -164,6 +164,23 @@ def test_preset_math(tmp_path: Path) -> None:
         preset(tmp_path, "math", {"problem": "p", "solution": "3"})
 
 
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        (r"so the sum is $\boxed 9.$", "9"),
+        (r"with probability $\boxed\frac12$.", r"\frac12"),
+        (r"is \boxed \frac{3}{4}", r"\frac{3}{4}"),
+        (r"First \boxed 3, no: $\boxed 4$", "4"),
+        (r"$x = \boxed{3}$ or $x = \boxed{8}$", "3, 8"),
+        (r"$k=\boxed{12}$ and $m=\boxed{5}$", "k=12, m=5"),
+    ],
+)
+def test_preset_math_reads_every_box(tmp_path: Path, solution: str, answer: str) -> None:
+    assert preset(tmp_path, "math", {"problem": "p", "solution": solution})["answer"] == answer
+    messages = [{"role": "user", "content": "p"}, {"role": "assistant", "content": f"<think>4?</think> {solution}"}]
+    assert preset(tmp_path, "mixture_of_thoughts", {"messages": messages})["answer"] == answer
+
+
 @pytest.mark.parametrize("name", ["math500", "aime24"])
 def test_presets_of_competitions(tmp_path: Path, name: str) -> None:
     found = preset(tmp_path, name, {"problem": "p", "solution": "s", "answer": 70, "subject": "x"})

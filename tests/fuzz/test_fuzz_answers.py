@@ -1,5 +1,6 @@
 """Whatever a completion holds, the readers of answers answer: in time, and within what they promise."""
 
+import re
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -67,7 +68,7 @@ def test_final_answers_are_parts_of_the_text(text: str, answer_format: AnswerFor
         if answer_format != "letter" and found is not None:
             assert found
             assert found == found.strip()
-            assert found in text
+            assert found in text or all(part in text for part in re.split(", |=", found))  # several boxes, one answer
     assert final_answer(text, answer_format) == final_answer(text, answer_format)
 
 

@@ -13,8 +13,12 @@ _MAX_DEPTH = 20
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox)\s*\{([^{}]*)\}")
 _NOISE = re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|qquad|quad)(?![A-Za-z])|\\[!,;:> ()\[\]]|[$~€£¥₹`]")
 _GAP = re.compile(r"(?<!\w)\s+|\s+(?!\w)")
+_COMMA_SPACE = re.compile(r"(?<=\d),(?:\\[!,;: ]){1,4}")
+_SPACED_GAP = re.compile(r"(?<!\w)(?<!\d,)\s+|\s+(?!\w)")  # of 32, 349, which is no 32,349
+_SPACED_LIST = re.compile(r"[-+]?\d[\d.]*(?:, ?[-+]?\d[\d.]*)*, \d{3}(?:,? ?[-+]?\d[\d.]*)*[.,;]?", re.ASCII)
 _GROUPING = re.compile(r"(?<=\d)(?:,|\{,\})(?=\d{3})")
 _CHARACTERS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2044": "/", "\u00a0": " ", "\u202f": " ", "\u2009": " "})
+_RELATIONS = str.maketrans({"\u2264": "\\le ", "\u2265": "\\ge ", "\u2260": "\\ne ", "\u221e": "\\infty "})
 _TEXT = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)*")
 _SUPERSCRIPTS = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b"
 _RAISED = re.compile(f"[{_SUPERSCRIPTS}]+")
@@ -22,6 +26,14 @@ _LOWERED = str.maketrans(_SUPERSCRIPTS, "0123456789-")
 _ROOT = re.compile(r"\u221a\s?(\d+|[A-Za-z]|\([^()]*\))")
 _PI = re.compile(r"(?<![\\A-Za-z])pi(?![A-Za-z])|\u03c0")
 _EMPTY = re.compile(r"\\varnothing(?![A-Za-z])|\u2205")
+_UPRIGHT = re.compile(  # e and i, which some set upright as constants
+    r"\\(?:mathrm|mathit|mathsf|text|textrm|textup|operatorname|rm)\s{0,4}(?:\{\s{0,4}([ei])\s{0,4}\}|([ei])(?![A-Za-z]))"
+    r"|\{\\rm\s{1,4}([ei])\s{0,4}\}|\\imath(?![A-Za-z])"
+)
+_HTML = re.compile(r"</?(?:b|strong|i|em|u|code|p|span|div|br|mark|center)(?: [^<>\n]{0,60})?/?>", re.IGNORECASE)
+_ALIGNED = re.compile(
+    r"(?:[ \t]?&){1,8}[ \t]?(?=[=<>]|\\(?:[lg]e|[lg]eq|neq?|approx|in)(?![A-Za-z]))|(?<=[=<>])(?:[ \t]?&){1,8}(?!\w)"
+)
 
 _DIGITS = r"(?:\d{1,3}(?:[, ]\d{3})+|\d+)(?:\.\d*)?|\.\d+"
 _QUANTITY = re.compile(
@@ -54,6 +66,7 @@ _NOT_UNITS = frozenset(
 )
 _DEGREE = re.compile(r"\^?\{?\\(?:circ|degree)\}?|°")
 _ASSIGNED = re.compile(r"^[A-Za-z]=(?=[^=]+$)")
+_ASSIGNED_FIRST = re.compile(r"[A-Za-z]=")
 _POWER = re.compile(r"(?<=[A-Za-z])\^\{?[23]\}?")  # of a unit, never of the number
 _FIRST_POWER = re.compile(r"[A-Za-z]+\^\{?([23])")
 _SPEED = re.compile(r"(?<![A-Za-z])(?:miles?|(km|kilomet(?:er|re)s?))(?: per |/)h(?:r|our)?(?![A-Za-z])", re.IGNORECASE)
@@ -61,6 +74,10 @@ _RATIO = re.compile(r"\d+(?:\.\d+)?(?::\d+(?:\.\d+)?)+", re.ASCII)
 _NUMERAL = re.compile(r"\(?(\d[\dA-Za-z]*)\)?_(?:\{(\d\d?)\}|(\d\d?))", re.ASCII)
 _LISTED = re.compile(r"\\?\{(?:[^<>=|:\\]|\\(?![lg][et]|in|mid))*\}")
 _ORDERED = re.compile(r"[(\[].*,.*[)\]]")
+_BRACKETED = re.compile(r"(?<![A-Za-z])([(\[])(?=[^()\[\],]*,)[^()\[\]]*([)\]])")
+_CLOSED_INFINITY = re.compile(r"\[[-+]?\\infty ?,|,[-+]?\\infty ?\]")
+_ARITHMETIC = re.compile(r"(?:[\d\s.,+\-*/^(){}%:\u00d7\u00f7]|\\(?:times|cdot|div|frac)(?![A-Za-z]))+")
+_APPROXIMATELY = re.compile(r"\\(?:approx|thickapprox|simeq)(?![A-Za-z])|\u2248")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +98,21 @@ class Quantity:
 
 
 def latex(text: str) -> str:
-    r"""A text with superscripts, roots, pi and the empty set as LaTeX writes them.
+    r"""A text with superscripts, roots, pi, relations and the empty set as LaTeX writes them.
+
+    The constants e and i lose their upright type, and rows of aligned maths their marks. Tags such as <b> go.
 
     Example:
         >>> latex("2*pi*r\u00b2"), latex("\u221a5"), latex("10\u207b\u00b3")
         ('2*\\pi *r^{2}', '\\sqrt{5}', '10^{-3}')
+        >>> latex(r"\mathrm{e}^{2\pi\mathrm{i}}"), latex("x &= 3")
+        ('e^{2\\pi i}', 'x= 3')
     """
+    text = _HTML.sub(" ", text)
     text = _RAISED.sub(lambda match: f"^{{{match[0].translate(_LOWERED)}}}", text)
     text = _ROOT.sub(lambda match: rf"\sqrt{{{match[1]}}}", text)
-    return _EMPTY.sub(r"\\emptyset ", _PI.sub(r"\\pi ", text))
+    text = _EMPTY.sub(r"\\emptyset ", _PI.sub(r"\\pi ", text)).translate(_RELATIONS)
+    return _ALIGNED.sub("", _UPRIGHT.sub(_italic, text))
 
 
 def clean(text: str) -> str:
@@ -105,8 +128,9 @@ def clean(text: str) -> str:
     )
     for _ in range(3):  # nested \text{\textbf{...}}
         text = _WRAPPED.sub(r" \1 ", text)
-    text = " ".join(_NOISE.sub(" ", text).split())
-    return _GAP.sub("", text).lstrip('*_"“ ').rstrip('*_"”.,;: ')
+    text = " ".join(_NOISE.sub(" ", _COMMA_SPACE.sub(",", text)).split())
+    gap = _SPACED_GAP if _SPACED_LIST.fullmatch(text) else _GAP
+    return gap.sub("", text).lstrip('*_"“ ').rstrip('*_"”.,;: ')
 
 
 def quantity(text: str) -> Quantity | None:
@@ -151,7 +175,8 @@ def same_quantity(gold: Quantity, answer: Quantity) -> bool:
     """Whether two quantities are equal.
 
     A percentage also equals its number without the sign, and its value (10% = 10 = 0.1). A ratio also equals its
-    decimal rounded to six or more places. Units are compared where both sides name a known one. They are not converted.
+    decimal rounded to six or more places, if three or more digits of it are significant. Units are compared where both
+    sides name a known one. They are not converted.
 
     Example:
         >>> same_quantity(quantity("1/2"), quantity("50%")), same_quantity(quantity("3 cm"), quantity("3 km"))
@@ -198,14 +223,48 @@ def bracketing(cleaned: str) -> str:
     return "set" if _LISTED.fullmatch(cleaned) else "ordered" if _ORDERED.fullmatch(cleaned) else ""
 
 
-def canonical(text: str) -> str:
-    r"""One spelling for all exact spellings of an answer, for voting.
+def unlike(gold: str, answer: str) -> bool:
+    r"""Whether the brackets of two cleaned answers show that they differ, which math-verify does not see.
+
+    A set is no tuple, (3,-1) is not [3,-1], and an interval that ends before infinity is not one that ends with it.
 
     Example:
-        >>> [canonical(text) for text in ("0.5", "x = 1/2", r"$\frac12$", "50%", " Blue. ")]
-        ['1/2', '1/2', '1/2', '50', 'blue']
+        >>> unlike("(3,-1)", "[3,-1]"), unlike(r"[4,\infty)", r"[4,\infty]"), unlike("[0,1)", "[0,1)")
+        (True, True, False)
     """
-    cleaned = clean(text)
+    if {bracketing(gold), bracketing(answer)} == {"set", "ordered"}:
+        return True
+    if bool(_CLOSED_INFINITY.search(gold)) != bool(_CLOSED_INFINITY.search(answer)):
+        return True
+    if "\\cup" in gold + answer or "\\cap" in gold + answer:
+        return False  # one union has several spellings: [0,1) with [1,2] is [0,1] with (1,2]
+    brackets = [sorted(_BRACKETED.findall(side.rpartition("=")[2])) for side in (gold, answer)]
+    return len(brackets[0]) == len(brackets[1]) and brackets[0] != brackets[1]
+
+
+def without_approximation(gold: str, answer: str) -> str:
+    r"""The side of "exact \approx rounded" that is to be compared: the rounded one where the gold answer is rounded.
+
+    Example:
+        >>> [without_approximation(gold, r"\frac{10}{3} \approx 3.33") for gold in ("3.33", r"\frac{10}{3}", "3")]
+        ['3.33', '\\frac{10}{3}', '\\frac{10}{3}']
+    """
+    sides = [side.strip() for side in _APPROXIMATELY.split(answer)]
+    if len(sides) != 2 or not all(sides):
+        return answer
+    wanted, rounded = quantity(clean(gold)), quantity(clean(sides[1]))
+    alike = wanted is not None and rounded is not None and wanted.decimals == rounded.decimals is not None
+    return sides[1] if alike else sides[0]
+
+
+def canonical(text: str) -> str:
+    r"""One spelling for all exact spellings of an answer, for voting. A calculation votes as its result.
+
+    Example:
+        >>> [canonical(text) for text in ("0.5", "x = 1/2", r"$\frac12$", "50%", " Blue. ", "1/4 + 1/4 = 0.5")]
+        ['1/2', '1/2', '1/2', '50', 'blue', '1/2']
+    """
+    cleaned = _result(clean(text))
     cleaned = clean(_ASSIGNED.sub("", cleaned)) if _ASSIGNED.match(cleaned) else cleaned  # x = **5** too
     number = quantity(cleaned)
     if number is not None:
@@ -255,6 +314,21 @@ def _costly_exponent(text: str, start: int) -> bool:
     return re.search(r"\d{5}|\d[\s)}]*\^[\s{(]*-?\s*\d|\d[\s)}]*!", exponent.replace(",", "")) is not None
 
 
+def _italic(match: re.Match[str]) -> str:
+    """The letter of an upright constant, apart from letters beside it."""
+    letter = match[1] or match[2] or match[3] or "i"
+    before, after = match.string[match.start() - 1 : match.start()], match.string[match.end() : match.end() + 1]
+    return " " * before.isalpha() + letter + " " * after.isalpha()
+
+
+def _result(cleaned: str) -> str:
+    """The result of a cleaned calculation, such as 68+5=73 or x=68+5=73; everything else as it is."""
+    sides = cleaned.split("=")[1 if _ASSIGNED_FIRST.match(cleaned) else 0 :]
+    if len(sides) < 2 or not all(map(_ARITHMETIC.fullmatch, sides)):
+        return cleaned
+    return next((side for side in (sides[-1], sides[0]) if quantity(side)), cleaned)
+
+
 def _decimal(digits: str) -> Fraction:
     return Fraction(digits.replace(",", "").replace(" ", "").rstrip(".") or "0")
 
@@ -267,7 +341,8 @@ def _rounds_to(ratio: Quantity, decimal: Quantity) -> bool:
         or ratio.percent != decimal.percent
     ):
         return False
-    return round(ratio.value, decimal.decimals) == decimal.value
+    near = abs(ratio.value - decimal.value) <= abs(ratio.value) / 1000  # 0.000000 is no rounded value of anything
+    return near and round(ratio.value, decimal.decimals) == decimal.value
 
 
 def _read_unit(tail: str, *, spaced: bool) -> tuple[int, str] | None:

@@ -5,54 +5,86 @@ untrusted input.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Literal
+
+from lightning_lambdapo.rewards.verifier.letters import (
+    chosen_letters,
+    final_letter_of,
+    leading_letter,
+    only_option,
+    trailing_letter,
+)
+from lightning_lambdapo.rewards.verifier.marks import boxed, hashed, iter_boxed, last_box, spoken, tagged
+from lightning_lambdapo.rewards.verifier.mathematics import Span, has_value, spans, values
+from lightning_lambdapo.rewards.verifier.phrases import phrases
+
+__all__ = [
+    "AnswerFormat",
+    "boxed",
+    "final_answer",
+    "final_letter",
+    "hashed",
+    "iter_boxed",
+    "last_number",
+    "leading_letter",
+    "marked_answer",
+    "only_option",
+    "tagged",
+    "trailing_letter",
+    "unmarked_answer",
+    "unmarked_letter",
+]
 
 AnswerFormat = Literal["auto", "boxed", "hash", "tag", "letter"]
 
-_BRACES = re.compile(r"\\(?:boxed|fbox)\s{0,4}\{|\\[{}]|[{}]")
-_HASH = re.compile(r"(?<!#)####(?!#)[ \t]*(\S[^\n]*)")
-_PHRASE = re.compile(
-    r"\banswer\b[*_]{0,2}(?: to [^.\n:]{0,60}?)?[ \t]{0,4}"
-    r"(?::|=|\b(?:is|are|equals|will be|would be)\b)[\s:*_]{0,20}",
-    re.IGNORECASE,
-)
-_PHRASE_END = re.compile(r"\n|[.](?:\s|$)|</|,?\s(?:which|because|since|where|when)\b")
-_VALUE_START = re.compile(r"[-+\d.$\\(\[{€£¥]|[A-Za-z]\s{0,2}[=<>]")
 _NUMBER = re.compile(
     r"(?:(?<![\w)\]}.])[-\u2212])?"
     r"(?:\\[dt]?frac\s?\{-?\d+\}\s?\{\d+\}|\d+\s\d+/\d+|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|\.\d+)"
     r"(?:\s?\\?%)?"
 )
-_LETTER_START = re.compile(
-    r"(?:(?i:option|choice|answer)\W{0,4})?(?:\(\s?([A-Ja-j])\s?\)|([A-J])(?!\w)|([A-Ja-j])(?:[.):]|$))"
+_HEADING = re.compile(r"[*_]{0,2}(?:the )?(?:final |correct )?answer[*_:]{0,4}", re.IGNORECASE)
+_PERCENT = re.compile(r"\s?(?:\\?%|percent\b|pct\b)")
+_CLOSING = re.compile(r"[\s.,;:!*_\"'\u201d)\]}<>/|`-]*")
+_BETWEEN = re.compile(r"\s{0,3}(?:[,;]|,?\s?\b(?:and|or)\b)\s{0,3}")
+_ALIKE = re.compile(r"\s*([A-Za-z](?:_(?:\w|\{[^{}]{0,9}\}))?)\s*=")
+_UNIT = re.compile(r"\s*(?:\\(?:text|mathrm|textrm|mbox)\s?\{[^{}]{0,40}\}\s*(?:\^\{?\d\}?)?|\\?%)\s*")
+_DENIED = re.compile(
+    r"(?:\b(?i:not|never|cannot be|rather than|instead of|neither|nor|rules? out|ruled out|eliminate[sd]?)"
+    r"|n['\u2019]t)(?:\s(?:be|equal to|equal|option|choice|answer|the answer)\b){0,2}[\s*_=:]{1,4}"
+    r"(?P<value>(?:[$€£]?[-\u2212]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?|\$[^$\n]{1,80}\$|\\\([^\n]{1,80}?\\\)"
+    r"|\(?[A-J]\)?(?![\w'(]))(?:(?:\s?[,/]\s?|,?\s(?:or|nor|and)\s)\(?[A-J]\)?(?![\w'(])){0,9})"
 )
-_OPTION_START = re.compile(r"\(\s?([A-Ja-j])\s?\)(?!\s?[-+*/^=,<>])|([A-J])(?:[.)](?:\s|$)|$)")
-_LETTER_MARKS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox)\s{0,4}\{|[$*_{}`]|\\[(\[\])]")
-_OPTION = re.compile(r"\(([A-J])\)")
-_SEVERAL = re.compile(r"\(?[A-J]\)?(?:\s?[,&/]\s?|,?\s(?:and|or)\s)\(?[A-J]\)?(?:[\s.,]?$|\s?[,&/]|\s(?:and|or)\s)")
-_OPTION_LINE = re.compile(r"^[ \t*]{0,4}([A-J])[.):]\*{0,2}[ \t]", re.MULTILINE)
-_LAST_LETTER = re.compile(r"(?:^|[\s*:(])([A-J])\)?[\s.*]*$")
-_PHRASE_WORDS = 6
+_DENIED_AFTER = re.compile(
+    r"(?<![A-Za-z\\])\(?[A-J]\)?(?:,?\s(?:and|or)\s\(?[A-J]\)?)?"
+    r"(?=[*_]{0,2}\s(?:cannot|can['\u2019]t|does(?: not|n['\u2019]t)|(?:is|are)\s?(?:not|n['\u2019]t|"
+    r"(?:clearly |also )?(?:wrong|incorrect|false|impossible|ruled out|too))\b))"
+)
+_TOLD = re.compile(r"\b(?:is|are|be|equals?|becomes?|gives?|get|obtain)[\s:]{1,3}\Z")
+_IN_COMMAND = re.compile(r"\\(?:sqrt|binom|log|ln)|\^\{")
+_LONGEST_TOKEN = 80
 
 
 def final_answer(text: str, answer_format: AnswerFormat = "auto") -> str | None:
     r"""The final answer that a text gives, as it is written there; None without one.
 
     ``"boxed"``, ``"hash"`` and ``"tag"`` take the last ``\boxed{...}``, ``#### ...`` or ``<answer>...</answer>``.
-    ``"auto"`` takes whichever of these and of "the answer is ..." comes last, else the last number. ``"letter"`` takes
-    the letter of a multiple-choice option.
+    ``"auto"`` takes whichever of these and of "the answer is ..." comes last, else the last number or maths, such as
+    ``$\sqrt{2}$``. ``"letter"`` takes the letter of a multiple-choice option. Several boxes that are one answer become
+    one, with commas. What stands in ``<think>...</think>``, or after a ``<think>`` that is not closed, is no answer.
 
     Example:
         >>> final_answer(r"Half of it, so \boxed{\frac{1}{2}}.")
         '\\frac{1}{2}'
         >>> final_answer("She sells 9 eggs for $2 each. The answer is $18. Done.")
         '$18'
+        >>> final_answer(r"The side has length $\sqrt{7}$."), final_answer(r"The roots are \boxed{3} and \boxed{8}.")
+        ('\\sqrt{7}', '3, 8')
     """
     if answer_format == "letter":
         return final_letter(text)
     answer = marked_answer(text, answer_format)
-    return last_number(text) if answer is None and answer_format == "auto" else answer
+    return unmarked_answer(text) if answer is None and answer_format == "auto" else answer
 
 
 def marked_answer(text: str, answer_format: AnswerFormat = "auto", *, phrases: bool = True) -> str | None:
@@ -61,14 +93,72 @@ def marked_answer(text: str, answer_format: AnswerFormat = "auto", *, phrases: b
     Args:
         text: a completion or a worked solution.
         answer_format: which marks count; all in ``"auto"`` and ``"letter"``.
-        phrases: whether "the answer is ..." is a mark in ``"auto"``.
+        phrases: whether "the answer is ..." is a mark in ``"auto"``. Where it only announces the answer, as in "the
+            answer is found as follows", the answer is the last number or maths of what follows.
 
     Example:
         >>> marked_answer("9 * 2 = 18\n#### 18"), marked_answer("The answer is 18.", phrases=False)
         ('18', None)
     """
-    _, content = max(_marked(text, answer_format, phrases=phrases), default=(0, None))
-    return content and max(_marked(content, "boxed"), default=(0, content))[1]
+    text = spoken(text)
+    announced = -1
+    best: tuple[int, int, str] | None = None
+    for start, rank, content in _marked(text, answer_format, with_phrases=phrases):
+        if not content:
+            announced = max(announced, start)
+        elif best is None or (start, rank, content) > best:
+            best = start, rank, content
+    if announced > (best[0] if best else -1):
+        following = unmarked_answer(text[announced:])
+        if following is not None:
+            return following
+    if best is None:
+        return None
+    inner = last_box(best[2])
+    return inner[1] if inner else best[2]
+
+
+def unmarked_answer(text: str) -> str | None:
+    r"""The last number or maths of a text that has no marks; None without one.
+
+    Maths counts whole: the answer of ``$(2,-3)$`` is no -3. What the text says is wrong, as in "not 75", is no answer.
+
+    Example:
+        >>> unmarked_answer("so $x^2 = 49$ gives $x = 7$."), unmarked_answer("It is 73, not 75.")
+        ('x = 7', '73')
+        >>> unmarked_answer("It isn't 73.")
+    """
+    text = without_denied(spoken(text))
+    found = spans(text)
+    number = attached = None
+    index = 0
+    for match in _NUMBER.finditer(text):
+        while index < len(found) and found[index].end <= match.start():
+            index += 1
+        if index == len(found) or match.start() < found[index].start:
+            before, after = text[max(match.start() - 1, 0) : match.start()], text[match.end() : match.end() + 1]
+            if not before.isalpha() and before not in ("^", "_"):
+                number = match
+            elif not after.isalpha():
+                attached = match
+    last = _last_of_value(text, found)
+    if last is None and number is None:
+        last = _last_of_value(text, found, closing=True)
+    if last is not None and (number is None or number.start() < found[last].start):
+        return _with_peers(text, found, last)
+    number = number or attached
+    return _whole(text, number) if number else None
+
+
+def without_denied(text: str) -> str:
+    r"""A text with what it says is wrong blanked out, by characters that are part of no answer.
+
+    Example:
+        >>> without_denied("It is 73, not 75.").replace("\0", "-")
+        'It is 73, not --.'
+    """
+    text = _DENIED.sub(lambda match: match[0][: -len(match["value"])] + "\0" * len(match["value"]), text)
+    return _DENIED_AFTER.sub(lambda match: "\0" * len(match[0]), text)
 
 
 def last_number(text: str) -> str | None:
@@ -87,126 +177,96 @@ def last_number(text: str) -> str | None:
 def final_letter(text: str) -> str | None:
     r"""The option letter, A to J, that a text chooses; None without one.
 
-    It is the letter of the last marked answer that has one, else the last ``(C)``, else a bare letter at the end, else
-    the only option that a line starts with. A mark with several letters, such as "B and C", chooses none.
+    It is the letter of the last marked answer or sentence ("option C is correct") that has one, else the last ``(C)``,
+    else a bare letter at the end, else the only option that a line starts with. Several letters, such as "B and C",
+    choose none, nor does a letter that the text says is wrong.
 
     Example:
         >>> final_letter(r"(A) is too small, so \boxed{\text{(C)}}"), final_letter("It must be\nB."), final_letter("12")
         ('C', 'B', None)
+        >>> final_letter("The answer isn't D."), final_letter("It could be (A) or (D).")
+        (None, None)
     """
-    marked = ((start, leading_letter(content), content) for start, content in _marked(text, "auto"))
-    letters = [(start, letter, content[:256]) for start, letter, content in marked if letter]
-    if letters:
-        _, letter, content = max(letters)
-        return None if _SEVERAL.match(_unmarked(content)) else letter
-    options: list[str] = _OPTION.findall(text)
-    return options[-1] if options else trailing_letter(text) or only_option(text)
+    text = spoken(text)
+    return final_letter_of(_marked(text, "auto"), without_denied(text))
 
 
-def leading_letter(content: str, *, strict: bool = False) -> str | None:
-    r"""The option letter, A to J, that a marked answer starts with.
-
-    Args:
-        content: the content of the mark.
-        strict: accept only what cannot be a word or a variable: ``(C)``, ``C)``, ``C.`` or the letter alone.
+def unmarked_letter(text: str) -> str | None:
+    r"""The option letter that a text without marks chooses beyond doubt, for voting; None without one.
 
     Example:
-        >>> leading_letter("(C) 15"), leading_letter(r"\textbf{b}"), leading_letter("15")
-        ('C', 'B', None)
-        >>> leading_letter("A cat"), leading_letter("A cat", strict=True)
-        ('A', None)
+        >>> unmarked_letter("Option C is correct."), unmarked_letter("15 apples, so\nC."), unmarked_letter("(A) or (D)")
+        ('C', 'C', None)
     """
-    match = (_OPTION_START if strict else _LETTER_START).match(_unmarked(content))
-    return next(letter for letter in match.groups() if letter).upper() if match else None
+    text = without_denied(spoken(text))
+    chosen = max(chosen_letters(text, strict=True), default=None)
+    return chosen[1] if chosen else trailing_letter(text) or only_option(text)
 
 
-def _unmarked(content: str) -> str:
-    """The start of a marked answer, without commands and signs around letters."""
-    return " ".join(_LETTER_MARKS.sub(" ", content[:256]).split())
+def _marked(text: str, answer_format: AnswerFormat, *, with_phrases: bool = True) -> Iterator[tuple[int, int, str]]:
+    """Position, rank and content of the marked answers; of several at one position, the higher rank counts.
 
-
-def trailing_letter(text: str) -> str | None:
-    r"""The capital letter A to J that stands alone at the end of a text.
-
-    Example:
-        >>> trailing_letter("It must be\nB."), trailing_letter("... hence (C)"), trailing_letter("WEB")
-        ('B', 'C', None)
+    An empty content is a phrase that announces the answer.
     """
-    match = _LAST_LETTER.search(text[-64:])
-    return match[1] if match else None
+    if answer_format not in ("hash", "tag"):
+        yield from ((start, 0, content) for start, content in iter_boxed(text) if content)
+        joined = last_box(text)
+        if joined:
+            yield joined[0], 1, joined[1]
+    if answer_format not in ("boxed", "tag"):
+        headings = answer_format != "hash"
+        for start, content in hashed(text):
+            if content and not (headings and _HEADING.fullmatch(content)):
+                yield start, 0, content
+    if answer_format not in ("boxed", "hash"):
+        yield from ((start, 0, content) for start, content in tagged(text) if content)
+    if with_phrases and answer_format in ("auto", "letter"):
+        yield from ((start, 0, content) for start, content in phrases(text))
 
 
-def only_option(text: str) -> str | None:
-    r"""The letter of the option that lines of a text start with, where it is the only one.
-
-    Example:
-        >>> only_option("C. spiral cleavage"), only_option("It is\nB) 12, since ..."), only_option("A. 1\nB. 2")
-        ('C', 'B', None)
-    """
-    letters = {match[1] for match in _OPTION_LINE.finditer(text)}
-    return letters.pop() if len(letters) == 1 else None
-
-
-def boxed(text: str) -> list[tuple[int, str]]:
-    r"""Position and content of every ``\boxed{...}`` with balanced braces, in the order in which they close.
-
-    Example:
-        >>> boxed(r"\boxed{1} or \boxed{\frac{1}{2}} or \boxed{3")
-        [(0, '1'), (13, '\\frac{1}{2}')]
-    """
-    return list(iter_boxed(text))
+def _last_of_value(text: str, found: list[Span], *, closing: bool = False) -> int | None:
+    """Which maths is the last that has a value of its own; None where none has. At the end, expressions count too."""
+    for index in range(len(found) - 1, -1, -1):
+        span = found[index]
+        content = text[span.inside : span.outside]
+        after_number = text[max(span.start - 9, 0) : span.start].rstrip()[-1:] in set("0123456789$)}]")
+        if content.lstrip().startswith("^") or (after_number and _UNIT.fullmatch(content)):
+            continue  # of a unit
+        last = closing or (index == len(found) - 1 and _CLOSING.fullmatch(text, span.end) is not None)
+        told = last and _TOLD.search(text, max(span.start - 16, 0), span.start) is not None
+        if told or any(has_value(value, closing=last) for value in values(text, span)):
+            return index
+    return None
 
 
-def iter_boxed(text: str) -> Iterator[tuple[int, str]]:
-    """Like :func:`boxed`, but one at a time, because the contents of deeply nested boxes add up."""
-    opened: list[re.Match[str]] = []
-    for match in _BRACES.finditer(text):
-        brace = match.group()
-        if brace == "}" and opened:
-            start = opened.pop()
-            if len(start.group()) > 1:
-                yield start.start(), text[start.end() : match.start()].strip()
-        elif brace == "{" or len(brace) > 2:
-            opened.append(match)
+def _with_peers(text: str, found: list[Span], last: int) -> str:
+    """The value of maths, and of what is listed before it: "$x=3$ or $x=8$"."""
+    first, worded = last, False
+    while first > 0:
+        gap = text[found[first - 1].end : found[first].start]
+        content = text[found[first - 1].inside : found[first - 1].outside]
+        if not _BETWEEN.fullmatch(gap) or not has_value(content, closing=False):
+            break
+        worded = worded or gap.strip(" \n,;") != ""
+        first -= 1
+    parts = [value for span in found[first : last + 1] for value in values(text, span)]
+    names = {name[1] if name else "" for name in map(_ALIKE.match, parts)}
+    if len(names) > 1 and not worded:
+        parts = values(text, found[last])
+    percent = _PERCENT.match(text, found[last].end)
+    if percent and len(parts) == 1:
+        return text[text.find(parts[0], found[last].inside) : percent.end()]
+    return ", ".join(dict.fromkeys(parts))
 
 
-def hashed(text: str) -> list[tuple[int, str]]:
-    r"""Position and content of every ``#### ...``.
-
-    Example:
-        >>> hashed("9 * 2 = 18\n#### 18")
-        [(11, '18')]
-    """
-    return [(match.start(), match[1].partition("</")[0].strip()) for match in _HASH.finditer(text)]
-
-
-def tagged(text: str) -> list[tuple[int, str]]:
-    """Position and content of the last ``<answer>...</answer>``, as a list of at most one.
-
-    Example:
-        >>> tagged("<answer>1</answer> no, <answer> 2 </answer>")
-        [(23, '2')]
-    """
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, max(end, 0))
-    return [] if start < 0 else [(start, text[start + len("<answer>") : end].strip())]
-
-
-def _phrases(text: str) -> list[tuple[int, str]]:
-    """Position and content of every "the answer is ..." that names a value or at most six words."""
-    found = []
-    for match in _PHRASE.finditer(text):
-        rest = text[match.end() : match.end() + 600]
-        end = _PHRASE_END.search(rest)
-        content = (rest[: end.start()] if end else rest).strip(" \t*_")
-        if _VALUE_START.match(content) or 0 < len(content.split()) <= _PHRASE_WORDS:
-            found.append((match.start(), content))
-    return found
-
-
-def _marked(text: str, answer_format: AnswerFormat, *, phrases: bool = True) -> Iterator[tuple[int, str]]:
-    """Position and content of the marked answers that are not empty."""
-    every: list[Callable[[str], Iterable[tuple[int, str]]]] = [iter_boxed, hashed, tagged]
-    every += [_phrases] * phrases
-    finders = {"boxed": every[:1], "hash": every[1:2], "tag": every[2:3]}.get(answer_format, every)
-    return ((start, content) for finder in finders for start, content in finder(text) if content)
+def _whole(text: str, number: re.Match[str]) -> str:
+    r"""A number, or the word that it is an argument in: the answer of "\sqrt{7}" is no 7."""
+    if text[number.start() - 1 : number.start()] != "{":
+        return number.group()
+    start, end = number.start(), number.end()
+    while start > max(number.start() - _LONGEST_TOKEN, 0) and not text[start - 1].isspace():
+        start -= 1
+    while end < min(number.end() + _LONGEST_TOKEN, len(text)) and not text[end].isspace():
+        end += 1
+    token = text[start:end].strip(".,;:!?*")
+    return token if _IN_COMMAND.search(token) else number.group()

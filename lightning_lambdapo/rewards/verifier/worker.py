@@ -14,6 +14,7 @@ import gc
 import json
 import logging
 import os
+import re
 import selectors
 import signal
 import socket
@@ -23,6 +24,7 @@ from contextlib import suppress
 from typing import Any
 
 Comparison = Callable[[str, str], bool]
+Numbers = Callable[[Any, Any, int, int], bool]
 
 _OUT_OF_MEMORY = 3  # exit code of a child; a fresh one is safer than one that ran out of memory
 _CAN_FORK = hasattr(os, "fork") and hasattr(signal, "setitimer")
@@ -31,9 +33,10 @@ _CAN_FORK = hasattr(os, "fork") and hasattr(signal, "setitimer")
 def load_verifier() -> Comparison:
     """Import math-verify (0.5 to 1 s) and return the comparison of a gold answer with an answer."""
     logging.disable(logging.CRITICAL)
-    from math_verify import LatexExtractionConfig, parse, verify
-    from sympy import Expr, FiniteSet, I, MatrixBase  # type: ignore[import-untyped]
+    from math_verify import LatexExtractionConfig, grader, parse, verify
+    from sympy import Eq, Expr, FiniteSet, I, MatrixBase, Set  # type: ignore[import-untyped]
 
+    grader.sympy_numeric_eq = relative(grader.sympy_numeric_eq)
     extraction = [LatexExtractionConfig()]
 
     def read(text: str) -> Any:
@@ -53,9 +56,24 @@ def load_verifier() -> Comparison:
             return item
         return item.subs({symbol: I for symbol in item.free_symbols if symbol.name == "i"})
 
+    def same_region(sides: tuple[str, str], parsed: tuple[Any, Any]) -> bool:
+        """Whether inequalities, such as x > 4, describe the interval or set on the other side."""
+        for relations, read_other in ((sides[1], parsed[0]), (sides[0], parsed[1])):
+            others = [item.rhs if isinstance(item, Eq) and isinstance(item.rhs, Set) else item for item in read_other]
+            if len(others) == 1 and isinstance(others[0], Set):
+                try:
+                    found = region(relations, read)
+                except MemoryError:
+                    raise
+                except Exception:  # no inequalities: nothing to compare
+                    return False
+                if found is not None and same([found], others):
+                    return True
+        return False
+
     def equal(gold: str, answer: str) -> bool:
         sides = read(gold), read(answer)
-        if same(*sides):
+        if same(*sides) or same_region((gold, answer), sides):
             return True
         with suppress(TypeError, ValueError):  # complex numbers have no order
             complex_sides = [[complex_number(item) for item in side] for side in sides]
@@ -64,6 +82,70 @@ def load_verifier() -> Comparison:
 
     equal(r"\frac{\sqrt{8}}{2}", r"\sqrt{2}")  # load now what is loaded lazily, for all children
     return equal
+
+
+def relative(numeric_equal: Numbers) -> Numbers:
+    """math-verify's comparison of numbers, which takes all below about 1e-16 for 0, made relative to their size."""
+    from sympy import Float, MatrixBase, MatrixExpr, Number, S, expand
+
+    def near(first: Any, second: Any, tolerance: float) -> bool:
+        difference = abs((first - second).evalf(30))  # of exact numbers right to many more digits than their own
+        return bool(difference <= tolerance * max(abs(first.evalf(30)), abs(second.evalf(30))))
+
+    def confirmed(first: Any, second: Any, precision: int) -> bool:
+        floats = first.has(Float) or second.has(Float)
+        if isinstance(first, Number) or isinstance(second, Number):
+            return not floats or near(first.doit(), second.doit(), 1e-3)  # 0.333333 is 1/3
+        if (first - second).evalf(precision) == 0:
+            return True
+        tolerance = 1e-12 if floats else 1e-60
+        if not first.free_symbols and not second.free_symbols:
+            return near(first, second, tolerance)
+        terms = [expand(side.doit()).as_coefficients_dict() for side in (first, second)]
+        return all(near(S(terms[0][term]), S(terms[1][term]), tolerance) for term in {*terms[0], *terms[1]})
+
+    def compare(first: Any, second: Any, rounding: int, precision: int) -> bool:
+        equal = numeric_equal(first, second, rounding, precision)
+        if equal and not isinstance(first, MatrixBase | MatrixExpr):  # of matrices, this compares every entry
+            with suppress(AttributeError, NotImplementedError, TypeError, ValueError):  # such as infinity
+                return confirmed(first, second, precision)
+        return equal
+
+    return compare
+
+
+def region(text: str, read: Callable[[str], Any]) -> Any:
+    """The numbers for which inequalities between one variable and numbers hold, such as x < 1 or x > 3; else None.
+
+    Only with the variable alone on one side: x^2 < 4 is a question, and no answer to it.
+    """
+    from latex2sympy2_extended.logic import And  # type: ignore[import-untyped]
+    from sympy import Eq, Intersection, Reals, Rel, Symbol, Union
+
+    def numbers(relation: Any, names: set[Any]) -> Any:
+        if isinstance(relation, And):
+            parts = [numbers(part, names) for part in relation._unsorted_args]
+            return None if None in parts else Intersection(Reals, *parts)
+        if not isinstance(relation, Rel) or isinstance(relation, Eq):
+            return None
+        names |= relation.free_symbols
+        alone = {side for side in (relation.lhs, relation.rhs) if isinstance(side, Symbol)}
+        return relation.as_set() if len(names) == 1 and alone == names and None not in alone else None
+
+    builder = re.fullmatch(r"\s*\\?\{\s*[A-Za-z]\s*(?:\\in\s*[^|:<>]{1,30}?)?(?:\\mid|\||:)(.*?)\\?\}\s*", text)
+    text = builder[1] if builder else text
+    names: set[Any] = set()
+    either = []
+    for alternative in re.split(r"\\(?:text|mbox|mathrm)\s?\{\s*or\s*\}|\bor\b|\\(?:lor|vee)(?![A-Za-z])|\\cup", text):
+        both = re.split(r"\\(?:text|mbox|mathrm)\s?\{\s*and\s*\}|\band\b|\\(?:land|wedge)(?![A-Za-z])", alternative)
+        if not any(mark in alternative for mark in ("<", ">", "\\l", "\\g", "\\ne")):
+            return None
+        parts = [numbers(item, names) for part in both for item in read(part)]
+        if not parts or any(part is None for part in parts):
+            return None
+        either.append(Intersection(*parts))
+    found = Union(*either)
+    return None if found.is_empty else found
 
 
 def limit(name: str, value: int) -> None:

@@ -8,7 +8,11 @@ from lightning_lambdapo.rewards.verifier.extraction import (
     final_answer,
     final_letter,
     leading_letter,
+    marked_answer,
+    unmarked_letter,
 )
+from lightning_lambdapo.rewards.verifier.marks import spoken
+from lightning_lambdapo.rewards.verifier.mathematics import spans
 
 AUTO = [
     (r"so \boxed{18}", "18"),
@@ -124,12 +128,115 @@ def test_strict_letters_are_no_words_or_variables(content: str, letter: str | No
         "answer to " * 50_000,
         "1" + ",111" * 100_000 + "1",
         "{}" * 9,
+        "\\boxed\\frac{1" * 10_000,
+        "\\boxed 1 and " * 10_000,
+        "\\boxed{1}, " * 10_000,
+        "$1$, " * 20_000,
+        "$1" * 50_000,
+        "$ " * 50_000,
+        "\\[" * 50_000,
+        "\\( $ $$ " * 10_000,
+        "\\begin{align}" * 10_000,
+        "\\[" + "1 \\\\ " * 20_000 + "\\]",
+        "the answer is\n- 1\n" * 10_000,
+        "the answer is\n1. so 1\n" * 10_000,
+        "the answer is found " * 10_000,
+        "answer for " * 20_000,
+        "not 1, " * 20_000,
+        "not A, " * 20_000,
+        "choose A " * 20_000,
+        "A or " * 20_000,
+        "<think>" * 20_000,
+        "</think>" * 20_000,
+        "&" * 100_000,
+        "\\text{\\text{" * 10_000,
     ],
 )
 def test_hostile_texts_are_read_in_linear_time(text: str) -> None:
     # A quadratic search would run into the suite's time limit: 50,000 unclosed marks are 10^10 steps.
     final_answer(text)
     final_letter(text)
+    unmarked_letter(text)
+
+
+BARE = [
+    (r"\boxed 9", "9"),
+    (r"$x = \boxed 12$", "12"),
+    (r"\boxed -3.", "-3"),
+    (r"\boxed\frac12", r"\frac12"),
+    (r"\boxed \frac 1 2", r"\frac 1 2"),
+    (r"\boxed\frac{\sqrt{3}}{2}", r"\frac{\sqrt{3}}{2}"),
+    (r"\boxed\dfrac{1}{2}$.", r"\dfrac{1}{2}"),
+    (r"\boxed\sqrt2", r"\sqrt2"),
+    (r"\boxed\sqrt[3]{5}", r"\sqrt[3]{5}"),
+    (r"\boxed 3\sqrt{2}", r"3\sqrt{2}"),
+    (r"\boxed\pi", r"\pi"),
+    (r"\boxed 5x$", "5x"),
+    (r"\boxed x$", "x"),
+    (r"\boxed 2^{10}", "2^{10}"),
+    (r"\boxed 1/2", "1/2"),
+    (r"\boxed 1,234.5, roughly", "1,234.5"),
+    (r"\boxed 50\%", r"50\%"),
+    (r"\boxed\text{Evelyn}", r"\text{Evelyn}"),
+    (r"\fbox 7", "7"),
+    (r"\boxed{1} and then \boxed 2", "2"),
+    (r"\boxed{2}, not \boxed to 3", "2"),
+]
+
+
+@pytest.mark.parametrize(("text", "content"), BARE)
+@pytest.mark.parametrize("answer_format", ["auto", "boxed"])
+def test_latex_boxes_without_braces(text: str, content: str, answer_format: AnswerFormat) -> None:
+    assert final_answer(text, answer_format) == content
+    assert marked_answer(text, phrases=False) == content
+
+
+@pytest.mark.parametrize(
+    "text",
+    [r"use \boxed to answer", r"in \boxed, 5", r"\boxed", r"\boxed}", r"\boxed answer", r"\boxed a b", r"\boxedx 5",
+     r"\boxed\left(3", r"\boxed{5", r"\boxed\quad 5", r"\boxed$5$"],
+)  # fmt: skip
+def test_a_mention_of_boxes_is_none(text: str) -> None:
+    assert boxed(text) == []
+
+
+def test_boxes_in_boxes_without_braces() -> None:
+    assert boxed(r"\boxed\boxed{5}") == [(6, "5")]
+    assert boxed(r"\boxed{a\boxed 5}") == [(8, "5"), (0, r"a\boxed 5")]
+    assert final_answer(r"<answer>\boxed 5</answer>") == "5"
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [("<think>a</think>b", "b"), ("<think>a", ""), ("a<think>b", "a"), ("a</think>b<think>c", "b"), ("a", "a"),
+     ("<think>a</think>b<think>c</think>d", "d"),
+     ("<Thinking>a</Thinking> b", " b"), ("<think>a<think>b</think>c", "c")],
+)  # fmt: skip
+def test_what_is_said_outside_thoughts(text: str, left: str) -> None:
+    assert spoken(text) == left
+
+
+def test_maths_is_told_from_money() -> None:
+    texts = ["$5 and $6", "5$ and 6$", "$5, $6, $x$", r"costs \$5 and \$6", "$x$ for $5", "$5-$6", "$5 for a $x=3$ b"]
+    found = [[text[span.inside : span.outside] for span in spans(text)] for text in texts]
+    assert found == [[], [], ["x"], [], ["x"], [], ["x=3"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (r"\[ a \\[2pt] b \] \(c\)", [r" a \\[2pt] b ", "c"]),
+        ("$$a\nb$$ $c$", ["a\nb", "c"]),
+        (r"\( never closed $x$ \[y\]", ["x", "y"]),
+        (r"\begin{align*}x\end{align*}", ["x"]),
+        (r"\[\begin{aligned}x\end{aligned}\]", [r"\begin{aligned}x\end{aligned}"]),
+        ("$a\nb$", []),
+        ("$$", []),
+        (r"\$x\$", []),
+    ],
+)
+def test_maths_in_texts(text: str, found: list[str]) -> None:
+    assert [text[span.inside : span.outside] for span in spans(text)] == found
 
 
 def test_every_balanced_box_is_found() -> None:

@@ -21,11 +21,9 @@ REFUSED_THOUGH_EQUIVALENT = [
     {
         ("1 m", "100 cm"),  # units are compared, not converted
         ("2 hours", "120 minutes"),
-        ("[3, 5]", r"3 \le x \le 5"),  # a chained inequality is not read as an interval
         ("1:2", "1 to 2"),  # a range is written like this too
     },
     {
-        ("[-1, 1]", r"-1 \leq x \leq 1"),
         (r"\dfrac{ a }{ b }", r"\frac ab"),  # LaTeX arguments without braces, other than digits
         ("FF_{16}", "255"),  # only numerals that start with a digit have a base: a_{16} is a variable
     },
@@ -63,7 +61,7 @@ def test_every_verdict_is_the_published_one(index: int) -> None:
     assert {(pair.gold, pair.answer) for pair, verdict in wrong if not verdict} == REFUSED_THOUGH_EQUIVALENT[index]
     assert {(pair.gold, pair.answer) for pair, verdict in wrong if verdict} == ACCEPTED_THOUGH_DIFFERENT[index]
     found = verifier_report.tally(pairs, verdicts)
-    assert (found.precision, found.recall) == [(202 / 204, 202 / 206), (72 / 73, 72 / 75)][index]
+    assert (found.precision, found.recall) == [(203 / 205, 203 / 206), (73 / 74, 73 / 75)][index]
     assert sent < 0.6 * len(pairs)
 
 
