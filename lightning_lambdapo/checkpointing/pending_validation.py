@@ -32,7 +32,13 @@ def is_pending(trainer: Trainer, *, so_far: bool) -> bool:
     return in_train_batch_end and validation_is_next(trainer) and has_validation_data(trainer)
 
 
-def repeat(trainer: Trainer) -> None:
-    """Run the validation inside ``fit``, from its first batch. Does nothing without validation data."""
-    if trainer.enable_validation and has_validation_data(trainer):
+def repeat(trainer: Trainer, run_state: Any) -> None:
+    """Run a pending validation inside ``fit``, from its first batch. Does nothing without validation data.
+
+    Args:
+        trainer: the trainer, in ``fit``.
+        run_state: says in ``pending_validation`` whether there is one, which is changed.
+    """
+    pending, run_state.pending_validation = run_state.pending_validation, False
+    if pending and trainer.enable_validation and has_validation_data(trainer):
         validate_inside_fit(trainer)

@@ -60,6 +60,9 @@ def test_checkpoints_hold_what_is_trained_and_load_weights_only(base: str, tmp_p
     assert all("lora_" in name for name in trained)
     assert checkpoint["hyper_parameters"]["policy"]["model"] == base
     assert "rewards" not in checkpoint["hyper_parameters"]
+    noted = checkpoint["lambdapo"].pop("policy")
+    assert noted["adapter"] == {"lora_alpha": 32}
+    assert noted["base"]
     assert checkpoint["lambdapo"] == {
         "version": 1,
         "rollout_step": 4,
