@@ -26,10 +26,18 @@ from lightning_lambdapo.policy.adapter_options import share_adapted_weights
 from lightning_lambdapo.policy.fingerprint import fingerprint
 from lightning_lambdapo.policy.loading import load_tokenizer
 from lightning_lambdapo.policy.model import Policy, causal_lm
-from lightning_lambdapo.runs.files import Record, RunFileError, find_run, load_yaml, read_config, section, unused_path
+from lightning_lambdapo.runs.files import (
+    CHECKPOINTS,
+    Record,
+    RunFileError,
+    find_run,
+    load_yaml,
+    read_config,
+    section,
+    unused_path,
+)
 from lightning_lambdapo.runs.model_card import cast_weights, publish
 
-_CHECKPOINTS = "checkpoints/*.ckpt"
 _OWN_CLASS = ("lightning_lambdapo.LambdaPOModule", "lightning_lambdapo.module.LambdaPOModule")
 
 
@@ -78,7 +86,7 @@ def find_checkpoint(source: Path) -> Path:
         return source
     if source.is_file():
         raise RunFileError(f"{source} is neither a run's directory nor a checkpoint, whose name would end in .ckpt.")
-    found = list(find_run(source, _CHECKPOINTS).glob(_CHECKPOINTS))
+    found = list(find_run(source, CHECKPOINTS).glob(CHECKPOINTS))
     last = [path for path in found if path.name.startswith("last")]
     return max(last or found, key=lambda path: path.stat().st_mtime)
 
@@ -107,7 +115,8 @@ def export(
         RunFileError: the directory is not empty.
         CheckpointError: the checkpoint cannot be used.
     """
-    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    inside = [parent.parent for parent in checkpoint.parents if parent.name == "checkpoints"]
+    run = inside[0] if inside else checkpoint.parent
     target = unused_path(run / ("merged" if merge else "export")) if output is None else output
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunFileError(f"{target} exists and is not an empty directory. Nothing is overwritten. Give another one.")

@@ -229,4 +229,4 @@ def test_saves_are_counted_in_rollouts_not_updates(base: str, tmp_path: Path) ->
     found = {
         path.name: torch.load(path, weights_only=True)["lambdapo"]["rollout_step"] for path in tmp_path.glob("r*.ckpt")
     }
-    assert found == {"rollout-step=6.ckpt": 2, "rollout-step=12.ckpt": 4}
+    assert found == {"rollout-step=2.ckpt": 2, "rollout-step=4.ckpt": 4}
