@@ -139,10 +139,11 @@ def share_adapted_weights(model: PreTrainedModel) -> bool:
 
 
 def plain_start(settings: PeftConfig) -> PeftConfig:
-    """A copy of the settings that leaves the base alone. Its weights are to be loaded."""
+    """A copy of the settings for a second adapter, which leaves the base alone. Its weights are to be loaded."""
     found = copy.deepcopy(settings)
     if isinstance(found, LoraConfig):
         found.init_lora_weights = True
+        found.bias = "none"  # peft allows biases to one adapter
     return found
 
 

@@ -171,6 +171,7 @@ def _export_for_unchanged_base(policy: PeftModel, directory: Path, weights: dict
     settings.lora_alpha *= factor
     settings.rank_pattern = {name: 2 * rank for name, rank in (settings.rank_pattern or {}).items()}
     settings.alpha_pattern = {name: factor * alpha for name, alpha in (settings.alpha_pattern or {}).items()}
+    settings.bias = vars(policy.peft_config["default"])["bias"]
     settings.inference_mode = True
     settings.save_pretrained(str(directory))
 

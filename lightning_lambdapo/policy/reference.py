@@ -1,8 +1,9 @@
 """The frozen reference: the policy without its adapter, with the adapter it started from, or a copy."""
 
 import copy
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import cast
 
 import torch
@@ -72,7 +73,11 @@ def reference_mode(policy: Policy) -> Iterator[None]:
     if not isinstance(policy, PeftModel):
         raise TypeError("A policy without adapter has no reference mode. Use its frozen copy instead.")
     if REFERENCE_ADAPTER not in policy.peft_config:
-        with policy.disable_adapter():
+        with ExitStack() as off:
+            with warnings.catch_warnings():
+                # peft says so of any `bias`, and where biases are trained the reference is a copy
+                warnings.filterwarnings("ignore", message="Careful, disabling adapter layers with bias")
+                off.enter_context(policy.disable_adapter())
             yield
         return
     active = policy.active_adapter
