@@ -1,5 +1,6 @@
 """Comparing the policy of a checkpoint with the policy that is to load it."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +11,8 @@ from lightning_lambdapo.checkpointing.files import CheckpointError
 
 #: What earlier releases noted among the hyper-parameters.
 _EARLIER = ("lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights")
-#: Rounding to bfloat16 changes a value by at most a 512th of itself, and to float16 by at most half of 2**-24.
-_RELATIVE, _ABSOLUTE = 1.02 / 512, 4e-8
+#: Rounding to bfloat16 changes a value by at most a 256th of itself, and to float16 by at most half of 2**-24.
+_RELATIVE, _ABSOLUTE = 1.02 / 256, 4e-8
 
 
 def compare(saved: Mapping[str, Any], current: Mapping[str, Any], hyper_parameters: Mapping[str, Any]) -> None:
@@ -32,6 +33,25 @@ def compare(saved: Mapping[str, Any], current: Mapping[str, Any], hyper_paramete
     if adapter is not None and own is not None:
         _compare_adapters(adapter, own)
     _compare_bases(saved.get("base") or {}, current.get("base") or {})
+
+
+def compare_given(saved: Mapping[str, Any], hyper_parameters: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Compare the settings of an adapter that take the place of a checkpoint's own.
+
+    Args:
+        saved: the policy's fingerprint in the checkpoint. Only without one is there something to compare.
+        hyper_parameters: the checkpoint's.
+        given: arguments of the module that replace some of them.
+
+    Raises:
+        CheckpointError: they differ. The message says how.
+    """
+    lora = given.get("lora")
+    if dataclasses.is_dataclass(lora) and not isinstance(lora, type):
+        lora = dataclasses.asdict(lora)
+    one, other = _named_adapter(hyper_parameters), _named_adapter({"lora": lora})
+    if not saved and one is not None and other is not None:
+        _compare_adapters(one, other)
 
 
 def _compare_adapters(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

@@ -190,7 +190,8 @@ def settings_of_this_release(path: Path, arguments: Mapping[str, Any]) -> Iterat
         arguments: the user's.
 
     Raises:
-        CheckpointError: the file is missing, damaged or in shards, or its hyper-parameters are no settings.
+        CheckpointError: the file is missing, damaged or in shards, its hyper-parameters are no settings, or
+            ``arguments`` replaces the adapter's by other ones.
     """
     found = upgraded(arguments)
     if path.is_dir():
@@ -202,6 +203,8 @@ def settings_of_this_release(path: Path, arguments: Mapping[str, Any]) -> Iterat
     settings = entries.get("hyper_parameters") or {}
     if not isinstance(settings, Mapping):
         raise CheckpointError(f"its hyper-parameters are {type(settings).__name__}, not a mapping.")
+    own = entries.get(CHECKPOINT_KEY)
+    fingerprint.compare_given((isinstance(own, dict) and own.get("policy")) or {}, settings, found)
     new = upgraded(settings)
     if new == settings:
         yield found
