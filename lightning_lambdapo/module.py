@@ -335,7 +335,7 @@ class LambdaPOModule(LightningModule):
         self.interrupts.install(self.trainer)
         log_seeds(self.trainer, sampling=self.sampling_seed)
         checks.check_schedule_length(self.trainer, self.lr_schedulers(), self.updates_per_rollout)
-        pending_validation.repeat(self.trainer, self.run_state)
+        pending_validation.complete_epoch(self.trainer, self.run_state)
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
         """Refuse a batch with too few prompts for the reserve or for the mini-batches."""

@@ -26,7 +26,7 @@ from lightning_lambdapo.checkpointing import fingerprint, pending_validation
 from lightning_lambdapo.checkpointing.files import IN_SHARDS, CheckpointError, Shapes, read_header
 from lightning_lambdapo.config import AdapterConfig, upgraded
 from lightning_lambdapo.distributed.fsdp1 import flattens, plain_name
-from lightning_lambdapo.distributed.lightning_internals import attached_trainer
+from lightning_lambdapo.distributed.lightning_internals import attached_trainer, mend_epochs
 from lightning_lambdapo.distributed.parallel import saves_shards
 from lightning_lambdapo.distributed.seeding import STREAMS
 
@@ -123,6 +123,7 @@ def load(module: LightningModule, state: RunState, checkpoint: dict[str, Any], *
     trainer = attached_trainer(module)
     if trainer is None:
         return
+    mend_epochs(checkpoint)
     state.pending_validation = trainer.state.fn == "fit" and own.get("owes_validation", False)
     if own["seed"] != seed:
         warnings.warn(

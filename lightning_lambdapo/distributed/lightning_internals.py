@@ -3,7 +3,7 @@
 Lightning has no public way to do these. The tests named below fail if a release changes one of them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -96,6 +96,36 @@ def validate_inside_fit(trainer: Trainer) -> None:
     trainer.training = True
     connector._first_loop_iter = first_loop_iter
     loop.val_loop._has_run = False  # otherwise the epoch would seem to be over
+
+
+def begin_next_epoch(trainer: Trainer) -> None:
+    """Count the next epoch if a run resumes after the last step of one. Call before the first step.
+
+    Lightning would not count it, nor call ``on_train_epoch_start``. A checkpoint from that epoch would then look like
+    one from between epochs, and a run that resumes from it would train one epoch too many (checkpointing/test_resume).
+    """
+    fit_loop = trainer.fit_loop
+    epoch_loop = fit_loop.epoch_loop
+    last = epoch_loop.restarted_on_train_batch_end and epoch_loop.batch_progress.is_last_batch
+    if last and fit_loop.restarted_mid_epoch:
+        fit_loop.reset_restart_stage()
+
+
+def mend_epochs(checkpoint: Mapping[str, Any]) -> None:
+    """Count the epoch that a checkpoint is from, if a run without :func:`begin_next_epoch` saved it in a step.
+
+    Args:
+        checkpoint: Lightning's entries, whose progress is changed.
+    """
+    loops = checkpoint.get("loops", {}).get("fit_loop", {})
+    epochs, batches = loops.get("epoch_progress"), loops.get("epoch_loop.batch_progress")
+    if not epochs or not batches:
+        return
+    inside_step = batches["current"]["completed"] < batches["current"]["ready"]
+    if inside_step and len(set(epochs["total"].values())) == 1:
+        for part in (epochs["total"], epochs["current"]):
+            part["ready"] += 1
+            part["started"] += 1
 
 
 @contextmanager

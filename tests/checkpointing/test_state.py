@@ -10,11 +10,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lightning_lambdapo import AdapterConfig, LambdaPOModule, PolicyConfig, PolicyExport, RolloutCheckpoint
+from lightning_lambdapo.checkpointing import pending_validation
 from lightning_lambdapo.commands.main import main
 
 pytestmark = [
     # Lightning says so of every run that resumes into a directory of its own, or with other callbacks.
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
 
@@ -50,6 +52,26 @@ def test_a_resumed_run_goes_on_bit_for_bit(base: str, tmp_path: Path, at: int, l
     assert more == steps[at:]
     assert equal(weights(resumed), weights(whole))
     assert (resumed.rollout_step, built.global_step) == (12, 12)
+
+
+@pytest.mark.parametrize("release", ["this", "earlier"])
+def test_a_run_that_resumes_at_the_end_of_every_epoch(
+    base: str, tmp_path: Path, release: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It trains as many epochs as the uninterrupted run, and no epoch too many. Before, Lightning miscounted them."""
+    whole, steps, _ = run(tmp_path / "whole", base)
+    if release == "earlier":
+        monkeypatch.setattr(pending_validation, "begin_next_epoch", lambda _: None)
+    seen: list[dict[str, float]] = []
+    for epochs in (1, 2, 3, 3):
+        last = tmp_path / "parts" / "last.ckpt"
+        resumed, more, built = run(
+            tmp_path / "parts", base, every=2, max_epochs=epochs, resume=str(last) if epochs > 1 else None
+        )
+        seen += more
+        assert (resumed.rollout_step, built.current_epoch) == (4 * epochs, epochs)
+    assert seen == steps
+    assert equal(weights(resumed), weights(whole))
 
 
 def test_checkpoints_hold_what_is_trained_and_load_weights_only(base: str, tmp_path: Path) -> None:
