@@ -123,12 +123,14 @@ def check_schedule_length(trainer: Trainer, scheduler: object, updates_per_rollo
     """
     updates = _planned_updates(trainer, updates_per_rollout)
     advice = f"training makes {updates} updates, {updates_per_rollout} in each training step, and each is a step of it"
-    for part in getattr(scheduler, "_schedulers", [scheduler]):
+    parts = getattr(scheduler, "_schedulers", [scheduler])
+    starts = [0, *getattr(scheduler, "_milestones", [0] * len(parts))]  # of the parts of a SequentialLR
+    for part, start in zip(parts, starts, strict=False):
         name = type(part).__name__
-        if isinstance(part, OneCycleLR) and part.total_steps < updates:
+        if isinstance(part, OneCycleLR) and part.total_steps < updates - start:
             raise ValueError(
                 f"`lr_scheduler` is {name} with total_steps={part.total_steps}, and {advice}. It would end in an "
-                f"error. Set total_steps to {updates} or more."
+                f"error. Set total_steps to {updates - start} or more."
             )
         length = getattr(part, "T_max" if isinstance(part, CosineAnnealingLR) else "total_iters", updates)
         if part is scheduler and isinstance(part, CosineAnnealingLR | PolynomialLR) and length < updates:

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.tuner.tuning import Tuner
 from small import Digits, Rows, equal, fit, module, trainer, weights
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR, PolynomialLR, SequentialLR
 
@@ -130,7 +130,7 @@ def rising(length: int) -> Any:
 
 def after_warmup(length: int) -> Any:
     def make(optimizer: torch.optim.Optimizer) -> LRScheduler:
-        parts = [LambdaLR(optimizer, lambda step: 0.5), OneCycleLR(optimizer, max_lr=1e-2, total_steps=length)]
+        parts = [LambdaLR(optimizer, lambda _: 0.5), OneCycleLR(optimizer, max_lr=1e-2, total_steps=length)]
         return SequentialLR(optimizer, parts, milestones=[1])
 
     return make
@@ -138,23 +138,29 @@ def after_warmup(length: int) -> Any:
 
 @pytest.mark.usefixtures("no_rollout")
 @pytest.mark.parametrize(
-    ("schedule", "limits", "updates"),
+    ("schedule", "limits", "updates", "needed"),
     [
-        (rising(4), {}, 8),  # an epoch of four training steps of two updates
-        (rising(4), {"max_epochs": 2}, 16),
-        (rising(5), {"max_steps": 5}, 6),  # which counts updates, and training steps are whole
-        (after_warmup(4), {}, 8),
+        (rising(4), {}, 8, 8),  # an epoch of four training steps of two updates
+        (rising(4), {"max_epochs": 2}, 16, 16),
+        (rising(5), {"max_steps": 5}, 6, 6),  # which counts updates, and training steps are whole
+        (after_warmup(6), {}, 8, 7),
     ],
 )
 def test_a_schedule_that_would_end_in_an_error(
-    base: str, tmp_path: Path, schedule: Any, limits: dict[str, int], updates: int
+    base: str, tmp_path: Path, schedule: Any, limits: dict[str, int], updates: int, needed: int
 ) -> None:
     model = module(base, lr_scheduler=schedule, updates_per_rollout=2, epochs_per_rollout=2)
     message = (
-        rf"OneCycleLR with total_steps=\d, and training makes {updates} updates, 2 in .*total_steps to {updates} or"
+        rf"OneCycleLR with total_steps=\d, and training makes {updates} updates, 2 in .*total_steps to {needed} or"
     )
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **limits).fit(model, Rows(batch_size=4))
+
+
+def test_the_second_part_of_a_schedule_starts_later(base: str, tmp_path: Path) -> None:
+    model = module(base, lr_scheduler=after_warmup(7), updates_per_rollout=2, epochs_per_rollout=2)
+    trainer(tmp_path).fit(model, Rows(batch_size=4))
+    assert model.rollout_step == 4
 
 
 @pytest.mark.parametrize(("length", "limits"), [(8, {}), (4, {"max_steps": 4}), (6, {"max_steps": 5})])

@@ -182,7 +182,7 @@ def _untie(model: PreTrainedModel) -> None:
     """Let the adapted ends of a model no longer share their weights, as the adapted policy computes with two."""
     if share_adapted_weights(model):
         head = model.get_output_embeddings()
-        layer = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        layer = cast(Any, head.get_base_layer() if isinstance(head, BaseTunerLayer) else head)
         layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
         model.config.tie_word_embeddings = False
         model.config.get_text_config().tie_word_embeddings = False

@@ -184,7 +184,7 @@ class LambdaPODataModule(LightningDataModule):
 
     def _loader(self, split: str, batch_size: int) -> DataLoader[PromptBatch]:
         rows = _Rows(self._rows[split])
-        overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # on the same prompts in every epoch
+        overfit = getattr(self.trainer, "overfit_batches", 0) > 0  # the same prompts in every epoch
         sampler = (SequentialPromptSampler if overfit else PromptSampler)(
             rows,
             batch_size=batch_size,

@@ -259,7 +259,7 @@ def _adapter_settings(config: PolicyConfig, adapter: AdapterConfig | PeftConfig 
     quantized = config.quantization is not None
     if config.adapter is None:
         return None if adapter is None else adapter_settings(adapter, quantized=quantized)
-    settings = PeftConfig.from_pretrained(config.adapter)
+    settings = cast(PeftConfig, PeftConfig.from_pretrained(config.adapter))
     settings.inference_mode = False
     check_adapter(settings, quantized=quantized)
     if changes_base(settings):
