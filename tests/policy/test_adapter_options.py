@@ -9,10 +9,11 @@ import tiny
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
+from small import Recorder, Rows, module, trainer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lightning_lambdapo import AdapterConfig, PolicyConfig
+from lightning_lambdapo import AdapterConfig, PolicyConfig, RolloutCheckpoint
 from lightning_lambdapo.commands.export import merge_adapter
 from lightning_lambdapo.policy.adapter_options import REFUSED_OPTIONS, REFUSED_STARTS, check_adapter
 from lightning_lambdapo.policy.loading import load_policy, save_policy
@@ -60,6 +61,7 @@ NEUTRAL = {
     *("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "megatron_core", "qalora_group_size"),
 }
 pytestmark = pytest.mark.filterwarnings(
+    "ignore:The dirpath has changed",
     "ignore:fan_in_fan_out is set to",
     "ignore:Using Rank-Stabilized LoRA",
     "ignore:.*target_parameters.*",
@@ -156,6 +158,28 @@ def test_an_export_is_for_the_unchanged_base(bases: dict[str, str], tmp_path: Pa
         computed = layer.base_layer.weight + layer.get_delta_weight("default")
         weight = plain[f"{name.removeprefix('base_model.model.')}.weight"] + 3.0 * up @ down
         torch.testing.assert_close(weight, computed, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"init_lora_weights": False}, {"init_lora_weights": "pissa"}, {"bias": "all"}], ids=str
+)
+def test_kl_is_zero_before_the_first_update_and_resumes(bases: dict[str, str], tmp_path: Path, options: Any) -> None:
+    """And a resumed run measures the same KL: its reference is that of the run's start, not of the checkpoint."""
+    base = bases["gpt2"]
+    tiny.tokenizer().save_pretrained(base)
+
+    def run(steps: int, resume: Path | None = None) -> list[float]:
+        saving, recorder = RolloutCheckpoint(every_n_rollouts=2, dirpath=tmp_path / str(steps)), Recorder()
+        built = trainer(tmp_path, callbacks=[saving, recorder], enable_checkpointing=True, max_steps=steps)
+        model = module(base, lora=AdapterConfig(r=4, options=options), algorithm={"log_kl": True})
+        built.fit(model, Rows(batch_size=4), ckpt_path=resume)
+        return [step["train/kl"] for step in recorder.steps]
+
+    whole = run(4)
+    assert abs(whole[0]) < 1e-9
+    assert min(whole[1:]) > 1e-4
+    run(2)
+    assert run(3, tmp_path / "2" / "last.ckpt") == whole[2:3]
 
 
 def test_every_option_is_decided() -> None:
