@@ -23,6 +23,7 @@ from lightning_lambdapo.callbacks.evaluation_report import EvaluationReport
 from lightning_lambdapo.callbacks.last_checkpoint import LastCheckpoint
 from lightning_lambdapo.commands.release_0_1 import upgraded_arguments
 from lightning_lambdapo.commands.run_files import SavedConfig, keep_metrics
+from lightning_lambdapo.distributed.lightning_internals import started_by_lightning
 from lightning_lambdapo.module import LambdaPOModule
 
 #: Commands beyond Lightning's: the module of each, and what it does.
@@ -162,6 +163,8 @@ def _run(cli: type[LambdaPOCLI], args: ArgsType) -> None:
             args=args,
         )
     except SIGTERMException as stop:  # a SystemExit that would count as success
+        if started_by_lightning():
+            raise  # otherwise Lightning's first rank would be killed by its own watch over the others
         raise SystemExit(128 + signal.SIGTERM) from stop
 
 

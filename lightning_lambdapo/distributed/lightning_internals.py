@@ -3,6 +3,7 @@
 Lightning has no public way to do these. The tests named below fail if a release changes one of them.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -40,6 +41,14 @@ def sigterm_handler(trainer: Trainer) -> Callable[..., Any] | None:
     """Lightning's handler of SIGTERM, to find it among the installed ones (checkpointing/test_resume)."""
     connector = getattr(trainer, "_signal_connector", None)
     return getattr(connector, "_sigterm_notifier_fn", None)
+
+
+def started_by_lightning() -> bool:
+    """True in a rank that Lightning's first rank has started.
+
+    That one kills all processes once another ends with an error, and its exit code counts (commands/test_run_files).
+    """
+    return os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 # -- what was logged ---------------------------------------------------------------------------------------------------

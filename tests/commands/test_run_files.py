@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning_lambdapo.callbacks.console import _files
 from lightning_lambdapo.checkpointing.files import CheckpointError
 from lightning_lambdapo.commands.export import find_checkpoint
 from lightning_lambdapo.commands.main import main
+from lightning_lambdapo.distributed.lightning_internals import started_by_lightning
 from lightning_lambdapo.runs.files import read_metrics
 
 pytestmark = [
@@ -145,22 +147,36 @@ def test_checkpoints_in_directories_of_their_own_are_found(base: str, tmp_path: 
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-def test_a_preempted_run_is_not_a_finished_one(base: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_preempted_run_is_not_a_finished_one(base: str, tmp_path: Path, ranks: int) -> None:
     """SIGTERM after a step."""
     file = config_file(base, tmp_path)
     callback = "{class_path: lightning_lambdapo.RolloutCheckpoint, init_args: {every_n_rollouts: 1}}"
     arguments = ["fit", f"--config={file}", f"--trainer.callbacks=[{callback}]", "--trainer.max_epochs=1000"]
+    arguments += ["--trainer.strategy=ddp", f"--trainer.devices={ranks}"] if ranks > 1 else []
     program: Any = subprocess.Popen(
         [sys.executable, "-m", "lightning_lambdapo", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    metrics = tmp_path / "lightning_logs" / "version_0" / "metrics.csv"
+    last = tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
     try:
-        while not metrics.exists():
+        while not last.exists():
             assert program.poll() is None
+            time.sleep(0.1)
         program.send_signal(signal.SIGTERM)
-        output = program.communicate(timeout=60)[0].decode()
+        output = program.communicate(timeout=90)[0].decode()
     finally:
         program.kill()
     assert program.returncode == 128 + signal.SIGTERM, output[-2000:]
-    held = torch.load(tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert held["lambdapo"]["rollout_step"] >= 1
+    assert torch.load(last, weights_only=True)["lambdapo"]["rollout_step"] >= 1
+
+
+def test_ranks_of_lightning_leave_the_exit_code_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun and SLURM start every rank, and see each one's code."""
+    for name in ("LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert not started_by_lightning()
+    for rank, expected in (("0", False), ("1", True)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert started_by_lightning() == expected
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
+    assert not started_by_lightning()
