@@ -17,7 +17,6 @@ from lightning_lambdapo.policy.adapter_options import plain_start
 from lightning_lambdapo.policy.model import Policy, causal_lm, evaluating
 
 REFERENCE_ADAPTER = "reference"
-_ADAPTER_MARKS = ("lora_", "modules_to_save", "trainable_tokens_", "ia3_", "prompt_encoder")
 
 
 def frozen_reference(policy: Policy) -> PreTrainedModel | None:
@@ -47,8 +46,9 @@ def keep_initial_adapter(policy: PeftModel) -> None:
 
 def trains_base(policy: PeftModel) -> bool:
     """True if weights of the base are trained in place, such as its biases."""
+    own = (getattr(policy.base_model, "prefix", "prompt_encoder"), "modules_to_save", "trainable_tokens_")
     names = (name for name, parameter in policy.named_parameters() if parameter.requires_grad)
-    return any(not any(mark in name for mark in _ADAPTER_MARKS) for name in names)
+    return any(not any(mark in name for mark in own) for name in names)
 
 
 def _changes_policy(policy: PeftModel) -> bool:
