@@ -1,15 +1,22 @@
 """Every check that is made before a rollout is computed."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, PolynomialLR, ReduceLROnPlateau
 from transformers import PreTrainedModel
 
 from lightning_lambdapo.config import AlgorithmConfig, SamplingConfig
@@ -46,7 +53,8 @@ def warn_of_settings(algorithm: AlgorithmConfig, sampling: SamplingConfig, updat
 
 def check_trainer(trainer: Trainer, *, adapted: bool, quantized: bool) -> None:
     """Refuse ``Trainer`` settings that cannot work with manual optimisation or that silently do harm."""
-    if trainer.gradient_clip_val is not None:
+    check_callbacks(trainer, quantized=quantized)
+    if trainer.gradient_clip_val:  # 0 is Lightning's other way of not clipping
         raise ValueError(
             f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) has no effect under manual optimisation, so "
             "set `max_grad_norm` of LambdaPOModule, and gradient_clip_val to null."
@@ -79,6 +87,69 @@ def check_trainer(trainer: Trainer, *, adapted: bool, quantized: bool) -> None:
             f"{type(plugin).__name__} replaces every linear layer of the policy, those of its adapter included, and "
             f"not only the base's. {instead}."
         )
+
+
+def check_callbacks(trainer: Trainer, *, quantized: bool) -> None:
+    """Refuse callbacks of Lightning that cannot work with manual optimisation or with quantised weights."""
+    if trainer.state.fn != "fit":
+        return
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        name = type(callback).__name__
+        if isinstance(callback, BatchSizeFinder):
+            raise ValueError(
+                f"{name} cannot try batch sizes: a training step samples its own rows, and does not hold them all in "
+                "memory. Set `max_tokens_per_micro_batch`, which is halved when memory runs out, and limit rollouts by "
+                "`rollout.max_live_tokens`."
+            )
+        if isinstance(callback, LearningRateFinder):
+            raise ValueError(
+                f"{name} raises the rate in every step until the loss diverges, and the loss of a policy gradient "
+                "says nothing about that. Compare rates with `lambdapo compare --vary`."
+            )
+        if quantized and isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+            raise ValueError(
+                f"{name} also averages the frozen base, and the bytes of quantised weights have no average. Set "
+                "`policy.quantization` to null, or remove the callback."
+            )
+
+
+def check_schedule_length(trainer: Trainer, scheduler: object, updates_per_rollout: int) -> None:
+    """Refuse a schedule that ends in an error before training does, and warn of one whose rate is then wrong.
+
+    Args:
+        trainer: its limits and its data give the number of updates. If these say none, nothing is checked.
+        scheduler: the schedule, or one that consists of others. None does nothing.
+        updates_per_rollout: optimizer updates in each training step.
+    """
+    updates = _planned_updates(trainer, updates_per_rollout)
+    advice = f"training makes {updates} updates, {updates_per_rollout} in each training step, and each is a step of it"
+    parts = getattr(scheduler, "_schedulers", [scheduler])
+    starts = [0, *getattr(scheduler, "_milestones", [0] * len(parts))]  # of the parts of a SequentialLR
+    for part, start in zip(parts, starts, strict=False):
+        name = type(part).__name__
+        if isinstance(part, OneCycleLR) and part.total_steps < updates - start:
+            raise ValueError(
+                f"`lr_scheduler` is {name} with total_steps={part.total_steps}, and {advice}. It would end in an "
+                f"error. Set total_steps to {updates - start} or more."
+            )
+        length = getattr(part, "T_max" if isinstance(part, CosineAnnealingLR) else "total_iters", updates)
+        if part is scheduler and isinstance(part, CosineAnnealingLR | PolynomialLR) and length < updates:
+            warnings.warn(
+                f"`lr_scheduler` is {name}, whose rate is lowest after {length} steps, and {advice}. Set its length to "
+                f"{updates} if the rate is to fall until the end.",
+                stacklevel=2,
+            )
+
+
+def _planned_updates(trainer: Trainer, updates_per_rollout: int) -> float:
+    """Updates of the whole training, or 0 if its length is not known."""
+    rollouts: list[float] = []
+    if trainer.max_steps != -1:  # Lightning counts updates, and training steps are whole
+        rollouts.append(math.ceil(trainer.max_steps / updates_per_rollout))
+    if trainer.max_epochs is not None and trainer.max_epochs != -1:
+        rollouts.append(trainer.num_training_batches * trainer.max_epochs)
+    planned = min(rollouts, default=0)
+    return planned * updates_per_rollout if math.isfinite(planned) else 0
 
 
 def check_encoders(trainer: Trainer, rewards: Sequence[Reward]) -> None:

@@ -39,6 +39,7 @@ from lightning_lambdapo.functional import group_advantages, lambda_advantages, s
 from lightning_lambdapo.learning.learner import Learner
 from lightning_lambdapo.learning.optimizer import PolicyOptimizer
 from lightning_lambdapo.learning.training_log import TrainingLog
+from lightning_lambdapo.policy.fingerprint import fingerprint
 from lightning_lambdapo.policy.loading import load_policy, load_tokenizer
 from lightning_lambdapo.policy.model import Policy, causal_lm, with_causal_lm
 from lightning_lambdapo.policy.reference import answering_as_reference, frozen_reference
@@ -276,6 +277,7 @@ class LambdaPOModule(LightningModule):
         if hasattr(self, "policy"):
             return
         self.policy = self.build_policy().train()  # rollouts and reference passes switch to eval mode themselves
+        self.run_state.policy = fingerprint(self.policy)
         if self.needs_reference:
             self.reference = frozen_reference(self.policy)
         self.engine = self.build_engine(self.causal_lm)
@@ -326,12 +328,11 @@ class LambdaPOModule(LightningModule):
             )
 
     def on_train_start(self) -> None:
-        """Let all ranks stop together, log the seeds, and repeat a validation that the run was killed in."""
+        """Let ranks stop together, log seeds, check the schedule, repeat a validation that the run was killed in."""
         self.interrupts.install(self.trainer)
         log_seeds(self.trainer, sampling=self.sampling_seed)
-        if self.run_state.pending_validation:
-            self.run_state.pending_validation = False
-            pending_validation.repeat(self.trainer)
+        checks.check_schedule_length(self.trainer, self.lr_schedulers(), self.updates_per_rollout)
+        pending_validation.complete_epoch(self.trainer, self.run_state)
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
         """Refuse a batch with too few prompts for the reserve or for the mini-batches."""

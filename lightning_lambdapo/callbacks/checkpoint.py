@@ -3,33 +3,44 @@
 import time
 import warnings
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from lightning_lambdapo.callbacks.run import finished_rollouts, run_directory
+from lightning_lambdapo.callbacks.last_checkpoint import LastCheckpoint
+from lightning_lambdapo.callbacks.run import finished_rollouts, has_named_version
 from lightning_lambdapo.datatypes import PromptBatch
 from lightning_lambdapo.distributed.lightning_internals import logged_names
 
 
-class RolloutCheckpoint(ModelCheckpoint):
+class RolloutCheckpoint(ModelCheckpoint, LastCheckpoint):
     """``ModelCheckpoint`` that counts rollouts.
 
     Under manual optimisation Lightning's own counts optimizer updates, warns at each save and ignores
-    ``train_time_interval``. ``ckpt_path="last"`` also finds the last checkpoint of the logger's earlier versions, so
-    the same command line resumes an interrupted run. With several ranks ``save_on_exception`` saves only on SIGTERM,
-    because all ranks stop at it together. Saving needs all ranks, and another exception may occur on one rank alone.
-    With a ``monitor`` that validation logs, the best checkpoints are chosen and saved when a validation ends. The last
-    one is saved when it is due. ``save_top_k``, ``mode``, ``save_last`` and the rest work as in the parent class.
+    ``train_time_interval``. In ``filename``, ``{step}`` is the number of finished rollouts.
+
+    ``ckpt_path="last"`` also finds the last checkpoint of the logger's earlier runs, so the same command line resumes
+    an interrupted run. A run whose version the user has named finds only its own. Where there is no checkpoint, ``fit``
+    starts anew and says so, and ``validate``, ``test`` and ``predict`` are errors.
+
+    With several ranks ``save_on_exception`` saves only on SIGTERM, because all ranks stop at it together. Saving needs
+    all ranks, and another exception may occur on one rank alone. With a ``monitor`` that validation logs, the best
+    checkpoints are chosen and saved when a validation ends. The last one is saved when it is due. ``save_top_k``,
+    ``mode``, ``save_last`` and the rest work as in the parent class.
 
     Args:
         every_n_rollouts: save every this many training steps.
         train_time_interval: save whenever this much time has passed since the last save.
         **kwargs: as for ``ModelCheckpoint``, without ``every_n_train_steps`` and ``every_n_epochs``.
     """
+
+    asked = False
 
     def __init__(
         self, every_n_rollouts: int | None = None, train_time_interval: timedelta | None = None, **kwargs: Any
@@ -103,10 +114,18 @@ class RolloutCheckpoint(ModelCheckpoint):
         if trainer.world_size == 1 or isinstance(exception, SIGTERMException):
             super().on_exception(trainer, pl_module, exception)
 
+    def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
+        """The logged values, with rollouts in place of updates as ``step``."""
+        return {**super()._monitor_candidates(trainer), "step": torch.tensor(finished_rollouts(trainer))}
+
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
-        """Candidates for ``ckpt_path="last"``: of this run's directory, else of the logger's earlier versions."""
+        """Candidates for ``ckpt_path="last"``: of this run's directory, else of the logger's earlier runs."""
+        self.asked = True
+        named = bool(trainer.loggers) and has_named_version(trainer.loggers[0])
         found = super()._find_last_checkpoints(trainer)
-        if found or self.dirpath is not None or not trainer.loggers:
+        if found or self.dirpath is not None or not trainer.loggers or named:
             return found
-        versions = run_directory(trainer).parent
-        return set(map(str, versions.glob(f"version_*/checkpoints/{self.CHECKPOINT_NAME_LAST}*.ckpt")))
+        logger = trainer.loggers[0]
+        runs = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name)
+        kind = "version_*" if isinstance(logger, CSVLogger | TensorBoardLogger) else "*"
+        return set(map(str, runs.glob(f"{kind}/checkpoints/{self.CHECKPOINT_NAME_LAST}*.ckpt")))

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_lambdapo.callbacks.run import finished_rollouts, run_directory
-from lightning_lambdapo.runs.files import first_and_last
+from lightning_lambdapo.runs.files import CHECKPOINTS, first_and_last
 from lightning_lambdapo.runs.text import clock, metric_label, thousands
 
 #: Logged key, name in the bar, name in the summary, decimals.
@@ -287,7 +287,7 @@ def _files(run: Path) -> Text:
     rows = [("files", f"{place}: {', '.join(names)}")]
     if "completions.jsonl" in names:
         rows.append(("inspect", f"lambdapo inspect-rollout {place}"))
-    if next(run.glob("checkpoints/*.ckpt"), None) is not None:
+    if next(run.glob(CHECKPOINTS), None) is not None:
         rows.append(("export", f"lambdapo export {place}"))
     return Text("\n").join(Text.assemble((f"{label:9}", "bold"), value) for label, value in rows)
 

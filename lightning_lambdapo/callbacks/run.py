@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 
 def run_directory(trainer: Trainer) -> Path:
@@ -25,3 +26,8 @@ def finished_rollouts(trainer: Trainer) -> int:
     """
     total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
     return int(total.processed)
+
+
+def has_named_version(logger: Logger) -> bool:
+    """True if a user has named the logger's run. Numbers, and the ids of hosted runs, are the logger's own."""
+    return isinstance(logger, CSVLogger | TensorBoardLogger | WandbLogger) and isinstance(logger.version, str)

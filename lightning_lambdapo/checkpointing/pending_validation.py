@@ -5,6 +5,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from lightning_lambdapo.distributed.lightning_internals import (
+    begin_next_epoch,
     has_validation_data,
     training_has_begun,
     validate_inside_fit,
@@ -32,7 +33,14 @@ def is_pending(trainer: Trainer, *, so_far: bool) -> bool:
     return in_train_batch_end and validation_is_next(trainer) and has_validation_data(trainer)
 
 
-def repeat(trainer: Trainer) -> None:
-    """Run the validation inside ``fit``, from its first batch. Does nothing without validation data."""
-    if trainer.enable_validation and has_validation_data(trainer):
+def complete_epoch(trainer: Trainer, run_state: Any) -> None:
+    """Run a pending validation inside ``fit``, from its first batch, and let the next epoch begin as any other.
+
+    Args:
+        trainer: the trainer, in ``fit``, before its first step.
+        run_state: says in ``pending_validation`` whether there is one, which is changed.
+    """
+    pending, run_state.pending_validation = run_state.pending_validation, False
+    if pending and trainer.enable_validation and has_validation_data(trainer):
         validate_inside_fit(trainer)
+    begin_next_epoch(trainer)

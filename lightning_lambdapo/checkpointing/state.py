@@ -22,16 +22,17 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
-from lightning_lambdapo.checkpointing import pending_validation
+from lightning_lambdapo.checkpointing import fingerprint, pending_validation
 from lightning_lambdapo.checkpointing.files import IN_SHARDS, CheckpointError, Shapes, read_header
 from lightning_lambdapo.config import AdapterConfig, upgraded
 from lightning_lambdapo.distributed.fsdp1 import flattens, plain_name
-from lightning_lambdapo.distributed.lightning_internals import attached_trainer
+from lightning_lambdapo.distributed.lightning_internals import attached_trainer, mend_epochs
 from lightning_lambdapo.distributed.parallel import saves_shards
 from lightning_lambdapo.distributed.seeding import STREAMS
 
 CHECKPOINT_KEY = "lambdapo"
 CHECKPOINT_VERSION = 1
+_UNAVERAGED = "current_model_state"  # beside the averages of Lightning's WeightAveraging, which are the state_dict
 _NUMBERS = (
     "max_grad_norm",
     "updates_per_rollout",
@@ -54,6 +55,7 @@ class RunState:
         updates_in_step: updates of the current training step that have begun.
         pending_validation: the run resumed from a checkpoint that was saved before the end of a validation.
         streams: generation of the rows' random streams. A run of release 0.1 keeps its own when it is resumed.
+        policy: fingerprint of the policy that training starts from. Empty until the policy is built.
     """
 
     rollout_step: int = 0
@@ -62,6 +64,7 @@ class RunState:
     updates_in_step: int = 0
     pending_validation: bool = False
     streams: int = STREAMS
+    policy: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def save(module: LightningModule, state: RunState, checkpoint: dict[str, Any], *, seed: int) -> None:
@@ -84,6 +87,7 @@ def save(module: LightningModule, state: RunState, checkpoint: dict[str, Any], *
         "updates_in_unfinished_step": updates,
         "seed": seed,
         "streams": state.streams,
+        "policy": state.policy,
         "owes_validation": trainer is not None
         and pending_validation.is_pending(trainer, so_far=state.pending_validation),
     }
@@ -91,16 +95,17 @@ def save(module: LightningModule, state: RunState, checkpoint: dict[str, Any], *
         _give_back(checkpoint, unfinished)
     if trainer is None or not saves_shards(trainer.strategy):
         trainable = trainable_tensors(module)
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
+        for entry in {"state_dict", _UNAVERAGED} & checkpoint.keys():
+            checkpoint[entry] = {k: v for k, v in checkpoint[entry].items() if k in trainable}
 
 
-def load(module: LightningModule, state: RunState, checkpoint: Mapping[str, Any], *, seed: int) -> None:
+def load(module: LightningModule, state: RunState, checkpoint: dict[str, Any], *, seed: int) -> None:
     """Check that the checkpoint belongs to this policy, and load its counters.
 
     Args:
         module: its policy is built.
         state: its counters, changed in place.
-        checkpoint: Lightning's entries.
+        checkpoint: Lightning's entries. If they have averages, frozen tensors are added, which WeightAveraging needs.
         seed: seed of the sampling streams.
 
     Raises:
@@ -108,6 +113,8 @@ def load(module: LightningModule, state: RunState, checkpoint: Mapping[str, Any]
     """
     if "state_dict" in checkpoint:  # sharding strategies have checked, loaded and removed it
         check(module, checkpoint, {name: value.shape for name, value in checkpoint["state_dict"].items()})
+        if _UNAVERAGED in checkpoint:
+            checkpoint["state_dict"] = module.state_dict() | checkpoint["state_dict"]
     own = checkpoint[CHECKPOINT_KEY]
     state.rollout_step = own["rollout_step"]
     state.skipped_updates = own["skipped_updates"]
@@ -116,6 +123,7 @@ def load(module: LightningModule, state: RunState, checkpoint: Mapping[str, Any]
     trainer = attached_trainer(module)
     if trainer is None:
         return
+    mend_epochs(checkpoint)
     state.pending_validation = trainer.state.fn == "fit" and own.get("owes_validation", False)
     if own["seed"] != seed:
         warnings.warn(
@@ -152,17 +160,23 @@ def check(module: LightningModule, checkpoint: Mapping[str, Any], shapes: Shapes
             "that wrote it."
         )
     trainable = trainable_tensors(module)
+    known = {plain_name(name) for name, _ in module.named_parameters()}
+    extra = [name for name in checkpoint.get("state_dict", ()) if name not in known and ".lora_" in name]
     missing = [name for name in trainable if name not in shapes]
     other = [name for name, value in trainable.items() if name in shapes and shapes[name] != value.shape]
     trainer = attached_trainer(module)
     if trainer is not None and flattens(trainer.strategy):
         other = []
-    if missing or other:
+    if missing or other or extra:
         raise CheckpointError(
-            f"it is for another policy: {len(missing)} trainable tensors are missing ({', '.join(missing[:2])}) and "
-            f"{len(other)} have another shape ({', '.join(other[:2])}). Build the module with the `policy` and `lora` "
-            "settings of the run that wrote it."
+            f"it is for another policy: {len(missing)} trainable tensors are missing ({', '.join(missing[:2])}), "
+            f"{len(other)} have another shape ({', '.join(other[:2])}) and {len(extra)} have no place "
+            f"({', '.join(extra[:2])}). Build the module with the `policy` and `lora` settings of the run that "
+            "wrote it."
         )
+    current = getattr(module, "run_state", None)
+    if isinstance(current, RunState):
+        fingerprint.compare(own.get("policy") or {}, current.policy, checkpoint.get("hyper_parameters") or {})
 
 
 @contextmanager
@@ -177,7 +191,8 @@ def settings_of_this_release(path: Path, arguments: Mapping[str, Any]) -> Iterat
         arguments: the user's.
 
     Raises:
-        CheckpointError: the file is missing, damaged or in shards, or its hyper-parameters are no settings.
+        CheckpointError: the file is missing, damaged or in shards, its hyper-parameters are no settings, or
+            ``arguments`` replaces the adapter's by other ones.
     """
     found = upgraded(arguments)
     if path.is_dir():
@@ -189,6 +204,8 @@ def settings_of_this_release(path: Path, arguments: Mapping[str, Any]) -> Iterat
     settings = entries.get("hyper_parameters") or {}
     if not isinstance(settings, Mapping):
         raise CheckpointError(f"its hyper-parameters are {type(settings).__name__}, not a mapping.")
+    own = entries.get(CHECKPOINT_KEY)
+    fingerprint.compare_given((isinstance(own, dict) and own.get("policy")) or {}, settings, found)
     new = upgraded(settings)
     if new == settings:
         yield found

@@ -11,8 +11,10 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Console
 from rich.text import Text
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_lambdapo.checkpointing import state
@@ -20,12 +22,22 @@ from lightning_lambdapo.checkpointing.files import naming, read_header
 from lightning_lambdapo.config import AdapterConfig, PolicyConfig, from_mapping, upgraded
 from lightning_lambdapo.module import LambdaPOModule
 from lightning_lambdapo.policy.adapter import adapter_alone, place
+from lightning_lambdapo.policy.adapter_options import share_adapted_weights
+from lightning_lambdapo.policy.fingerprint import fingerprint
 from lightning_lambdapo.policy.loading import load_tokenizer
-from lightning_lambdapo.policy.model import Policy
-from lightning_lambdapo.runs.files import Record, RunFileError, find_run, load_yaml, read_config, section, unused_path
+from lightning_lambdapo.policy.model import Policy, causal_lm
+from lightning_lambdapo.runs.files import (
+    CHECKPOINTS,
+    Record,
+    RunFileError,
+    find_run,
+    load_yaml,
+    read_config,
+    section,
+    unused_path,
+)
 from lightning_lambdapo.runs.model_card import cast_weights, publish
 
-_CHECKPOINTS = "checkpoints/*.ckpt"
 _OWN_CLASS = ("lightning_lambdapo.LambdaPOModule", "lightning_lambdapo.module.LambdaPOModule")
 
 
@@ -74,7 +86,7 @@ def find_checkpoint(source: Path) -> Path:
         return source
     if source.is_file():
         raise RunFileError(f"{source} is neither a run's directory nor a checkpoint, whose name would end in .ckpt.")
-    found = list(find_run(source, _CHECKPOINTS).glob(_CHECKPOINTS))
+    found = list(find_run(source, CHECKPOINTS).glob(CHECKPOINTS))
     last = [path for path in found if path.name.startswith("last")]
     return max(last or found, key=lambda path: path.stat().st_mtime)
 
@@ -103,7 +115,8 @@ def export(
         RunFileError: the directory is not empty.
         CheckpointError: the checkpoint cannot be used.
     """
-    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    inside = [parent.parent for parent in checkpoint.parents if parent.name == "checkpoints"]
+    run = inside[0] if inside else checkpoint.parent
     target = unused_path(run / ("merged" if merge else "export")) if output is None else output
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunFileError(f"{target} exists and is not an empty directory. Nothing is overwritten. Give another one.")
@@ -149,11 +162,30 @@ def export(
 def merge_adapter(policy: PeftModel) -> PreTrainedModel:
     """The base with the trained adapter merged into it, in float32 (or float64).
 
-    The base may have a half type, which float32 represents exactly. It must not be quantised.
+    The base may have a half type, which float32 represents exactly. It must not be quantised. If embedding and output
+    head share their weights and one of them is adapted, each gets weights of its own.
+
+    Raises:
+        ValueError: peft cannot merge such an adapter.
     """
     if next(policy.parameters()).dtype != torch.float64:
         policy.float()
-    return cast(PreTrainedModel, cast(Any, policy).merge_and_unload(safe_merge=True, adapter_names=["default"]))
+    _untie(causal_lm(policy))
+    try:
+        merged = cast(Any, policy).merge_and_unload(safe_merge=True, adapter_names=["default"])
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"The adapter cannot be merged: {error} Export it without --merge.") from error
+    return cast(PreTrainedModel, merged)
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Let the adapted ends of a model no longer share their weights, as the adapted policy computes with two."""
+    if share_adapted_weights(model):
+        head = model.get_output_embeddings()
+        layer = cast(Any, head.get_base_layer() if isinstance(head, BaseTunerLayer) else head)
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False
+        model.config.get_text_config().tie_word_embeddings = False
 
 
 def _load(checkpoint: Path, settings: Record, config: Record | None, *, merge: bool) -> LambdaPOModule:
@@ -188,6 +220,7 @@ def _adapter_alone(
         return None
     holder = LightningModule()
     holder.policy = policy
+    holder.run_state = cast(Any, state.RunState(policy=fingerprint(policy)))
     tensors = entries.get("state_dict", {})
     with naming(checkpoint):
         state.check(holder, entries, {name: value.shape for name, value in tensors.items()})

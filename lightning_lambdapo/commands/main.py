@@ -3,22 +3,27 @@
 import importlib
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jsonargparse.typing import PositiveInt
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_lambdapo.callbacks.completions import CompletionsLogger
 from lightning_lambdapo.callbacks.console import TrainingConsole
 from lightning_lambdapo.callbacks.evaluation_report import EvaluationReport
+from lightning_lambdapo.callbacks.last_checkpoint import LastCheckpoint
 from lightning_lambdapo.commands.release_0_1 import upgraded_arguments
+from lightning_lambdapo.commands.run_files import SavedConfig, keep_metrics
+from lightning_lambdapo.distributed.lightning_internals import started_by_lightning
 from lightning_lambdapo.module import LambdaPOModule
 
 #: Commands beyond Lightning's: the module of each, and what it does.
@@ -81,6 +86,15 @@ class LambdaPOCLI(LightningCLI):
             kwargs.setdefault("callbacks", [*callbacks, TrainingConsole()])
         return super().instantiate_trainer(**kwargs)
 
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """The subcommand's arguments. Files of earlier runs are kept, and a missing last checkpoint is noticed."""
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        keep_metrics(self.trainer)
+        callbacks: list[Callback] = cast(Any, self.trainer).callbacks
+        if arguments.get("ckpt_path") == "last" and not any(isinstance(each, LastCheckpoint) for each in callbacks):
+            callbacks.append(LastCheckpoint())
+        return arguments
+
     def after_fit(self) -> None:
         """Repeat the last validation if the run was killed in it and no training step is left."""
         run_state = getattr(self.model, "run_state", None)
@@ -134,18 +148,24 @@ def _run(cli: type[LambdaPOCLI], args: ArgsType) -> None:
     if args is not None:
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
     more = ", ".join(f"{name} ({what})" for name, (_, what) in COMMANDS.items())
-    cli(
-        LambdaPOModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        parser_kwargs={
-            "description": "LambdaPO for PyTorch Lightning. There are more commands than the subcommands below, each "
-            f"with its own --help: {more}."
-        },
-        args=args,
-    )
+    try:
+        cli(
+            LambdaPOModule,
+            LightningDataModule,
+            save_config_callback=SavedConfig,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            parser_kwargs={
+                "description": "LambdaPO for PyTorch Lightning. There are more commands than the subcommands below, "
+                f"each with its own --help: {more}."
+            },
+            args=args,
+        )
+    except SIGTERMException as stop:  # a SystemExit that would count as success
+        if started_by_lightning():
+            raise  # otherwise Lightning's first rank would be killed by its own watch over the others
+        raise SystemExit(128 + signal.SIGTERM) from stop
 
 
 def _grow_segments() -> None:

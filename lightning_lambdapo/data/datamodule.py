@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_lambdapo.config import changed_settings
 from lightning_lambdapo.data.collate import PromptCollator
-from lightning_lambdapo.data.sampler import PromptLoader, PromptSampler
+from lightning_lambdapo.data.sampler import PromptLoader, PromptSampler, SequentialPromptSampler
 from lightning_lambdapo.data.sources import DataSource, Row, load_rows
 from lightning_lambdapo.data.templates import PromptTemplate
 from lightning_lambdapo.datatypes import PromptBatch
@@ -184,14 +184,15 @@ class LambdaPODataModule(LightningDataModule):
 
     def _loader(self, split: str, batch_size: int) -> DataLoader[PromptBatch]:
         rows = _Rows(self._rows[split])
-        sampler = PromptSampler(
+        overfit = getattr(self.trainer, "overfit_batches", 0) > 0  # the same prompts in every epoch
+        sampler = (SequentialPromptSampler if overfit else PromptSampler)(
             rows,
             batch_size=batch_size,
             training=split == "train",
             num_replicas=1 if self.trainer is None else self.trainer.world_size,
             rank=0 if self.trainer is None else self.trainer.global_rank,
             seed=self.seed,
-            shuffle=self.shuffle,
+            shuffle=self.shuffle and not overfit,
         )
         # Only training has a position to save, and Lightning rebuilds prediction loaders around its own sampler.
         loader: type[DataLoader[Any]] = PromptLoader if split == "train" else DataLoader

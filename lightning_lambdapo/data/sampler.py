@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from lightning_lambdapo.distributed.seeding import STREAMS, random_bits
 
@@ -85,6 +85,10 @@ class PromptSampler(DistributedSampler[Any]):
     def __len__(self) -> int:
         """Rows of this rank in a whole epoch, even if a resumed run skips some of them."""
         return self.num_samples
+
+
+class SequentialPromptSampler(PromptSampler, SequentialSampler):
+    """The same in the data's own order. ``Trainer(overfit_batches=...)`` would replace any other kind of sampler."""
 
 
 class PromptLoader(DataLoader[Any]):

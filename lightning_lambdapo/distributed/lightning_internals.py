@@ -3,7 +3,8 @@
 Lightning has no public way to do these. The tests named below fail if a release changes one of them.
 """
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -40,6 +41,14 @@ def sigterm_handler(trainer: Trainer) -> Callable[..., Any] | None:
     """Lightning's handler of SIGTERM, to find it among the installed ones (checkpointing/test_resume)."""
     connector = getattr(trainer, "_signal_connector", None)
     return getattr(connector, "_sigterm_notifier_fn", None)
+
+
+def started_by_lightning() -> bool:
+    """True in a rank that Lightning's first rank has started.
+
+    That one kills all processes once another ends with an error, and its exit code counts (commands/test_run_files).
+    """
+    return os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 # -- what was logged ---------------------------------------------------------------------------------------------------
@@ -96,6 +105,36 @@ def validate_inside_fit(trainer: Trainer) -> None:
     trainer.training = True
     connector._first_loop_iter = first_loop_iter
     loop.val_loop._has_run = False  # otherwise the epoch would seem to be over
+
+
+def begin_next_epoch(trainer: Trainer) -> None:
+    """Count the next epoch if a run resumes after the last step of one. Call before the first step.
+
+    Lightning would not count it, nor call ``on_train_epoch_start``. A checkpoint from that epoch would then look like
+    one from between epochs, and a run that resumes from it would train one epoch too many (checkpointing/test_resume).
+    """
+    fit_loop = trainer.fit_loop
+    epoch_loop = fit_loop.epoch_loop
+    last = epoch_loop.restarted_on_train_batch_end and epoch_loop.batch_progress.is_last_batch
+    if last and fit_loop.restarted_mid_epoch:
+        fit_loop.reset_restart_stage()
+
+
+def mend_epochs(checkpoint: Mapping[str, Any]) -> None:
+    """Count the epoch that a checkpoint is from, if a run without :func:`begin_next_epoch` saved it in a step.
+
+    Args:
+        checkpoint: Lightning's entries, whose progress is changed.
+    """
+    loops = checkpoint.get("loops", {}).get("fit_loop", {})
+    epochs, batches = loops.get("epoch_progress"), loops.get("epoch_loop.batch_progress")
+    if not epochs or not batches:
+        return
+    inside_step = batches["current"]["completed"] < batches["current"]["ready"]
+    if inside_step and len(set(epochs["total"].values())) == 1:
+        for part in (epochs["total"], epochs["current"]):
+            part["ready"] += 1
+            part["started"] += 1
 
 
 @contextmanager

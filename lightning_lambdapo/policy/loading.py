@@ -1,7 +1,7 @@
 """Loading the policy: any causal language model, LoRA, QLoRA, existing adapters."""
 
-import copy
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -11,7 +11,8 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -22,10 +23,17 @@ from transformers import (
 )
 
 from lightning_lambdapo.config import AdapterConfig, PerformanceConfig, PolicyConfig
+from lightning_lambdapo.policy.adapter_options import (
+    adapter_settings,
+    changes_base,
+    check_adapter,
+    check_start,
+    plain_start,
+)
 from lightning_lambdapo.policy.gguf_tokens import gguf_tokenizer
 from lightning_lambdapo.policy.lora import fast_linears
 from lightning_lambdapo.policy.model import Policy
-from lightning_lambdapo.policy.reference import REFERENCE_ADAPTER
+from lightning_lambdapo.policy.reference import REFERENCE_ADAPTER, keep_initial_adapter, trains_base
 
 BUILTIN = "builtin:arithmetic"
 
@@ -58,7 +66,8 @@ def load_policy(
         performance: which linear layers are fused.
 
     Raises:
-        ValueError: a quantised base has no adapter, or the adapter was made for another base.
+        ValueError: a quantised base has no adapter, the adapter was made for another base, or its settings cannot be
+            used (see :mod:`lightning_lambdapo.policy.adapter_options`).
     """
     if adapter is not None and config.adapter is not None:
         raise ValueError(
@@ -70,13 +79,14 @@ def load_policy(
             f"`policy.quantization` is {config.quantization} and there is no adapter: quantised weights cannot be "
             "trained. Set `lora`, or remove the quantization."
         )
+    settings = _adapter_settings(config, adapter)
     model = _load_base(config)
     _silence_dropout(model)
     if config.gradient_checkpointing:
         # the name since transformers 5.23, which warns of the older one
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    if adapter is None and config.adapter is None:
+    if settings is None:
         fast_linears(model, onednn=performance.onednn)
         model.eval()
         return model
@@ -84,11 +94,9 @@ def load_policy(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if config.adapter is not None:
-            policy = _continue_adapter(model, config.adapter, reference=reference)
-        elif isinstance(adapter, AdapterConfig):
-            policy = _add_adapter(model, adapter.to_peft())
+            policy = _continue_adapter(model, config.adapter, settings, reference=reference)
         else:
-            policy = _add_adapter(model, adapter)
+            policy = _add_adapter(model, settings)
     fast_linears(policy, fused_lora=performance.fused_lora, onednn=performance.onednn)
     policy.eval()
     return policy
@@ -133,10 +141,40 @@ def save_policy(
         policy.save_pretrained(
             str(directory), selected_adapters=["default"], state_dict=weights, save_embedding_layers=False
         )
+        if changes_base(policy.peft_config["default"]):
+            _export_for_unchanged_base(policy, Path(directory), weights)
     else:
         forget_gguf(policy)
         policy.save_pretrained(directory, state_dict=weights)
     tokenizer.save_pretrained(directory)
+
+
+def _export_for_unchanged_base(policy: PeftModel, directory: Path, weights: dict[str, Tensor] | None) -> None:
+    r"""Rewrite a saved adapter whose initialisation has subtracted :math:`s B_0 A_0` from the base.
+
+    :math:`W - s B_0 A_0 + s B A` is the unchanged :math:`W` with a plain adapter of twice the rank, whose factors are
+    :math:`[B, -B_0]` and :math:`[A; A_0]`.
+    """
+    file = directory / "adapter_model.safetensors"
+    trained = load_file(file)
+    initial = get_peft_model_state_dict(
+        policy, state_dict=weights, adapter_name=REFERENCE_ADAPTER, save_embedding_layers=False
+    )
+    for name, value in trained.items():
+        if "lora_A" in name or "lora_embedding_A" in name:
+            trained[name] = torch.cat([value, initial[name].to(value)])
+        elif "lora_B" in name or "lora_embedding_B" in name:
+            trained[name] = torch.cat([value, -initial[name].to(value)], dim=1)
+    save_file({name: value.contiguous() for name, value in trained.items()}, file, metadata={"format": "pt"})
+    settings: Any = plain_start(policy.peft_config["default"])
+    factor = math.sqrt(2) if settings.use_rslora else 2  # the scale is alpha / sqrt(r), or alpha / r
+    settings.r *= 2
+    settings.lora_alpha *= factor
+    settings.rank_pattern = {name: 2 * rank for name, rank in (settings.rank_pattern or {}).items()}
+    settings.alpha_pattern = {name: factor * alpha for name, alpha in (settings.alpha_pattern or {}).items()}
+    settings.bias = vars(policy.peft_config["default"])["bias"]
+    settings.inference_mode = True
+    settings.save_pretrained(str(directory))
 
 
 def locate(config: PolicyConfig) -> tuple[str, dict[str, Any]]:
@@ -232,17 +270,37 @@ def _silence_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
-def _add_adapter(model: PreTrainedModel, settings: PeftConfig | None) -> PeftModel:
-    return cast(PeftModel, get_peft_model(model, cast(PeftConfig, settings)))
-
-
-def _continue_adapter(model: PreTrainedModel, path: str, *, reference: bool) -> PeftModel:
-    settings = PeftConfig.from_pretrained(path)
+def _adapter_settings(config: PolicyConfig, adapter: AdapterConfig | PeftConfig | None) -> PeftConfig | None:
+    """The settings of the new or continued adapter, if they can be used. None without an adapter."""
+    quantized = config.quantization is not None
+    if config.adapter is None:
+        return None if adapter is None else adapter_settings(adapter, quantized=quantized)
+    settings = cast(PeftConfig, PeftConfig.from_pretrained(config.adapter))
     settings.inference_mode = False
+    check_adapter(settings, quantized=quantized)
+    if changes_base(settings):
+        raise ValueError(
+            f"The adapter {config.adapter} belongs to a base that its initialisation has changed "
+            f"(`init_lora_weights` is {vars(settings)['init_lora_weights']!r} in its adapter_config.json). Export it "
+            "for the unchanged base, or merged, and continue from that."
+        )
+    return settings
+
+
+def _add_adapter(model: PreTrainedModel, settings: PeftConfig) -> PeftModel:
+    check_start(settings, model)
+    policy = cast(PeftModel, get_peft_model(model, settings))
+    check_start(settings, model)  # now it is known which layers are adapted
+    if changes_base(settings):
+        keep_initial_adapter(policy)
+    return policy
+
+
+def _continue_adapter(model: PreTrainedModel, path: str, settings: PeftConfig, *, reference: bool) -> PeftModel:
     weights = load_peft_weights(path, device="cpu")
     policy = _add_adapter(model, settings)
-    if reference:
-        policy.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(settings))
+    if reference and not trains_base(policy):
+        policy.add_adapter(REFERENCE_ADAPTER, plain_start(settings))
     for name in list(policy.peft_config):
         try:
             result: Any = set_peft_model_state_dict(policy, weights, adapter_name=name)

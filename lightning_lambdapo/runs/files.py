@@ -15,6 +15,9 @@ from lightning_lambdapo.data.sources import jsonl_rows
 
 Record = dict[str, Any]
 
+#: A run's checkpoints. One whose name has a logged value such as ``val/reward`` is in a directory of its own.
+CHECKPOINTS = "checkpoints/**/*.ckpt"
+
 
 class RunFileError(ValueError):
     """A command cannot use a run's files. The message names the file and says what to do."""
@@ -24,7 +27,8 @@ def find_run(path: Path, wanted: str) -> Path:
     """The run at ``path``: the directory itself, or the newest run below it that has the wanted files.
 
     Args:
-        path: a run's directory, a directory of versions (``lightning_logs``), or a directory that contains one.
+        path: a run's directory, a directory of versions (``lightning_logs``), or a directory that contains one. Loggers
+            other than Lightning's own name versions and the directory in their own way.
         wanted: pattern of the files that the run must have.
 
     Raises:
@@ -36,9 +40,13 @@ def find_run(path: Path, wanted: str) -> Path:
     for candidate in (path, *below):
         if next(candidate.glob(wanted), None) is not None:
             return candidate
+    named = [(file, run) for depth in ("*", "*/*") for run in path.glob(depth) for file in run.glob(wanted)]
+    if named:
+        return max(named, key=lambda pair: pair[0].stat().st_mtime)[1]
     places = f"{path} and its {len(below)} versions have" if below else f"{path} has"
     raise RunFileError(
-        f"{places} no {wanted}; give the directory of a run that does, such as lightning_logs/version_0."
+        f"{places} no {wanted.replace('**/', '')}; give the directory of a run that does, such as "
+        "lightning_logs/version_0."
     )
 
 
@@ -73,12 +81,19 @@ def section(config: Mapping[str, Any] | None, name: str) -> Record:
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """The rows of ``metrics.csv`` without empty fields. An empty list if there is no such file."""
-    file = run / "metrics.csv"
-    if not file.is_file():
-        return []
-    with file.open(newline="", encoding="utf-8") as stream:
-        return [{name: float(value) for name, value in row.items() if name and value} for row in csv.DictReader(stream)]
+    """The rows of ``metrics.csv`` without empty fields. An empty list if there is no such file.
+
+    Rows of ``metrics-1.csv`` and so on come before them: these were ``metrics.csv`` when a run was resumed.
+    """
+    numbered = [(int(match[1]), file) for file in run.glob("metrics-*.csv") if (match := _EARLIER.match(file.name))]
+    files = [file for _, file in sorted(numbered)] + [run / "metrics.csv"]
+    rows = []
+    for file in filter(Path.is_file, files):
+        with file.open(newline="", encoding="utf-8") as stream:
+            rows += [
+                {name: float(value) for name, value in row.items() if name and value} for row in csv.DictReader(stream)
+            ]
+    return rows
 
 
 def first_and_last(values: Sequence[float]) -> tuple[float, float] | None:
@@ -130,3 +145,4 @@ def versions(directory: Path) -> list[Path]:
 
 
 _VERSION = re.compile(r"version_(\d+)$")
+_EARLIER = re.compile(r"metrics-(\d+)\.csv$")

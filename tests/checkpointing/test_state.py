@@ -10,11 +10,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lightning_lambdapo import AdapterConfig, LambdaPOModule, PolicyConfig, PolicyExport, RolloutCheckpoint
+from lightning_lambdapo.checkpointing import pending_validation
 from lightning_lambdapo.commands.main import main
 
 pytestmark = [
     # Lightning says so of every run that resumes into a directory of its own, or with other callbacks.
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
 
@@ -52,6 +54,26 @@ def test_a_resumed_run_goes_on_bit_for_bit(base: str, tmp_path: Path, at: int, l
     assert (resumed.rollout_step, built.global_step) == (12, 12)
 
 
+@pytest.mark.parametrize("release", ["this", "earlier"])
+def test_a_run_that_resumes_at_the_end_of_every_epoch(
+    base: str, tmp_path: Path, release: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It trains as many epochs as the uninterrupted run, and no epoch too many. Before, Lightning miscounted them."""
+    whole, steps, _ = run(tmp_path / "whole", base)
+    if release == "earlier":
+        monkeypatch.setattr(pending_validation, "begin_next_epoch", lambda _: None)
+    seen: list[dict[str, float]] = []
+    for epochs in (1, 2, 3, 3):
+        last = tmp_path / "parts" / "last.ckpt"
+        resumed, more, built = run(
+            tmp_path / "parts", base, every=2, max_epochs=epochs, resume=str(last) if epochs > 1 else None
+        )
+        seen += more
+        assert (resumed.rollout_step, built.current_epoch) == (4 * epochs, epochs)
+    assert seen == steps
+    assert equal(weights(resumed), weights(whole))
+
+
 def test_checkpoints_hold_what_is_trained_and_load_weights_only(base: str, tmp_path: Path) -> None:
     model, _, _ = run(tmp_path, base, every=4, max_epochs=1, lora=AdapterConfig(r=4))
     checkpoint = torch.load(tmp_path / "rollout-step=4.ckpt", weights_only=True)
@@ -60,6 +82,9 @@ def test_checkpoints_hold_what_is_trained_and_load_weights_only(base: str, tmp_p
     assert all("lora_" in name for name in trained)
     assert checkpoint["hyper_parameters"]["policy"]["model"] == base
     assert "rewards" not in checkpoint["hyper_parameters"]
+    noted = checkpoint["lambdapo"].pop("policy")
+    assert noted["adapter"] == {"lora_alpha": 32}
+    assert noted["base"]
     assert checkpoint["lambdapo"] == {
         "version": 1,
         "rollout_step": 4,
@@ -226,4 +251,4 @@ def test_saves_are_counted_in_rollouts_not_updates(base: str, tmp_path: Path) ->
     found = {
         path.name: torch.load(path, weights_only=True)["lambdapo"]["rollout_step"] for path in tmp_path.glob("r*.ckpt")
     }
-    assert found == {"rollout-step=6.ckpt": 2, "rollout-step=12.ckpt": 4}
+    assert found == {"rollout-step=2.ckpt": 2, "rollout-step=4.ckpt": 4}

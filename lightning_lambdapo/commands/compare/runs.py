@@ -135,7 +135,6 @@ def _train(arguments: list[str], log: str, threads: int | None) -> None:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     import torch
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from lightning_lambdapo import __main__ as program
     from lightning_lambdapo.commands.main import main
@@ -144,10 +143,7 @@ def _train(arguments: list[str], log: str, threads: int | None) -> None:
     sys.argv = [str(program.__file__), *arguments]
     if threads is not None:
         torch.set_num_threads(threads)
-    try:
-        main(arguments)
-    except SIGTERMException as stop:  # a SystemExit that would count as success
-        raise SystemExit(128 + signal.SIGTERM) from stop
+    main(arguments)
 
 
 def _end_with_parent() -> None:
