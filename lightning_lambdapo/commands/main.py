@@ -18,6 +18,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_lambdapo.callbacks.completions import CompletionsLogger
 from lightning_lambdapo.callbacks.console import TrainingConsole
 from lightning_lambdapo.callbacks.evaluation_report import EvaluationReport
+from lightning_lambdapo.commands.mistakes import DEBUG, Parser, told_in_one_sentence
+from lightning_lambdapo.commands.nested_options import nested_options
 from lightning_lambdapo.commands.release_0_1 import upgraded_arguments
 from lightning_lambdapo.module import LambdaPOModule
 
@@ -88,6 +90,11 @@ class LambdaPOCLI(LightningCLI):
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
             run_state.pending_validation = False
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the command line, with ``null``, texts and numbers of list items in options that name a part."""
+        with nested_options():
+            super().parse_arguments(parser, args)
+
     def _parse_ckpt_path(self) -> None:
         """Do nothing: a checkpoint's hyper-parameters must not override file and command line."""
 
@@ -106,11 +113,24 @@ class _Rehearsal(LambdaPOCLI):
 def main(args: ArgsType = None) -> None:
     """Run the command line.
 
+    A mistake in the settings is told in one sentence, with exit code 2. ``--debug`` adds the traceback.
+
     Args:
-        args: arguments in place of ``sys.argv``, for tests and for use from Python.
+        args: arguments in place of ``sys.argv``, for tests and for use from Python, where errors are raised.
     """
+    if args is not None:
+        _main(args)
+        return
+    given = [each for each in sys.argv[1:] if each != "--debug"]
+    if len(given) < len(sys.argv) - 1:
+        os.environ[DEBUG] = "1"
+    with told_in_one_sentence(" ".join(["lambdapo", *given[:1]])):
+        _main(given)
+
+
+def _main(args: ArgsType) -> None:
     _grow_segments()
-    given = sys.argv[1:] if args is None else args
+    given = args
     if isinstance(given, list) and given and given[0] in COMMANDS:
         _silence()
         importlib.import_module(f"lightning_lambdapo.commands.{COMMANDS[given[0]][0]}").main(given[1:])
@@ -139,10 +159,12 @@ def _run(cli: type[LambdaPOCLI], args: ArgsType) -> None:
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
+        parser_class=Parser,
         auto_configure_optimizers=False,
         parser_kwargs={
+            "prog": "lambdapo",
             "description": "LambdaPO for PyTorch Lightning. There are more commands than the subcommands below, each "
-            f"with its own --help: {more}."
+            f"with its own --help: {more}. --debug shows the traceback of a mistake in the settings.",
         },
         args=args,
     )
