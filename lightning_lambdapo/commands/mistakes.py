@@ -120,10 +120,10 @@ class _Reason:
 
 
 def one_sentence(message: str) -> str:
-    """What is wrong, and with which setting, from the tree of alternatives that jsonargparse prints.
+    r"""What is wrong, and with which setting, from the tree of alternatives that jsonargparse prints.
 
     Example:
-        >>> one_sentence('Parser key "trainer.max_steps":\\n  Expected a <class \\'int\\'>. Got value: few')
+        >>> one_sentence('Parser key "trainer.max_steps":\n  Expected a <class \'int\'>. Got value: few')
         "`trainer.max_steps` must be a whole number, got 'few'."
     """
     if not message.startswith(("Parser key", "Does not validate", "Problem with given class_path")):

@@ -1,9 +1,9 @@
 """Options of the command line that name a part of a setting, such as ``--model.policy.revision=null``.
 
-jsonargparse reads the text of such an option as YAML, writes the result back as Python would print it, and gives that to
-the parser of the part. ``null`` so becomes the text "None", and ``Note: be brief`` becomes "{'Note': 'be brief'}". It
-also has no numbers for the items of lists. Both are mended here. All uses of jsonargparse's private parts are in this
-file. They were checked against jsonargparse 4.53, and commands/test_nested_options fails if a release changes one.
+jsonargparse reads the text of such an option as YAML, writes the result back as Python would print it, and gives that
+to the parser of the part. ``null`` so becomes the text "None", and ``Note: be brief`` becomes "{'Note': 'be brief'}".
+It also has no numbers for the items of lists. Both are mended here. All uses of jsonargparse's private parts are in
+this file. They were checked against jsonargparse 4.53, and commands/test_nested_options fails if a release changes one.
 """
 
 from collections.abc import Iterator

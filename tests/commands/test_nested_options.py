@@ -9,9 +9,8 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_lambdapo import LambdaPODataModule, LambdaPOModule, RolloutCheckpoint
+from lightning_lambdapo import LambdaPODataModule, LambdaPOModule
 from lightning_lambdapo.commands import main as program
 
 LORA = "--model.lora={class_path: lightning_lambdapo.AdapterConfig}"
@@ -137,10 +136,11 @@ def test_a_number_chooses_an_item(base: str, command: str, inside: str) -> None:
 
 
 def test_an_item_is_replaced(base: str) -> None:
+    short = "{class_path: lightning_lambdapo.rewards.LengthPenalty, init_args: {max_length: 9, buffer: 3}}"
     found = parsed(
         f"--model.policy.model={base}",
         TWO,
-        "--model.rewards.0={class_path: lightning_lambdapo.rewards.LengthPenalty, init_args: {max_length: 9, buffer: 3}}",
+        f"--model.rewards.0={short}",
         "--model.rewards.weight=0.5",
     )
     assert at(found, "model.rewards.0.class_path").endswith("LengthPenalty")
