@@ -90,7 +90,7 @@ def test_gradients_that_are_never_finite_are_an_error(base: str, tmp_path: Path,
     model, recorder = module(base, optimizer=OPTIMIZERS[name]), Recorder()
     model.configure_model()
     before = weights(model)
-    broken(model, lambda step: True, value)
+    broken(model, lambda _: True, value)
     message = rf"4 updates in a row had a gradient norm of {value}; the policy has diverged or its precision is too low"
     with pytest.raises(RuntimeError, match=message):
         trainer(tmp_path, plugins=plugin, callbacks=[recorder], enable_checkpointing=True, max_epochs=9).fit(
@@ -106,7 +106,7 @@ def test_float16_itself_ends_at_gradients_that_are_never_finite(base: str, tmp_p
     plugin = MixedPrecision("16-mixed", device="cpu", scaler=torch.amp.GradScaler("cpu"))
     model = module(base)
     model.configure_model()
-    broken(model, lambda step: True)
+    broken(model, lambda _: True)
     with pytest.raises(RuntimeError, match="4 updates in a row had a gradient norm of nan"):
         trainer(tmp_path, plugins=plugin, max_epochs=20).fit(model, Rows(batch_size=4))
     assert model.run_state.skipped_updates == 20
