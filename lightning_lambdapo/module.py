@@ -121,7 +121,6 @@ class LambdaPOModule(LightningModule):
         self.validation_config = from_mapping(EvaluationConfig, validation)
         self.algorithm = from_mapping(AlgorithmConfig, algorithm)
         self.performance = from_mapping(PerformanceConfig, performance)
-        checks.check_schedule(updates_per_rollout, epochs_per_rollout, max_tokens_per_micro_batch)
         checks.warn_of_settings(self.algorithm, self.rollout_config.sampling, updates_per_rollout)
         self.rewards = as_rewards([AccuracyReward()] if rewards is None else rewards)
         self.optimizer_factory = optimizer
@@ -133,6 +132,7 @@ class LambdaPOModule(LightningModule):
         self.logprob_chunk_size = logprob_chunk_size
         self.max_skipped_updates = max_skipped_updates
         self.seed = seed
+        checks.check_settings(self)
         self.automatic_optimization = False
         self.strict_loading = False  # frozen tensors are absent, and `load_state_dict` checks the others
         self.run_state = state.RunState()

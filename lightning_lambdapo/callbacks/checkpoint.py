@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_lambdapo.callbacks.run import finished_rollouts, run_directory
 from lightning_lambdapo.datatypes import PromptBatch
 from lightning_lambdapo.distributed.lightning_internals import logged_names
+from lightning_lambdapo.functional.ranges import check_whole
 
 
 class RolloutCheckpoint(ModelCheckpoint):
@@ -63,8 +64,8 @@ class RolloutCheckpoint(ModelCheckpoint):
     ) -> None:
         if (every_n_rollouts is None) == (train_time_interval is None):
             raise ValueError("Give exactly one of `every_n_rollouts` and `train_time_interval`.")
-        if every_n_rollouts is not None and every_n_rollouts < 1:
-            raise ValueError(f"`every_n_rollouts` must be at least 1, got {every_n_rollouts}.")
+        if every_n_rollouts is not None:
+            check_whole("every_n_rollouts", every_n_rollouts, 1)
         if train_time_interval is not None and train_time_interval < timedelta():
             raise ValueError(f"`train_time_interval` must not be negative, got {train_time_interval}.")
         super().__init__(

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from lightning_lambdapo.config import AdapterConfig, PerformanceConfig, PolicyConfig
+from lightning_lambdapo.policy.adapter_targets import check_targets
 from lightning_lambdapo.policy.gguf_tokens import gguf_tokenizer
 from lightning_lambdapo.policy.lora import fast_linears
 from lightning_lambdapo.policy.model import Policy
@@ -88,6 +89,8 @@ def load_policy(
             policy = _add_adapter(model, adapter.to_peft())
         else:
             policy = _add_adapter(model, adapter)
+    if adapter is not None:
+        check_targets(policy)
     fast_linears(policy, fused_lora=performance.fused_lora, onednn=performance.onednn)
     policy.eval()
     return policy

@@ -1,0 +1,56 @@
+"""Single values of settings: numbers, checked with one sentence each, and paths."""
+
+from collections.abc import Callable
+from numbers import Integral, Real
+from os import PathLike
+from pathlib import Path
+from typing import TypeVar, cast
+
+T = TypeVar("T")
+
+
+def check_whole(name: str, value: object, lowest: int, *, highest: int = 2**31 - 1, reason: str = "") -> None:
+    """Raise ``ValueError`` unless ``value`` is a whole number from ``lowest`` to ``highest``.
+
+    Args:
+        name: of the setting.
+        value: its value.
+        lowest: least number that makes sense.
+        highest: largest number. The default is more than any machine can work on.
+        reason: what the sentence ends with, after "got ...".
+
+    Example:
+        >>> check_whole("group_size", 1, 2)
+        Traceback (most recent call last):
+        ValueError: `group_size` must be at least 2, got 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"`{name}` must be a whole number, got {value!r}{reason}.")
+    if value < lowest:
+        raise ValueError(f"`{name}` must be at least {lowest}, got {value}{reason}.")
+    if value > highest:
+        raise ValueError(f"`{name}` must be at most {highest}, got {value}.")
+
+
+def check_real(name: str, value: object, good: Callable[[float], bool], wanted: str) -> None:
+    """Raise ``ValueError`` unless ``value`` is a number that is ``good``. NaN is good for nothing that compares it.
+
+    Example:
+        >>> check_real("dropout", float("nan"), lambda share: 0 <= share < 1, "in [0, 1)")
+        Traceback (most recent call last):
+        ValueError: `dropout` must be in [0, 1), got nan.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not good(cast(float, value)):
+        raise ValueError(f"`{name}` must be {wanted}, got {value!r}.")
+
+
+def check_seed(name: str, value: object) -> None:
+    """Raise ``ValueError`` unless ``value`` is a whole number of 64 bits, as torch's generators take."""
+    check_whole(name, value, -(2**63), highest=2**63 - 1)
+
+
+def path_text(value: T) -> T | str:
+    """A path as text, with ``~`` as the home directory. Anything else is returned unchanged."""
+    if not isinstance(value, PathLike) and not str(value).startswith("~"):
+        return value
+    return str(Path(cast(str, value)).expanduser())
