@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lightning_lambdapo.config import AdapterConfig, AlgorithmConfig, SamplingConfig
 from lightning_lambdapo.distributed.fsdp1 import flattens
+from lightning_lambdapo.distributed.lightning_internals import expand_home
 from lightning_lambdapo.distributed.parallel import is_sharded
 from lightning_lambdapo.functional.ranges import check_real, check_seed, check_whole
 from lightning_lambdapo.rewards import Reward
@@ -89,7 +90,11 @@ def warn_of_settings(algorithm: AlgorithmConfig, sampling: SamplingConfig, updat
 
 
 def check_trainer(trainer: Trainer, *, adapted: bool, quantized: bool) -> None:
-    """Refuse ``Trainer`` settings that cannot work with manual optimisation or that silently do harm."""
+    """Refuse ``Trainer`` settings that cannot work with manual optimisation or that silently do harm.
+
+    In the loggers' directories ``~`` becomes the home directory.
+    """
+    expand_home(trainer)
     if trainer.gradient_clip_val is not None:
         raise ValueError(
             f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) has no effect under manual optimisation, so "

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
@@ -36,6 +35,7 @@ from lightning_lambdapo.distributed.tally import Tally
 from lightning_lambdapo.evaluation.evaluator import Evaluator
 from lightning_lambdapo.evaluation.judging import judge_rollout
 from lightning_lambdapo.functional import group_advantages, lambda_advantages, sequence_scores
+from lightning_lambdapo.functional.ranges import home_path, path_text
 from lightning_lambdapo.learning.learner import Learner
 from lightning_lambdapo.learning.optimizer import PolicyOptimizer
 from lightning_lambdapo.learning.training_log import TrainingLog
@@ -380,10 +380,11 @@ class LambdaPOModule(LightningModule):
         Raises:
             CheckpointError: the file is missing, damaged, in shards, or of another kind of module.
         """
-        if not isinstance(checkpoint_path, str | Path) or "://" in str(checkpoint_path):
+        path = path_text(checkpoint_path)
+        if not isinstance(path, str) or "://" in path:
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-        with naming(checkpoint_path), state.settings_of_this_release(Path(checkpoint_path), kwargs) as arguments:
-            return super().load_from_checkpoint(checkpoint_path, *args, **arguments)
+        with naming(path), state.settings_of_this_release(home_path(path), kwargs) as arguments:
+            return super().load_from_checkpoint(path, *args, **arguments)
 
     # -- parts ----------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -21,6 +22,7 @@ from lightning_lambdapo.callbacks.evaluation_report import EvaluationReport
 from lightning_lambdapo.commands.mistakes import DEBUG, Parser, told_in_one_sentence
 from lightning_lambdapo.commands.nested_options import nested_options
 from lightning_lambdapo.commands.release_0_1 import upgraded_arguments
+from lightning_lambdapo.functional.ranges import path_text
 from lightning_lambdapo.module import LambdaPOModule
 
 #: Commands beyond Lightning's: the module of each, and what it does.
@@ -56,7 +58,10 @@ class LambdaPOCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Apply ``num_threads`` before anything is computed."""
+        """Apply ``num_threads`` before anything is computed, and read ``~`` in the trainer's paths as the home."""
+        settings = self.config if self.subcommand is None else self.config[self.subcommand]
+        settings["trainer"] = _with_home(settings["trainer"])
+        settings["ckpt_path"] = path_text(settings.get("ckpt_path"))
         threads = self._get(self.config, "num_threads")
         if threads is not None:
             torch.set_num_threads(threads)
@@ -97,6 +102,18 @@ class LambdaPOCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: a checkpoint's hyper-parameters must not override file and command line."""
+
+
+def _with_home(settings: Any) -> Any:
+    """The trainer's settings with ``~/`` at the beginning of a text as the home directory."""
+    if isinstance(settings, str):
+        return path_text(settings) if settings.startswith("~") else settings
+    if isinstance(settings, list):
+        return [_with_home(each) for each in settings]
+    if isinstance(settings, Namespace | dict):
+        for name, value in list(vars(settings).items() if isinstance(settings, Namespace) else settings.items()):
+            settings[name] = _with_home(value)
+    return settings
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

@@ -1,8 +1,8 @@
 """Single values of settings: numbers, checked with one sentence each, and paths."""
 
+import os
 from collections.abc import Callable
 from numbers import Integral, Real
-from os import PathLike
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -50,7 +50,16 @@ def check_seed(name: str, value: object) -> None:
 
 
 def path_text(value: T) -> T | str:
-    """A path as text, with ``~`` as the home directory. Anything else is returned unchanged."""
-    if not isinstance(value, PathLike) and not str(value).startswith("~"):
-        return value
-    return str(Path(cast(str, value)).expanduser())
+    """A path as text, with ``~`` as the home directory. Anything else is returned unchanged.
+
+    Example:
+        >>> path_text(Path("models") / "tiny"), path_text("org/model"), path_text(None)
+        ('models/tiny', 'org/model', None)
+    """
+    # A Path would rewrite hub ids, and refuses the home of an unknown user.
+    return os.path.expanduser(os.fspath(value)) if isinstance(value, str | os.PathLike) else value  # noqa: PTH111
+
+
+def home_path(text: str) -> Path:
+    """A path from a command line, with ``~`` as the home directory: shells leave it in ``--output=~/runs``."""
+    return Path(path_text(text))

@@ -31,7 +31,15 @@ BUILTIN = "builtin:arithmetic"
 
 
 def load_tokenizer(config: PolicyConfig) -> PreTrainedTokenizerBase:
-    """Load the policy's tokenizer. No weights are loaded."""
+    """Load the policy's tokenizer. No weights are loaded.
+
+    Raises:
+        ValueError: a setting of the policy is the path of a directory that does not exist.
+    """
+    for name in ("model", "tokenizer", "adapter"):
+        place = getattr(config, name)
+        if place is not None and place.startswith(("/", "./", "../", "~")) and not Path(place).exists():
+            raise ValueError(f"`policy.{name}` is the directory {place}, which does not exist.")
     if config.tokenizer is not None:
         return AutoTokenizer.from_pretrained(config.tokenizer)
     location, options = locate(config)
