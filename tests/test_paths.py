@@ -115,6 +115,7 @@ def test_path_objects(base: str, home: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model", "tokenizer", "adapter"])
 def test_a_directory_that_is_not_there(base: str, home: Path, name: str) -> None:
+    settings: dict[str, Any] = {"model": base, name: "~/nowhere"}
     message = rf"`policy.{name}` is the directory .*nowhere, which does not exist"
     with pytest.raises(ValueError, match=message):
-        LambdaPOModule(PolicyConfig(**({"model": base} | {name: "~/nowhere"})))
+        LambdaPOModule(PolicyConfig(**settings))

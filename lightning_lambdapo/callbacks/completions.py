@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
 from rich import get_console
 from rich.text import Text
 
@@ -71,6 +72,11 @@ class CompletionsLogger(Callback):
         everyone = [record for part in gather_on_first_rank(outputs) for record in part]
         if trainer.is_global_zero:
             self._write(trainer, "predictions.jsonl", everyone)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where the predictions are."""
+        if self._path is not None:
+            rank_zero_info(f"The predictions are in {self._path}.")
 
     def _write(self, trainer: Trainer, name: str, records: Sequence[Mapping[str, Any]]) -> None:
         if self._path is None:

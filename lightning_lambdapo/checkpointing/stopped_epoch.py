@@ -1,9 +1,10 @@
 """The epoch that training stopped in. Lightning counts it as over, so that resuming would leave out the rest of it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 
-def reopen(checkpoint: dict[str, Any]) -> None:
+def reopen(checkpoint: Mapping[str, Any]) -> None:
     """Let a run resume in the middle of the epoch that it stopped in, as from a checkpoint of its last step.
 
     ``max_steps``, ``max_time`` or an early stop may end training before its epoch is over. Lightning then ends the
@@ -11,7 +12,7 @@ def reopen(checkpoint: dict[str, Any]) -> None:
     because ``max_epochs`` is reached.
 
     Args:
-        checkpoint: Lightning's entries, changed in place. Any other checkpoint stays as it is.
+        checkpoint: Lightning's entries. The progress of its loops is changed in place, unless it was saved elsewhere.
     """
     loops = checkpoint.get("loops", {}).get("fit_loop")
     if not loops:

@@ -4,9 +4,7 @@ import os
 from collections.abc import Callable
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TypeVar, cast
-
-T = TypeVar("T")
+from typing import Any, cast
 
 
 def check_whole(name: str, value: object, lowest: int, *, highest: int = 2**31 - 1, reason: str = "") -> None:
@@ -26,9 +24,9 @@ def check_whole(name: str, value: object, lowest: int, *, highest: int = 2**31 -
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f"`{name}` must be a whole number, got {value!r}{reason}.")
-    if value < lowest:
+    if int(value) < lowest:
         raise ValueError(f"`{name}` must be at least {lowest}, got {value}{reason}.")
-    if value > highest:
+    if int(value) > highest:
         raise ValueError(f"`{name}` must be at most {highest}, got {value}.")
 
 
@@ -49,7 +47,7 @@ def check_seed(name: str, value: object) -> None:
     check_whole(name, value, -(2**63), highest=2**63 - 1)
 
 
-def path_text(value: T) -> T | str:
+def path_text(value: Any) -> Any:
     """A path as text, with ``~`` as the home directory. Anything else is returned unchanged.
 
     Example:

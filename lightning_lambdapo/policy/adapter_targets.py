@@ -1,6 +1,7 @@
 """Names of layers in an adapter's settings, compared with the layers that there are."""
 
 import re
+from typing import Any
 
 from peft import LoraConfig, PeftModel
 
@@ -17,7 +18,8 @@ def check_targets(policy: PeftModel) -> None:
     settings = policy.peft_config["default"]
     if not isinstance(settings, LoraConfig):
         return
-    layers = [name.removesuffix(".base_layer") for name, _ in policy.base_model.model.named_modules()]
+    model: Any = policy.base_model.model
+    layers = [name.removesuffix(".base_layer") for name, _ in model.named_modules()]
     layers = [name for name in layers if ".lora_" not in name]
     targets = [] if isinstance(settings.target_modules, str) else settings.target_modules
     named = {"target_modules": targets, "modules_to_save": settings.modules_to_save}

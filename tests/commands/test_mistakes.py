@@ -132,7 +132,7 @@ def raised(action: Any) -> BaseException:
 def test_what_is_about_settings(tmp_path: Path) -> None:
     from lightning.pytorch import Trainer
 
-    from lightning_lambdapo import DataSource, RolloutConfig
+    from lightning_lambdapo import DataSource, EvaluationConfig, RolloutConfig
     from lightning_lambdapo.data.sources import jsonl_rows
     from lightning_lambdapo.functional.masking import check_choice
 
@@ -150,7 +150,7 @@ def test_what_is_about_settings(tmp_path: Path) -> None:
     assert not is_about_settings(raised(training_step)), "while batches are computed"
     assert not is_about_settings(raised(own))
     assert not is_about_settings(raised(lambda: torch.zeros(2) @ torch.zeros(3)))
-    assert not is_about_settings(raised(lambda: RolloutConfig(group_size="2"))), "no `raise` of this package"  # type: ignore[arg-type]
+    assert not is_about_settings(raised(lambda: EvaluationConfig(k=3))), "no `raise` of this package"  # type: ignore[arg-type]
 
 
 def test_a_message_without_alternatives_stays() -> None:
