@@ -12,7 +12,7 @@ def reopen(checkpoint: Mapping[str, Any]) -> None:
     because ``max_epochs`` is reached.
 
     Args:
-        checkpoint: Lightning's entries. The progress of its loops is changed in place, unless it was saved elsewhere.
+        checkpoint: Lightning's entries. Its loops' progress is changed in place. Other checkpoints stay as they are.
     """
     loops = checkpoint.get("loops", {}).get("fit_loop")
     if not loops:

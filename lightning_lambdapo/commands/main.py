@@ -60,8 +60,9 @@ class LambdaPOCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Apply ``num_threads`` before anything is computed, and read ``~`` in the trainer's paths as the home."""
         settings = self.config if self.subcommand is None else self.config[self.subcommand]
-        settings["trainer"] = _with_home(settings["trainer"])
-        settings["ckpt_path"] = path_text(settings.get("ckpt_path"))
+        for name in ("trainer", "ckpt_path"):
+            if name in settings:
+                settings[name] = _with_home(settings[name])
         threads = self._get(self.config, "num_threads")
         if threads is not None:
             torch.set_num_threads(threads)
