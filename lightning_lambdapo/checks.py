@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import Trainer
@@ -15,14 +15,20 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.utilities import rank_zero_info
+from peft import LoraConfig
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, PolynomialLR, ReduceLROnPlateau
 from transformers import PreTrainedModel
 
-from lightning_lambdapo.config import AlgorithmConfig, SamplingConfig
+from lightning_lambdapo.config import AdapterConfig, AlgorithmConfig, SamplingConfig
 from lightning_lambdapo.distributed.fsdp1 import flattens
+from lightning_lambdapo.distributed.lightning_internals import expand_home
 from lightning_lambdapo.distributed.parallel import is_sharded
+from lightning_lambdapo.functional.ranges import check_real, check_seed, check_whole
 from lightning_lambdapo.rewards import Reward
+
+#: Ratios per sequence stay far closer to 1 than ratios per token. GSPO's paper clips them at 3e-4 and 4e-4.
+_WIDEST_SEQUENCE_CLIP = 0.02
 
 
 def check_schedule(updates_per_rollout: int, epochs_per_rollout: int, max_tokens_per_micro_batch: int) -> None:
@@ -36,12 +42,51 @@ def check_schedule(updates_per_rollout: int, epochs_per_rollout: int, max_tokens
         raise ValueError(f"`max_tokens_per_micro_batch` must be at least 1, got {max_tokens_per_micro_batch}.")
 
 
+class _Settings(Protocol):
+    """The module's own settings."""
+
+    lora: AdapterConfig | LoraConfig | None
+    max_grad_norm: float | None
+    updates_per_rollout: int
+    epochs_per_rollout: int
+    max_tokens_per_micro_batch: int
+    logprob_chunk_size: int
+    max_skipped_updates: int
+    seed: int | None
+
+
+def check_settings(module: _Settings) -> None:
+    """Refuse numbers of the module, and of its adapter, that train nothing or make no sense."""
+    check_whole("updates_per_rollout", module.updates_per_rollout, 1)
+    check_whole("epochs_per_rollout", module.epochs_per_rollout, 1)
+    check_whole("max_tokens_per_micro_batch", module.max_tokens_per_micro_batch, 1)
+    check_schedule(module.updates_per_rollout, module.epochs_per_rollout, module.max_tokens_per_micro_batch)
+    check_whole("logprob_chunk_size", module.logprob_chunk_size, 1)
+    check_whole("max_skipped_updates", module.max_skipped_updates, 0)
+    if module.max_grad_norm is not None:
+        wanted = "above 0, or null, which does not clip"
+        check_real("max_grad_norm", module.max_grad_norm, lambda value: value > 0, wanted)
+    if module.seed is not None:
+        check_seed("seed", module.seed)
+    if isinstance(module.lora, LoraConfig):
+        patterns = {"rank_pattern": module.lora.rank_pattern, "alpha_pattern": module.lora.alpha_pattern}
+        AdapterConfig(module.lora.r, module.lora.lora_alpha, module.lora.lora_dropout, options=patterns)
+
+
 def warn_of_settings(algorithm: AlgorithmConfig, sampling: SamplingConfig, updates_per_rollout: int) -> None:
     """Warn of settings that are allowed but do less than their name says."""
     if sampling.filters:
         warnings.warn(
             f"Rollouts are drawn with {', '.join(sampling.filters)}, but log-probabilities are those of the unfiltered "
             "policy. Ratio, KL and confidence are computed from them.",
+            stacklevel=3,
+        )
+    widest = max(algorithm.clip_low, algorithm.clip_high)
+    if algorithm.importance_level == "sequence" and updates_per_rollout > 1 and widest > _WIDEST_SEQUENCE_CLIP:
+        warnings.warn(
+            f'importance_level="sequence" with clip_low = {algorithm.clip_low} and clip_high = {algorithm.clip_high} '
+            "hardly ever clips: the ratio is that of a whole completion to the power of 1 / its length, and stays "
+            "within thousandths of 1. GSPO's paper uses clip_low: 3.0e-4 and clip_high: 4.0e-4.",
             stacklevel=3,
         )
     if algorithm.kl_coef > 0 and algorithm.kl_estimator == "k1" and updates_per_rollout == 1:
@@ -52,7 +97,11 @@ def warn_of_settings(algorithm: AlgorithmConfig, sampling: SamplingConfig, updat
 
 
 def check_trainer(trainer: Trainer, *, adapted: bool, quantized: bool) -> None:
-    """Refuse ``Trainer`` settings that cannot work with manual optimisation or that silently do harm."""
+    """Refuse ``Trainer`` settings that cannot work with manual optimisation or that silently do harm.
+
+    In the loggers' directories ``~`` becomes the home directory.
+    """
+    expand_home(trainer)
     check_callbacks(trainer, quantized=quantized)
     if trainer.gradient_clip_val:  # 0 is Lightning's other way of not clipping
         raise ValueError(

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
 import torch
 
-from lightning_lambdapo.engines import VLLMConfig, VLLMServerConfig, check_engine
+from lightning_lambdapo.engines import Engine, VLLMConfig, VLLMServerConfig, check_engine
 from lightning_lambdapo.functional.advantages import Reduction, Scale, Score, Temperature, Weighting, check_weighting
 from lightning_lambdapo.functional.importance import CorrectionLevel, check_cap
 from lightning_lambdapo.functional.losses import Aggregation, KLEstimator, Level, check_clipping
 from lightning_lambdapo.functional.masking import check_choice
+from lightning_lambdapo.functional.ranges import check_real, check_whole, path_text
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-Engine = Literal["grouped", "hf", "vllm", "vllm_server"]
 Estimator = Literal["lambda", "grpo", "dr_grpo", "rloo"]
 ImportanceCorrection = Literal["auto", "none", "truncate", "mask"]
 T = TypeVar("T")
@@ -53,9 +53,11 @@ class PolicyConfig:
     attn_implementation: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("model", "tokenizer", "adapter"):
+            object.__setattr__(self, name, path_text(getattr(self, name)))
         if not self.model:
             raise ValueError("`policy.model` is empty. Give a hub id, a directory or the path of a .gguf file.")
-        if self.model.endswith(".gguf") and not Path(self.model).expanduser().is_file():
+        if self.model.endswith(".gguf") and not Path(self.model).is_file():
             raise ValueError(f"`policy.model` names a GGUF file that does not exist: {self.model}.")
 
     @property
@@ -81,6 +83,17 @@ class AdapterConfig:
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        ranks, alphas = (self.options.get(f"{name}_pattern") or {} for name in ("rank", "alpha"))
+        for name, rank in {"r": self.r, **ranks}.items():
+            check_whole(f"lora.{name}", rank, 1)
+        wanted = "a finite number above 0 (the update is scaled by alpha / r)"
+        for name, alpha in {"alpha": self.alpha, **alphas}.items():
+            check_real(f"lora.{name}", alpha, lambda value: 0 < value < math.inf, wanted)
+        check_real("lora.dropout", self.dropout, lambda value: 0 <= value < 1, "in [0, 1), because 1 drops everything")
+        if not self.target_modules:
+            raise ValueError("`lora.target_modules` is empty, so there is nothing to adapt. Set `all-linear`.")
 
     def to_peft(self) -> "LoraConfig":
         """The same as a ``peft.LoraConfig`` for causal language models."""
@@ -117,16 +130,13 @@ class SamplingConfig:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        ranges = {
-            "temperature": (0 <= self.temperature < math.inf, "a finite number, at least 0 (0 decodes greedily)"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "top_k": (self.top_k >= 0, "at least 0 (0 keeps all tokens)"),
-            "min_p": (0 <= self.min_p < 1, "in [0, 1)"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "a finite number above 0"),
-        }
-        for name, (good, wanted) in ranges.items():
-            if not good:
-                raise ValueError(f"`sampling.{name}` must be {wanted}, got {getattr(self, name)}.")
+        wanted = "a finite number, at least 0 (0 decodes greedily)"
+        check_real("sampling.temperature", self.temperature, lambda value: 0 <= value < math.inf, wanted)
+        check_real("sampling.top_p", self.top_p, lambda value: 0 < value <= 1, "in (0, 1]")
+        check_whole("sampling.top_k", self.top_k, 0, reason=" (0 keeps all tokens)")
+        check_real("sampling.min_p", self.min_p, lambda value: 0 <= value < 1, "in [0, 1)")
+        wanted = "a finite number above 0"
+        check_real("sampling.repetition_penalty", self.repetition_penalty, lambda value: 0 < value < math.inf, wanted)
 
     @property
     def greedy(self) -> bool:
@@ -175,18 +185,12 @@ class RolloutConfig:
     servers: VLLMServerConfig = field(default_factory=VLLMServerConfig)
 
     def __post_init__(self) -> None:
-        check_choice("rollout.engine", self.engine, get_args(Engine))
         check_engine(self.engine, self.servers, filters=self.sampling.filters, max_live_tokens=self.max_live_tokens)
-        if self.group_size < 2:
-            raise ValueError(
-                f"`group_size` must be at least 2, got {self.group_size}; a pairwise advantage needs a peer."
-            )
-        if self.max_new_tokens < 1:
-            raise ValueError(f"`max_new_tokens` must be at least 1, got {self.max_new_tokens}.")
-        if self.reserve_prompts < 0:
-            raise ValueError(f"`reserve_prompts` must be at least 0, got {self.reserve_prompts}.")
-        if self.max_live_tokens is not None and self.max_live_tokens < 1:
-            raise ValueError(f"`max_live_tokens` must be at least 1, got {self.max_live_tokens}.")
+        check_whole("group_size", self.group_size, 2, reason="; a pairwise advantage needs a peer")
+        check_whole("max_new_tokens", self.max_new_tokens, 1)
+        check_whole("reserve_prompts", self.reserve_prompts, 0)
+        if self.max_live_tokens is not None:
+            check_whole("max_live_tokens", self.max_live_tokens, 1)
         if self.sampling.greedy:
             raise ValueError(
                 "`rollout.sampling.temperature` is 0: greedy decoding makes all rollouts of a group the same, so there "
@@ -211,15 +215,14 @@ class EvaluationConfig:
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
 
     def __post_init__(self) -> None:
-        if self.num_samples < 1:
-            raise ValueError(f"`validation.num_samples` must be at least 1, got {self.num_samples}.")
+        check_whole("validation.num_samples", self.num_samples, 1)
         if not self.k or not all(1 <= k <= self.num_samples for k in self.k):
             raise ValueError(
                 f"`validation.k` must list numbers from 1 to num_samples = {self.num_samples}, got {list(self.k)}, "
                 "because pass@k needs k samples."
             )
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise ValueError(f"`validation.max_new_tokens` must be at least 1, got {self.max_new_tokens}.")
+        if self.max_new_tokens is not None:
+            check_whole("validation.max_new_tokens", self.max_new_tokens, 1)
         if self.num_samples > 1 and self.sampling.greedy:
             raise ValueError(
                 f"`validation.num_samples` is {self.num_samples} and `validation.sampling.temperature` is 0: greedy "
@@ -345,11 +348,10 @@ class PerformanceConfig:
     onednn: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.decoding_weights_gb is not None and not self.decoding_weights_gb >= 0:
-            raise ValueError(
-                f"`performance.decoding_weights_gb` must be at least 0, got {self.decoding_weights_gb}. 0 makes no "
-                "copies, and null lets the free memory decide."
-            )
+        if self.decoding_weights_gb is not None:
+            wanted = "at least 0 (which makes no copies) and at most 1e6, or null (the free memory decides)"
+            name = "performance.decoding_weights_gb"
+            check_real(name, self.decoding_weights_gb, lambda value: 0 <= value <= 1e6, wanted)
 
 
 def from_mapping(cls: type[T], value: T | Mapping[str, Any]) -> T:

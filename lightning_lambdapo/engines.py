@@ -1,8 +1,14 @@
 """Settings of the rollout engines that are programs of their own."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
+
+from lightning_lambdapo.functional.masking import check_choice
+from lightning_lambdapo.functional.ranges import check_real, check_whole, path_text
+
+Engine = Literal["grouped", "hf", "vllm", "vllm_server"]
 
 
 @dataclass(frozen=True)
@@ -29,16 +35,16 @@ class VLLMConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(
-                f"`rollout.vllm.gpu_memory_utilization` must be in (0, 1], got {self.gpu_memory_utilization}."
-            )
-        if self.kv_cache_gb is not None and not 0 < self.kv_cache_gb < float("inf"):
-            raise ValueError(f"`rollout.vllm.kv_cache_gb` must be above 0, got {self.kv_cache_gb}.")
-        if self.max_model_len is not None and self.max_model_len < 2:
-            raise ValueError(
-                f"`rollout.vllm.max_model_len` must be at least 2 (a prompt and a token), got {self.max_model_len}."
-            )
+        check_real(
+            "rollout.vllm.gpu_memory_utilization",
+            self.gpu_memory_utilization,
+            lambda share: 0 < share <= 1,
+            "in (0, 1]",
+        )
+        if self.kv_cache_gb is not None:
+            check_real("rollout.vllm.kv_cache_gb", self.kv_cache_gb, lambda size: 0 < size < math.inf, "above 0")
+        if self.max_model_len is not None:
+            check_whole("rollout.vllm.max_model_len", self.max_model_len, 2, reason="; a prompt and a token")
         own = sorted(self.options.keys() & _OWN)
         if own:
             raise ValueError(
@@ -76,19 +82,19 @@ class VLLMServerConfig:
     api_key: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "directory", path_text(self.directory))
         for url in self.urls:
             if not url.startswith(("http://", "https://")):
                 raise ValueError(f"`rollout.servers.urls` must begin with http:// or https://, got {url!r}.")
         if len(set(self.urls)) < len(self.urls):
             raise ValueError(f"`rollout.servers.urls` names a server twice: {', '.join(self.urls)}.")
-        if not self.deadline > 0:
-            raise ValueError(f"`rollout.servers.deadline` must be above 0 seconds, got {self.deadline}.")
+        check_real("rollout.servers.deadline", self.deadline, lambda time: 0 < time < math.inf, "above 0 seconds")
 
 
 def check_engine(
     engine: str, servers: VLLMServerConfig, *, filters: Sequence[str], max_live_tokens: int | None
 ) -> None:
-    """Refuse settings that a vLLM engine would not follow.
+    """Refuse an engine that does not exist, and settings that a vLLM engine would not follow.
 
     Args:
         engine: ``rollout.engine``.
@@ -96,6 +102,7 @@ def check_engine(
         filters: names of the sampling settings that remove tokens.
         max_live_tokens: ``rollout.max_live_tokens``.
     """
+    check_choice("rollout.engine", engine, get_args(Engine))
     if not engine.startswith("vllm"):
         return
     if filters:

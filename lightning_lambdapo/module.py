@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
@@ -36,6 +35,7 @@ from lightning_lambdapo.distributed.tally import Tally
 from lightning_lambdapo.evaluation.evaluator import Evaluator
 from lightning_lambdapo.evaluation.judging import judge_rollout
 from lightning_lambdapo.functional import group_advantages, lambda_advantages, sequence_scores
+from lightning_lambdapo.functional.ranges import home_path, path_text
 from lightning_lambdapo.learning.learner import Learner
 from lightning_lambdapo.learning.optimizer import PolicyOptimizer
 from lightning_lambdapo.learning.training_log import TrainingLog
@@ -123,7 +123,6 @@ class LambdaPOModule(LightningModule):
         self.validation_config = from_mapping(EvaluationConfig, validation)
         self.algorithm = from_mapping(AlgorithmConfig, algorithm)
         self.performance = from_mapping(PerformanceConfig, performance)
-        checks.check_schedule(updates_per_rollout, epochs_per_rollout, max_tokens_per_micro_batch)
         checks.warn_of_settings(self.algorithm, self.rollout_config.sampling, updates_per_rollout)
         self.rewards = as_rewards([AccuracyReward()] if rewards is None else rewards)
         self.optimizer_factory = optimizer
@@ -135,6 +134,7 @@ class LambdaPOModule(LightningModule):
         self.logprob_chunk_size = logprob_chunk_size
         self.max_skipped_updates = max_skipped_updates
         self.seed = seed
+        checks.check_settings(self)
         self.automatic_optimization = False
         self.strict_loading = False  # frozen tensors are absent, and `load_state_dict` checks the others
         self.run_state = state.RunState()
@@ -380,10 +380,11 @@ class LambdaPOModule(LightningModule):
         Raises:
             CheckpointError: the file is missing, damaged, in shards, or of another kind of module.
         """
-        if not isinstance(checkpoint_path, str | Path) or "://" in str(checkpoint_path):
+        path = path_text(checkpoint_path)
+        if not isinstance(path, str) or "://" in path:
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-        with naming(checkpoint_path), state.settings_of_this_release(Path(checkpoint_path), kwargs) as arguments:
-            return super().load_from_checkpoint(checkpoint_path, *args, **arguments)
+        with naming(path), state.settings_of_this_release(home_path(path), kwargs) as arguments:
+            return super().load_from_checkpoint(path, *args, **arguments)
 
     # -- parts ----------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -17,6 +17,7 @@ from lightning_lambdapo.callbacks.last_checkpoint import LastCheckpoint
 from lightning_lambdapo.callbacks.run import finished_rollouts, has_named_version
 from lightning_lambdapo.datatypes import PromptBatch
 from lightning_lambdapo.distributed.lightning_internals import logged_names
+from lightning_lambdapo.functional.ranges import check_whole
 
 
 class RolloutCheckpoint(ModelCheckpoint, LastCheckpoint):
@@ -31,25 +32,67 @@ class RolloutCheckpoint(ModelCheckpoint, LastCheckpoint):
 
     With several ranks ``save_on_exception`` saves only on SIGTERM, because all ranks stop at it together. Saving needs
     all ranks, and another exception may occur on one rank alone. With a ``monitor`` that validation logs, the best
-    checkpoints are chosen and saved when a validation ends. The last one is saved when it is due. ``save_top_k``,
-    ``mode``, ``save_last`` and the rest work as in the parent class.
+    checkpoints are chosen and saved when a validation ends. The last one is saved when it is due. All other settings
+    work as in the parent class.
 
     Args:
         every_n_rollouts: save every this many training steps.
         train_time_interval: save whenever this much time has passed since the last save.
-        **kwargs: as for ``ModelCheckpoint``, without ``every_n_train_steps`` and ``every_n_epochs``.
+        filename: name of the files, with ``{step}`` and logged names as placeholders.
+        save_last: also keep the newest checkpoint as ``last.ckpt``, a copy or with ``"link"`` a symbolic link.
+        dirpath: directory of the files. None uses ``checkpoints`` in the run's directory.
+        monitor: logged value by which the best are chosen. None keeps the newest.
+        mode: ``"min"`` if a smaller ``monitor`` is better, ``"max"`` if a larger one is.
+        save_top_k: number of the best to keep. -1 keeps all, 0 none but the last.
+        save_on_exception: save when training stops at an exception.
+        save_weights_only: leave out what resuming needs.
+        verbose: print each save.
+        auto_insert_metric_name: write ``name=value`` for placeholders of ``filename``, not the value alone.
+        save_on_train_epoch_end: as for ``ModelCheckpoint``.
+        enable_version_counter: add a version to a file's name if it exists already.
     """
 
     asked = False
 
+    # Every setting of the parent is named, because a configuration can only set what is in the signature.
     def __init__(
-        self, every_n_rollouts: int | None = None, train_time_interval: timedelta | None = None, **kwargs: Any
+        self,
+        every_n_rollouts: int | None = None,
+        train_time_interval: timedelta | None = None,
+        filename: str | None = "rollout-{step}",
+        save_last: bool | Literal["link"] | None = True,
+        dirpath: str | Path | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        save_top_k: int = 1,
+        save_on_exception: bool = False,
+        save_weights_only: bool = False,
+        verbose: bool = False,
+        auto_insert_metric_name: bool = True,
+        save_on_train_epoch_end: bool | None = None,
+        enable_version_counter: bool = True,
     ) -> None:
         if (every_n_rollouts is None) == (train_time_interval is None):
             raise ValueError("Give exactly one of `every_n_rollouts` and `train_time_interval`.")
-        if every_n_rollouts is not None and every_n_rollouts < 1:
-            raise ValueError(f"`every_n_rollouts` must be at least 1, got {every_n_rollouts}.")
-        super().__init__(**{"filename": "rollout-{step}", "save_last": True, **kwargs}, every_n_epochs=0)
+        if every_n_rollouts is not None:
+            check_whole("every_n_rollouts", every_n_rollouts, 1)
+        if train_time_interval is not None and train_time_interval < timedelta():
+            raise ValueError(f"`train_time_interval` must not be negative, got {train_time_interval}.")
+        super().__init__(
+            dirpath=dirpath,
+            filename=filename,
+            monitor=monitor,
+            verbose=verbose,
+            save_last=save_last,
+            save_top_k=save_top_k,
+            save_on_exception=save_on_exception,
+            save_weights_only=save_weights_only,
+            mode=mode,
+            auto_insert_metric_name=auto_insert_metric_name,
+            every_n_epochs=0,
+            save_on_train_epoch_end=save_on_train_epoch_end,
+            enable_version_counter=enable_version_counter,
+        )
         self.every_n_rollouts = every_n_rollouts
         self.interval = train_time_interval
         self._saved_at = time.monotonic()

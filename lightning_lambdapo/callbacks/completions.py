@@ -7,12 +7,14 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
 from rich import get_console
 from rich.text import Text
 
 from lightning_lambdapo.callbacks.run import finished_rollouts, run_directory
 from lightning_lambdapo.datatypes import PromptBatch, RewardOutcome, Rollout
 from lightning_lambdapo.distributed.parallel import gather_on_first_rank
+from lightning_lambdapo.functional.ranges import check_whole
 from lightning_lambdapo.runs.files import unused_path
 from lightning_lambdapo.runs.tables import group_table, markdown_group, plain_rows, shorten, telling_group
 
@@ -31,11 +33,8 @@ class CompletionsLogger(Callback):
     """
 
     def __init__(self, every_n_rollouts: int = 1, table_every_n_rollouts: int = 0) -> None:
-        if every_n_rollouts < 1 or table_every_n_rollouts < 0:
-            raise ValueError(
-                "`every_n_rollouts` must be at least 1 and `table_every_n_rollouts` at least 0, got "
-                f"{every_n_rollouts} and {table_every_n_rollouts}."
-            )
+        check_whole("every_n_rollouts", every_n_rollouts, 1)
+        check_whole("table_every_n_rollouts", table_every_n_rollouts, 0)
         self.every_n_rollouts = every_n_rollouts
         self.table_every_n_rollouts = table_every_n_rollouts
         self._path: Path | None = None
@@ -73,6 +72,11 @@ class CompletionsLogger(Callback):
         everyone = [record for part in gather_on_first_rank(outputs) for record in part]
         if trainer.is_global_zero:
             self._write(trainer, "predictions.jsonl", everyone)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where the predictions are."""
+        if self._path is not None:
+            rank_zero_info(f"The predictions are in {self._path}.")
 
     def _write(self, trainer: Trainer, name: str, records: Sequence[Mapping[str, Any]]) -> None:
         if self._path is None:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_lambdapo.callbacks.run import finished_rollouts, run_directory
+from lightning_lambdapo.functional.ranges import check_whole
 from lightning_lambdapo.runs.files import CHECKPOINTS, first_and_last
 from lightning_lambdapo.runs.text import clock, metric_label, thousands
 
@@ -41,8 +42,7 @@ class TrainingConsole(ProgressBar):
 
     def __init__(self, every_n_rollouts: int = 10) -> None:
         super().__init__()
-        if every_n_rollouts < 1:
-            raise ValueError(f"`every_n_rollouts` must be at least 1, got {every_n_rollouts}.")
+        check_whole("every_n_rollouts", every_n_rollouts, 1)
         self.every_n_rollouts = every_n_rollouts
         self._enabled = True
         self._bars: _Bars | None = None

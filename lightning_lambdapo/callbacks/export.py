@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_lambdapo.callbacks.run import finished_rollouts, run_directory
 from lightning_lambdapo.distributed.fsdp1 import flattens
 from lightning_lambdapo.distributed.parallel import full_state_dict, is_sharded
+from lightning_lambdapo.functional.ranges import path_text
 from lightning_lambdapo.policy.model import Policy
 from lightning_lambdapo.runs.files import read_config, unused_path
 from lightning_lambdapo.runs.model_card import publish
@@ -17,11 +18,11 @@ class PolicyExport(Callback):
     """Writes the trained policy to ``export/`` when training ends, as ``lambdapo export`` does: adapter or whole model.
 
     Args:
-        directory: directory to write to, relative to the run's directory.
+        directory: directory to write to, relative to the run's directory unless it is absolute.
     """
 
     def __init__(self, directory: str = "export") -> None:
-        self.directory = directory
+        self.directory = path_text(directory)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse before training what cannot be exported after it."""

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_lambdapo.callbacks.run import finished_rollouts, run_directory
 from lightning_lambdapo.datatypes import PromptBatch
+from lightning_lambdapo.functional.ranges import check_whole
 from lightning_lambdapo.runs.files import unused_path
 
 
@@ -25,8 +26,7 @@ class RewardPlot(Callback):
         every_n_rollouts: int = 20,
         metrics: Sequence[str] = ("train/reward", "train/accuracy", "train/density_f", "val/pass_at_1"),
     ) -> None:
-        if every_n_rollouts < 1:
-            raise ValueError(f"`every_n_rollouts` must be at least 1, got {every_n_rollouts}.")
+        check_whole("every_n_rollouts", every_n_rollouts, 1)
         self.every_n_rollouts = every_n_rollouts
         self.metrics = tuple(metrics)
         self._curves: dict[str, list[tuple[int, float]]] = {}

@@ -63,7 +63,7 @@ def guard_checkpoints(strategy: Strategy, check: Check) -> None:
         if _is_remote(str(checkpoint_path)) or weights_only is False:  # the caller vouches for it
             found: dict[str, Any] = load(checkpoint_path, weights_only)
             return found
-        path = Path(checkpoint_path)
+        path = Path(checkpoint_path).expanduser()
         if path.is_dir() and not is_sharded(strategy):
             raise CheckpointError(f"The checkpoint {path} cannot be used: {IN_SHARDS}")
         with naming(path):

@@ -22,7 +22,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
-from lightning_lambdapo.checkpointing import fingerprint, pending_validation
+from lightning_lambdapo.checkpointing import fingerprint, pending_validation, stopped_epoch
 from lightning_lambdapo.checkpointing.files import IN_SHARDS, CheckpointError, Shapes, read_header
 from lightning_lambdapo.config import AdapterConfig, upgraded
 from lightning_lambdapo.distributed.fsdp1 import flattens, plain_name
@@ -124,6 +124,8 @@ def load(module: LightningModule, state: RunState, checkpoint: dict[str, Any], *
     if trainer is None:
         return
     mend_epochs(checkpoint)
+    if trainer.state.fn == "fit":
+        stopped_epoch.reopen(checkpoint)
     state.pending_validation = trainer.state.fn == "fit" and own.get("owes_validation", False)
     if own["seed"] != seed:
         warnings.warn(

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_lambdapo.checkpointing import state
 from lightning_lambdapo.checkpointing.files import naming, read_header
 from lightning_lambdapo.config import AdapterConfig, PolicyConfig, from_mapping, upgraded
+from lightning_lambdapo.functional.ranges import home_path
 from lightning_lambdapo.module import LambdaPOModule
 from lightning_lambdapo.policy.adapter import adapter_alone, place
 from lightning_lambdapo.policy.adapter_options import share_adapted_weights
@@ -52,15 +53,15 @@ def main(args: list[str]) -> None:
         description="Write a trained policy for `from_pretrained` and vLLM, with tokenizer, generation settings and "
         "model card: the adapter if there is one, else the whole model.",
     )
-    parser.add_argument("source", type=Path, metavar="RUN_OR_CKPT", help="a run's directory, or a checkpoint file")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="directory (default: export or merged, in the run)")
+    parser.add_argument("source", type=home_path, metavar="RUN_OR_CKPT", help="a run's directory, or a checkpoint file")
+    parser.add_argument("--output", type=home_path, metavar="DIR", help="directory (default: export or merged, in run)")
     parser.add_argument("--merge", action="store_true", help="write the whole model, with the adapter merged into it")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="type of the written weights (default: merged float32, else as trained)",
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="settings in place of the run's config.yaml")
+    parser.add_argument("--config", type=home_path, metavar="FILE", help="settings in place of the run's config.yaml")
     options = parser.parse_args(args)
     console = Console(highlight=False)
     try:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_lambdapo.config import AlgorithmConfig, from_mapping
 from lightning_lambdapo.functional import group_advantages, lambda_advantages, pairwise_weights
+from lightning_lambdapo.functional.ranges import home_path
 from lightning_lambdapo.runs.files import (
     Record,
     RunFileError,
@@ -68,7 +69,7 @@ def main(args: list[str]) -> None:
         prog="lambdapo inspect-rollout",
         description="Show one group of a training step: rewards, pair weights, advantages.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="a run's directory, or one that contains runs")
+    parser.add_argument("run", type=home_path, metavar="RUN_DIR", help="a run's directory, or one that contains runs")
     parser.add_argument("--step", type=int, help="rollout step, from 1 (default: the last)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--prompt-id", type=int, metavar="ID", help="the group of this prompt")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -21,9 +22,12 @@ from lightning_lambdapo.callbacks.completions import CompletionsLogger
 from lightning_lambdapo.callbacks.console import TrainingConsole
 from lightning_lambdapo.callbacks.evaluation_report import EvaluationReport
 from lightning_lambdapo.callbacks.last_checkpoint import LastCheckpoint
+from lightning_lambdapo.commands.mistakes import DEBUG, Parser, told_in_one_sentence
+from lightning_lambdapo.commands.nested_options import nested_options
 from lightning_lambdapo.commands.release_0_1 import upgraded_arguments
 from lightning_lambdapo.commands.run_files import SavedConfig, keep_metrics
 from lightning_lambdapo.distributed.lightning_internals import started_by_lightning
+from lightning_lambdapo.functional.ranges import path_text
 from lightning_lambdapo.module import LambdaPOModule
 
 #: Commands beyond Lightning's: the module of each, and what it does.
@@ -59,7 +63,11 @@ class LambdaPOCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Apply ``num_threads`` before anything is computed."""
+        """Apply ``num_threads`` before anything is computed, and read ``~`` in the trainer's paths as the home."""
+        settings = self.config if self.subcommand is None else self.config[self.subcommand]
+        for name in ("trainer", "ckpt_path"):
+            if name in settings:
+                settings[name] = _with_home(settings[name])
         threads = self._get(self.config, "num_threads")
         if threads is not None:
             torch.set_num_threads(threads)
@@ -102,8 +110,25 @@ class LambdaPOCLI(LightningCLI):
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
             run_state.pending_validation = False
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the command line, with ``null``, texts and numbers of list items in options that name a part."""
+        with nested_options():
+            super().parse_arguments(parser, args)
+
     def _parse_ckpt_path(self) -> None:
         """Do nothing: a checkpoint's hyper-parameters must not override file and command line."""
+
+
+def _with_home(settings: Any) -> Any:
+    """The trainer's settings with ``~/`` at the beginning of a text as the home directory."""
+    if isinstance(settings, str):
+        return path_text(settings) if settings.startswith("~") else settings
+    if isinstance(settings, list):
+        return [_with_home(each) for each in settings]
+    if isinstance(settings, Namespace | dict):
+        for name, value in list(vars(settings).items() if isinstance(settings, Namespace) else settings.items()):
+            settings[name] = _with_home(value)
+    return settings
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
@@ -120,11 +145,24 @@ class _Rehearsal(LambdaPOCLI):
 def main(args: ArgsType = None) -> None:
     """Run the command line.
 
+    A mistake in the settings is told in one sentence, with exit code 2. ``--debug`` adds the traceback.
+
     Args:
-        args: arguments in place of ``sys.argv``, for tests and for use from Python.
+        args: arguments in place of ``sys.argv``, for tests and for use from Python, where errors are raised.
     """
+    if args is not None:
+        _main(args)
+        return
+    given = [each for each in sys.argv[1:] if each != "--debug"]
+    if len(given) < len(sys.argv) - 1:
+        os.environ[DEBUG] = "1"
+    with told_in_one_sentence(" ".join(["lambdapo", *given[:1]])):
+        _main(given)
+
+
+def _main(args: ArgsType) -> None:
     _grow_segments()
-    given = sys.argv[1:] if args is None else args
+    given = args
     if isinstance(given, list) and given and given[0] in COMMANDS:
         _silence()
         importlib.import_module(f"lightning_lambdapo.commands.{COMMANDS[given[0]][0]}").main(given[1:])
@@ -155,10 +193,12 @@ def _run(cli: type[LambdaPOCLI], args: ArgsType) -> None:
             save_config_callback=SavedConfig,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            parser_class=Parser,
             auto_configure_optimizers=False,
             parser_kwargs={
+                "prog": "lambdapo",
                 "description": "LambdaPO for PyTorch Lightning. There are more commands than the subcommands below, "
-                f"each with its own --help: {more}."
+                f"each with its own --help: {more}. --debug shows the traceback of a mistake in the settings.",
             },
             args=args,
         )

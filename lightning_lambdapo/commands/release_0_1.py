@@ -1,12 +1,12 @@
 """Command lines and configurations of release 0.1, as this release has them."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lightning_lambdapo.config import MOVED_SETTINGS, upgraded
+from lightning_lambdapo.functional.ranges import home_path
 
 _CONFIG = ("--config", "-c")
 _COMMANDS = ("fit", "validate", "test", "predict")
@@ -95,7 +95,7 @@ def _loaded(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        file = Path(value)
+        file = home_path(value)
         return yaml.safe_load(file.read_text(encoding="utf-8") if file.is_file() else value)
     except (OSError, ValueError, yaml.YAMLError):
         return value

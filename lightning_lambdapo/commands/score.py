@@ -14,6 +14,7 @@ from lightning_lambdapo.config import changed_settings
 from lightning_lambdapo.data.presets import PRESETS, RowError, is_chat, text_of
 from lightning_lambdapo.data.sources import DataSource, Row, jsonl_rows, load_rows
 from lightning_lambdapo.evaluation.results import Outcome, Results, markdown, outcome, results, write
+from lightning_lambdapo.functional.ranges import home_path
 from lightning_lambdapo.rewards import AccuracyReward, Reward, RewardInputs, as_rewards
 from lightning_lambdapo.rewards.judging import judge
 from lightning_lambdapo.rewards.verifier.extraction import AnswerFormat
@@ -90,7 +91,7 @@ def main(args: list[str]) -> None:
         if not isinstance(error.__cause__, ValueError):
             raise
         parser.error(str(error))
-    file = Path(given.file)
+    file = given.file
     files = write(found, file.parent if given.output is None else given.output, f"{file.stem}.results")
     sys.stdout.write(f"{markdown(found)}\nWritten to {files[0]} and {files[1]}\n")
 
@@ -315,13 +316,13 @@ def _load_reward(name: str) -> Any:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("lambdapo score", description=_DESCRIPTION)
-    parser.add_argument("file", metavar="FILE", help="JSONL of completions")
+    parser.add_argument("file", type=home_path, metavar="FILE", help="JSONL of completions")
     parser.add_argument("--preset", choices=["arithmetic", *PRESETS], help="take the gold answers from this data set")
     parser.add_argument("--path", help="JSONL file with the preset's data, in place of the hub")
     parser.add_argument("--split", help="split of the preset's data")
     parser.add_argument("--k", type=int, nargs="+", help="numbers of samples for pass@k and maj@k")
     parser.add_argument("--format", choices=get_args(AnswerFormat), default="auto", help="format of the answers")
-    parser.add_argument("--output", type=Path, help="directory of the report (default: that of FILE)")
+    parser.add_argument("--output", type=home_path, help="directory of the report (default: that of FILE)")
     parser.add_argument(
         "--reward",
         nargs="+",

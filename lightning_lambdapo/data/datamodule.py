@@ -15,6 +15,7 @@ from lightning_lambdapo.data.sampler import PromptLoader, PromptSampler, Sequent
 from lightning_lambdapo.data.sources import DataSource, Row, load_rows
 from lightning_lambdapo.data.templates import PromptTemplate
 from lightning_lambdapo.datatypes import PromptBatch
+from lightning_lambdapo.functional.ranges import check_seed, check_whole
 
 _ABSENT = "\0absent"
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
@@ -62,9 +63,11 @@ class LambdaPODataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
-        for name, value in {"batch_size": batch_size, "eval_batch_size": self.eval_batch_size}.items():
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        check_whole("batch_size", batch_size, 1)
+        check_whole("eval_batch_size", self.eval_batch_size, 1)
+        check_whole("max_prompt_length", max_prompt_length, 1)
+        check_whole("num_workers", num_workers, 0)
+        check_seed("data.seed", seed)
         self.sources = {
             "train": train,
             "val": val,

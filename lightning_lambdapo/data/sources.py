@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning_lambdapo.data.presets import LONE_SURROGATE, PRESETS, Preset, RowError, is_chat, text_of
+from lightning_lambdapo.functional.ranges import check_seed, check_whole, path_text
 
 Row = dict[str, Any]
 
@@ -54,6 +55,8 @@ class DataSource:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("path", "dataset"):
+            object.__setattr__(self, name, path_text(getattr(self, name)))
         if self.preset is not None and self.preset not in PRESETS and self.preset != "arithmetic":
             raise ValueError(f"Unknown preset {self.preset!r}; there are {', '.join(['arithmetic', *PRESETS])}.")
         origins = [name for name in ("path", "dataset", "task") if getattr(self, name) is not None]
@@ -84,9 +87,9 @@ class DataSource:
                 f"`columns` maps {', '.join(_FIELDS)}, {_SUBJECT}; it cannot map {', '.join(sorted(strangers))}."
             )
         for name in ("limit", "size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), 1)
+        check_seed("seed", self.seed)
 
     @property
     def generated(self) -> bool:

@@ -12,6 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.strategies import Strategy
 
+from lightning_lambdapo.functional.ranges import path_text
+
 # -- the module --------------------------------------------------------------------------------------------------------
 
 
@@ -32,6 +34,18 @@ def writes_shards(strategy: Strategy) -> bool:
     """Whether the strategy writes checkpoints in shards. No public property says so (distributed/test_scale)."""
     distributed = getattr(strategy, "_save_distributed_checkpoint", False)  # ModelParallelStrategy
     return bool(distributed) or getattr(strategy, "_state_dict_type", None) == "sharded"  # FSDPStrategy
+
+
+# -- paths -------------------------------------------------------------------------------------------------------------
+
+
+def expand_home(trainer: Trainer) -> None:
+    """Read ``~`` in the loggers' directories as the home directory. Lightning does so for some files (test_paths)."""
+    for logger in trainer.loggers:
+        for name in ("_root_dir", "_save_dir"):
+            value = getattr(logger, name, None)
+            if isinstance(value, str):
+                setattr(logger, name, path_text(value))
 
 
 # -- signals -----------------------------------------------------------------------------------------------------------

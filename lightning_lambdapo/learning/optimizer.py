@@ -39,6 +39,7 @@ class PolicyOptimizer:
     def __init__(self, module: _OptimizedModule) -> None:
         self.module = module
         self._grad_norm = 0.0
+        self._overflow_scale = math.inf  # the gradient scale of the last update that was skipped
 
     @property
     def strategy(self) -> Strategy:
@@ -89,17 +90,29 @@ class PolicyOptimizer:
         self._grad_norm = clip_gradients(parameters, self.module.max_grad_norm, self.strategy)
         if math.isfinite(self._grad_norm):
             self.module.run_state.skipped_in_a_row = 0
+            self._overflow_scale = math.inf
             return
         optimizer.zero_grad()
-        if scaler is None:  # normal while a scaler adapts
-            self._skip(f"had a gradient norm of {self._grad_norm}")
+        self._skip(f"had a gradient norm of {self._grad_norm}", adapting=scaler is not None and self._adapts(scaler))
+
+    def _adapts(self, scaler: torch.amp.GradScaler) -> bool:
+        """Whether a smaller gradient scale may mend an update that is not finite.
+
+        A scaler starts with a scale that is too large, and halves it at each such update. A scale of 1 scales nothing,
+        so the gradient itself is not finite then. The same is so where the scale has not fallen since the last one.
+        """
+        scale, last = float(scaler.get_scale()), self._overflow_scale
+        self._overflow_scale = scale
+        return 1 < scale < last
 
     def _optimizer(self) -> LightningOptimizer:
         return cast(LightningOptimizer, self.module.optimizers())
 
-    def _skip(self, reason: str) -> None:
-        """Count a skipped update. Too many in a row are an error."""
+    def _skip(self, reason: str, *, adapting: bool = False) -> None:
+        """Count a skipped update. Too many in a row are an error, without those by which a gradient scale adapts."""
         self.module.run_state.skipped_updates += 1
+        if adapting:
+            return
         self.module.run_state.skipped_in_a_row += 1
         if self.module.run_state.skipped_in_a_row > self.module.max_skipped_updates:
             raise RuntimeError(

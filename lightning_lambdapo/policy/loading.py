@@ -30,6 +30,7 @@ from lightning_lambdapo.policy.adapter_options import (
     check_start,
     plain_start,
 )
+from lightning_lambdapo.policy.adapter_targets import check_targets
 from lightning_lambdapo.policy.gguf_tokens import gguf_tokenizer
 from lightning_lambdapo.policy.lora import fast_linears
 from lightning_lambdapo.policy.model import Policy
@@ -39,7 +40,15 @@ BUILTIN = "builtin:arithmetic"
 
 
 def load_tokenizer(config: PolicyConfig) -> PreTrainedTokenizerBase:
-    """Load the policy's tokenizer. No weights are loaded."""
+    """Load the policy's tokenizer. No weights are loaded.
+
+    Raises:
+        ValueError: a setting of the policy is the path of a directory that does not exist.
+    """
+    for name in ("model", "tokenizer", "adapter"):
+        place = getattr(config, name)
+        if place is not None and place.startswith(("/", "./", "../", "~")) and not Path(place).exists():
+            raise ValueError(f"`policy.{name}` is the directory {place}, which does not exist.")
     if config.tokenizer is not None:
         return AutoTokenizer.from_pretrained(config.tokenizer)
     location, options = locate(config)
@@ -97,6 +106,8 @@ def load_policy(
             policy = _continue_adapter(model, config.adapter, settings, reference=reference)
         else:
             policy = _add_adapter(model, settings)
+    if adapter is not None:
+        check_targets(policy)
     fast_linears(policy, fused_lora=performance.fused_lora, onednn=performance.onednn)
     policy.eval()
     return policy

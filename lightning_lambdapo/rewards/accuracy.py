@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from typing import get_args
 
+from lightning_lambdapo.functional.ranges import check_whole
 from lightning_lambdapo.rewards.base import Reward, RewardInputs
 from lightning_lambdapo.rewards.verifier.exact import (
     canonical,
@@ -93,6 +94,7 @@ class AccuracyReward(Reward):
             raise ValueError(
                 f"`answer_format` must be one of {', '.join(get_args(AnswerFormat))}; got {answer_format!r}."
             )
+        check_whole("workers", workers, 1)
         if not 0 < max_failure_rate <= 1:
             raise ValueError(f"`max_failure_rate` must be above 0 and at most 1, got {max_failure_rate}.")
         self.answer_format = answer_format

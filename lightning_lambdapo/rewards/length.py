@@ -1,5 +1,6 @@
 """A soft limit on the length of completions."""
 
+from lightning_lambdapo.functional.ranges import check_whole
 from lightning_lambdapo.rewards.base import Reward, RewardInputs
 
 
@@ -33,6 +34,8 @@ class LengthPenalty(Reward):
         super().__init__(weight, name)
         if not 1 <= buffer <= max_length:
             raise ValueError(f"`buffer` must be from 1 to `max_length` ({max_length}), got {buffer}.")
+        check_whole("max_length", max_length, 1)
+        check_whole("buffer", buffer, 1)
         self.max_length = max_length
         self.buffer = buffer
 

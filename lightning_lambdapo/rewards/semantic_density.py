@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_lambdapo.functional.embedding_density import embedding_density
 from lightning_lambdapo.functional.masking import check_choice
+from lightning_lambdapo.functional.ranges import path_text
 from lightning_lambdapo.functional.semantic_density import (
     check_beta,
     check_density_settings,
@@ -98,7 +99,7 @@ class SemanticDensityReward(Reward):
         self.beta = beta
         self.measure = measure
         self.tokenizer = tokenizer
-        self.encoder = encoder
+        self.encoder = path_text(encoder)
         self.encoder_layer = layer
         self._encode: Encoder | None = None
 

@@ -1,5 +1,7 @@
 """When checkpoints are saved, and which is the best."""
 
+import csv
+import inspect
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -7,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from small import Digits, Rows, equal, module, trainer, weights
 
 from lightning_lambdapo import LambdaPOModule, PolicyConfig, RolloutCheckpoint, RolloutConfig
+from lightning_lambdapo.commands.main import main
 from lightning_lambdapo.rewards import Reward, RewardInputs
 
 
@@ -32,6 +37,71 @@ def test_checkpoints_of_the_best(base: str, tmp_path: Path) -> None:
     run.fit(model, Rows(batch_size=4))
     assert callback.best_model_score is not None
     assert Path(callback.best_model_path).exists()
+
+
+def test_every_setting_of_the_parent_can_be_configured() -> None:
+    ours = inspect.signature(RolloutCheckpoint.__init__).parameters
+    theirs = inspect.signature(ModelCheckpoint.__init__).parameters
+    assert set(theirs) - set(ours) == {"every_n_train_steps", "every_n_epochs"}
+    assert not any(each.kind is each.VAR_KEYWORD for each in ours.values())
+    own = {"filename", "save_last"}
+    shared = [name for name in theirs if name in ours and name not in own]
+    assert {name: ours[name].default for name in shared} == {name: theirs[name].default for name in shared}
+    with pytest.raises(TypeError, match="every_n_epochs"):
+        RolloutCheckpoint(every_n_rollouts=1, every_n_epochs=1)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("how", ["file", "options"])
+def test_checkpoints_as_configured(arguments: list[str], tmp_path: Path, how: str) -> None:
+    """Four rollouts, the two of the best reward are kept, by their own name in their own place."""
+    settings = {
+        "every_n_rollouts": 1,
+        "monitor": "train/reward",
+        "mode": "max",
+        "save_top_k": 2,
+        "filename": "best-{step}",
+        "dirpath": str(tmp_path / "best"),
+        "save_last": False,
+        "save_on_exception": True,
+        "save_weights_only": True,
+        "auto_insert_metric_name": False,
+    }
+    callback = "lightning_lambdapo.RolloutCheckpoint"
+    if how == "file":
+        file = tmp_path / "checkpoints.yaml"
+        entry = {"class_path": callback, "init_args": settings}
+        file.write_text(yaml.safe_dump({"trainer": {"callbacks": [entry]}}))
+        more = [f"--config={file}"]
+    else:
+        more = [f"--trainer.callbacks+={callback}"]
+        more += [f"--trainer.callbacks.{name}={value}" for name, value in settings.items()]
+    reward = "[{class_path: small.Digits}]"
+    limits = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=0", f"--model.rewards={reward}"]
+    main(["fit", *arguments, *limits, *more])
+    with (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").open() as rows:
+        rewards = [float(row["train/reward"]) for row in csv.DictReader(rows)]
+    ranked = sorted(range(4), key=lambda step: rewards[step], reverse=True)
+    assert len(set(rewards)) == 4
+    assert {file.name for file in (tmp_path / "best").iterdir()} == {f"best-{step + 1}.ckpt" for step in ranked[:2]}
+    held = torch.load(tmp_path / "best" / f"best-{ranked[0] + 1}.ckpt", weights_only=True)
+    assert "optimizer_states" not in held
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("mode=upwards", "`trainer.callbacks.mode` must be one of 'min', 'max', got 'upwards'."),
+        ("save_top_k=all", "`trainer.callbacks.save_top_k` must be a whole number, got 'all'."),
+        ("every_n_epochs=1", "There is no setting `trainer.callbacks.every_n_epochs`."),
+    ],
+)
+def test_mistaken_settings(
+    arguments: list[str], setting: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--trainer.callbacks+=lightning_lambdapo.RolloutCheckpoint", f"--trainer.callbacks.{setting}"]
+    with pytest.raises(SystemExit):
+        main(["fit", *arguments, *more])
+    assert sentence in capsys.readouterr().err
 
 
 class Falling(LambdaPOModule):

@@ -42,9 +42,11 @@ def test_an_earlier_runs_files_are_never_written_over(base: str, tmp_path: Path)
     assert (tmp_path / "reward-1.png").exists()
 
 
-def test_predictions_go_to_jsonl(base: str, tmp_path: Path) -> None:
+def test_predictions_go_to_jsonl(base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = trainer(tmp_path, callbacks=[CompletionsLogger()])
-    run.predict(module(base), Rows(batch_size=4))
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        run.predict(module(base), Rows(batch_size=4))
+    assert f"The predictions are in {tmp_path / 'predictions.jsonl'}." in caplog.messages
     records = json_lines(tmp_path / "predictions.jsonl")
     assert [record["prompt_id"] for record in records] == [row["prompt_id"] for row in ROWS]
     assert {"prompt", "completion", "answer", "truncated", "completion_length"} <= records[0].keys()

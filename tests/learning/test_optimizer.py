@@ -57,7 +57,7 @@ def test_a_scaled_run_is_the_run_without_a_scaler(base: str, tmp_path: Path, nam
 def test_an_overflow_skips_the_update_and_lowers_the_scale(
     base: str, tmp_path: Path, name: str, overflows: int
 ) -> None:
-    """Normal while a scaler adapts: nothing moves, the scale is halved, and no update counts as skipped."""
+    """Normal while a scaler adapts: nothing moves, the scale is halved, and the update is counted."""
     plugin = ScaledFloat32(1024.0)
     model = module(base, optimizer=OPTIMIZERS[name])
     model.configure_model()
@@ -71,7 +71,68 @@ def test_an_overflow_skips_the_update_and_lowers_the_scale(
     assert plugin.scaler.get_scale() == 1024.0 / 2**overflows
     assert equal(weights(model), before) == (overflows == 4)
     assert all(parameter.isfinite().all() for parameter in model.policy.parameters())
-    assert model.run_state.skipped_updates == 0
+    assert model.run_state.skipped_updates == overflows
+    assert model.run_state.skipped_in_a_row == 0
+
+
+def broken(model: Any, bad: Callable[[int], bool], value: float = torch.nan) -> None:
+    """Let the gradient of one parameter be ``value`` in the updates (from 0) that are ``bad``."""
+    next(model.policy.parameters()).register_hook(
+        lambda gradient: gradient + (value if bad(model.rollout_step) else 0.0)
+    )
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_gradients_that_are_never_finite_are_an_error(base: str, tmp_path: Path, name: str, value: float) -> None:
+    """A scale of 8 may be halved three times, down to 1. After that the same four updates end the run as elsewhere."""
+    plugin = ScaledFloat32(8.0)
+    model, recorder = module(base, optimizer=OPTIMIZERS[name]), Recorder()
+    model.configure_model()
+    before = weights(model)
+    broken(model, lambda _: True, value)
+    message = rf"4 updates in a row had a gradient norm of {value}; the policy has diverged or its precision is too low"
+    with pytest.raises(RuntimeError, match=message):
+        trainer(tmp_path, plugins=plugin, callbacks=[recorder], enable_checkpointing=True, max_epochs=9).fit(
+            model, Rows(batch_size=4)
+        )
+    assert [step["train/skipped_updates"] for step in recorder.steps] == [1, 2, 3, 4, 5, 6]
+    assert model.run_state.skipped_updates == 7
+    assert equal(weights(model), before)
+
+
+def test_float16_itself_ends_at_gradients_that_are_never_finite(base: str, tmp_path: Path) -> None:
+    """The real plugin with its own scale of 65536: 16 halvings, then four more."""
+    plugin = MixedPrecision("16-mixed", device="cpu", scaler=torch.amp.GradScaler("cpu"))
+    model = module(base)
+    model.configure_model()
+    broken(model, lambda _: True)
+    with pytest.raises(RuntimeError, match="4 updates in a row had a gradient norm of nan"):
+        trainer(tmp_path, plugins=plugin, max_epochs=20).fit(model, Rows(batch_size=4))
+    assert model.run_state.skipped_updates == 20
+
+
+def test_overflows_between_good_updates_are_no_error(base: str, tmp_path: Path) -> None:
+    plugin = ScaledFloat32(1.0)
+    model, recorder = module(base), Recorder()
+    model.configure_model()
+    broken(model, lambda step: step % 4 != 0)
+    trainer(tmp_path, plugins=plugin, callbacks=[recorder], enable_checkpointing=True, max_epochs=3).fit(
+        model, Rows(batch_size=4)
+    )
+    assert model.rollout_step == 12
+    assert model.run_state.skipped_updates == 9
+
+
+def test_a_norm_that_overflows_alone_is_an_error(base: str, tmp_path: Path) -> None:
+    """The gradient is finite and its norm is not, so the scaler sees nothing and would never lower its scale."""
+    plugin = ScaledFloat32(1024.0)
+    model = module(base)
+    model.configure_model()
+    next(model.policy.parameters()).register_hook(lambda gradient: torch.full_like(gradient, 1e35))
+    with pytest.raises(RuntimeError, match="4 updates in a row had a gradient norm of inf"):
+        trainer(tmp_path, plugins=plugin, max_epochs=3).fit(model, Rows(batch_size=4))
+    assert model.run_state.skipped_updates == 5, "the first might have been the scale's"
 
 
 def test_float16_autocast_clips_to_the_norm(base: str, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from lightning_lambdapo.commands.compare.plan import (
 )
 from lightning_lambdapo.commands.compare.report import Report
 from lightning_lambdapo.commands.main import rehearse
+from lightning_lambdapo.functional.ranges import home_path
 from lightning_lambdapo.runs.files import load_yaml
 from lightning_lambdapo.runs.text import clock
 
@@ -83,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, action="append", required=True, help="configuration that all runs share")
+    parser.add_argument(
+        "--config", type=home_path, action="append", required=True, help="configuration that all runs share"
+    )
     parser.add_argument("--estimators", default="", help="comma-separated: lambda, grpo, dr_grpo, rloo")
     parser.add_argument(
         "--vary",
@@ -94,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "KEY1+KEY2=A1+B1,A2+B2 changes settings together",
     )
     parser.add_argument("--seeds", type=_positive, default=5, help="runs per arm, with seeds 1 to N (default 5)")
-    parser.add_argument("--output", type=Path, default=Path("compare"), help="directory (default compare)")
+    parser.add_argument("--output", type=home_path, default=Path("compare"), help="directory (default compare)")
     parser.add_argument("--workers", type=_positive, default=1, help="runs at once (default 1)")
     parser.add_argument("--metric", help="logged key to compare (default: val/pass_at_1, else training's accuracy)")
     parser.add_argument("--minimize", action="store_true", help="a smaller metric is better")

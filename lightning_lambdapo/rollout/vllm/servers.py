@@ -128,8 +128,8 @@ class VLLMServerEngine(RolloutEngine):
         if rank() == 0:
             parent = self.config.directory
             if parent is not None:
-                Path(parent).expanduser().mkdir(parents=True, exist_ok=True)
-            root = tempfile.mkdtemp(prefix="lambdapo_", dir=parent and Path(parent).expanduser())
+                Path(parent).mkdir(parents=True, exist_ok=True)
+            root = tempfile.mkdtemp(prefix="lambdapo_", dir=parent)
             Path(root).chmod(0o755)  # servers may run as another user
             wanted = root, f"lambdapo-{uuid.uuid4().hex[:8]}"
         root, self._run = gather_objects(wanted)[0]

@@ -1,0 +1,213 @@
+"""A mistake in the settings is told in one sentence. Every other error keeps its traceback."""
+
+import dis
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NoReturn
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser
+
+DEBUG = "LAMBDAPO_DEBUG"
+_HINT = "(--debug, or LAMBDAPO_DEBUG=1, shows the traceback.)"
+
+_KINDS = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)
+_RAISERS = ("lightning_lambdapo", "lightning", "jsonargparse", "peft")
+_RUNNING = ("training_step", "validation_step", "test_step", "predict_step", "advance", "save_checkpoint")
+_CHECKS = "lightning_lambdapo.checks"  # some settings can only be compared with the first batch
+_SAVED_CONFIG = "lightning.pytorch.cli"  # a RuntimeError where an earlier run's config.yaml is in the way
+
+_KEY = re.compile(r'Parser key "([^"]+)"(?: element \d+)?:\s*(.*)$')
+_TYPE = re.compile(r"Expected an? (<class '[^']+'>|typing\.\S.*?|[\w.]+\[.*?\])(?:\. Got value: (.*))?$")
+_CLASS = re.compile(r"Expected a (dot import path) string: (.*)$")
+_FACTORY = re.compile(r"Type .* expects a function or a callable class: (.*?)(?:\. Got value: .*)?$")
+_PART = re.compile(r"NestedArg\(key='([^']+)'")
+_NO_REASONS = (
+    "Does not validate against any of the Union",
+    "Subtypes:",
+    "Errors:",
+    "Given value type:",
+    "Problem with given class_path",
+    "Expected a path but",
+)
+_NAMES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "dot import path": "the path of a class",
+    "list": "a list",
+    "dict": "a mapping",
+    "NoneType": "null",
+}
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser, whose errors name the setting and what is wrong with it, and nothing else."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print one sentence and exit with code 2. The parsers of parts raise, as jsonargparse wants."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        program = parser.prog.replace(" [options]", "")
+        if debugging() and ex is not None:
+            traceback.print_exception(ex)
+        told = message if debugging() else one_sentence(message)
+        sys.stderr.write(f"{program}: error: {told}\nAll settings: {program} --help\n")
+        sys.exit(2)
+
+
+def debugging() -> bool:
+    """Whether tracebacks are wanted: ``LAMBDAPO_DEBUG`` is set, or ``--debug`` was given."""
+    return os.environ.get(DEBUG, "0") not in ("", "0")
+
+
+@contextmanager
+def told_in_one_sentence(program: str) -> Iterator[None]:
+    """Print a mistake in the settings as one sentence and exit with code 2. Other errors pass through.
+
+    Args:
+        program: what the user called, for the beginning of the line.
+    """
+    try:
+        yield
+    except Exception as error:
+        if debugging() or not is_about_settings(error):
+            raise
+        sys.stderr.write(f"{program}: error: {one_sentence(str(error))}\n{_HINT}\n")
+        sys.exit(2)
+
+
+def is_about_settings(error: BaseException) -> bool:
+    """Whether somebody wrote the error's sentence for a mistake in the settings.
+
+    It is one that this package, or a library that reads settings, raises by a ``raise`` of its own before the first
+    batch. A bug raises elsewhere (in torch, say), without a ``raise``, or while batches are computed.
+    """
+    place = error.__traceback__
+    if place is None:
+        return False
+    names = [place.tb_frame.f_code.co_name]
+    while place.tb_next is not None:
+        place = place.tb_next
+        names.append(place.tb_frame.f_code.co_name)
+    raiser = str(place.tb_frame.f_globals.get("__name__", ""))
+    if not isinstance(error, _KINDS):
+        return isinstance(error, RuntimeError) and raiser == _SAVED_CONFIG
+    running = raiser != _CHECKS and any(name in _RUNNING for name in names)
+    return raiser.partition(".")[0] in _RAISERS and _is_raise(place) and not running
+
+
+def _is_raise(place: TracebackType) -> bool:
+    return place.tb_frame.f_code.co_code[place.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+@dataclass
+class _Reason:
+    """One line of an error's tree: what is wrong with the setting at ``path``."""
+
+    path: tuple[str, ...]
+    indent: int
+    text: str
+    value: str | None = None
+
+
+def one_sentence(message: str) -> str:
+    r"""What is wrong, and with which setting, from the tree of alternatives that jsonargparse prints.
+
+    Example:
+        >>> one_sentence('Parser key "trainer.max_steps":\n  Expected a <class \'int\'>. Got value: few')
+        "`trainer.max_steps` must be a whole number, got 'few'."
+    """
+    if not message.startswith(("Parser key", "Does not validate", "Problem with given class_path")):
+        return message
+    reasons = _reasons(message)
+    if not reasons:
+        return message
+    best = max(reasons, key=lambda reason: (len(reason.path), reason.indent))
+    rivals = [reason for reason in reasons if (reason.path, reason.indent) == (best.path, best.indent)]
+    written = next((reason for reason in rivals if not _type(reason.text)), None)
+    name = _name(best.path, message)
+    return _of_types(name, rivals) if written is None else _of_text(name, best.path, written.text)
+
+
+def _reasons(message: str) -> list[_Reason]:
+    found: list[_Reason] = []
+    keys: list[tuple[int, str]] = []
+    open_reason: _Reason | None = None
+    for line in filter(str.strip, message.splitlines()):
+        text = line.strip()
+        indent = len(line) - len(line.lstrip())
+        bullet = text.startswith("- ")
+        if bullet:
+            text, indent = text[2:], indent + 2
+        last, open_reason = open_reason, None
+        keys = [(at, key) for at, key in keys if at < indent]
+        path = tuple(key for _, key in keys)
+        if match := _KEY.search(text):
+            keys.append((indent, match[1]))
+            if match[2]:
+                open_reason = _Reason((*path, match[1]), indent, match[2])
+                found.append(open_reason)
+        elif text.startswith("Given value:"):
+            for reason in found:
+                if (reason.path, reason.indent, reason.value) == (path, indent + 4, None):
+                    reason.value = text.removeprefix("Given value:").strip()
+        elif last is not None and not bullet and indent == last.indent:
+            last.text += f"\n{text}"
+            open_reason = last
+        elif not text.startswith(_NO_REASONS):
+            open_reason = _Reason(path, indent, _FACTORY.sub(r"\1", text))
+            found.append(open_reason)
+    return found
+
+
+def _name(path: tuple[str, ...], message: str) -> str:
+    """The setting's dotted name: as it was given where it was an option, because lists have no numbers in the path."""
+    name = ".".join(path)
+    match = _PART.search(message.splitlines()[-1])
+    given = f"{path[0]}.{match[1]}" if match and path else name
+    same = [part for part in given.split(".") if not part.isdecimal() and part != "init_args"]
+    return given if same == [part for part in name.split(".") if not part.isdecimal()] else name
+
+
+def _of_types(name: str, reasons: list[_Reason]) -> str:
+    matches = [match for reason in reasons if (match := _type(reason.text))]
+    kinds = list(dict.fromkeys(_kind(match[1]) for match in matches))
+    wanted = kinds[0] if len(kinds) == 1 else f"{', '.join(kinds[:-1])} or {kinds[-1]}"
+    value: Any = next((match[2] for match in matches if match[2] is not None), reasons[0].value)
+    return f"`{name}` must be {wanted}" + ("." if value is None else f", got {value!r}.")
+
+
+def _type(text: str) -> re.Match[str] | None:
+    return _TYPE.match(text) or _CLASS.match(text)
+
+
+def _kind(written: str) -> str:
+    choice = re.fullmatch(r"typing\.Literal\[(.*)\]", written)
+    if choice:
+        return f"one of {choice[1]}"
+    plain = re.sub(r"<class '(.*)'>", r"\1", written)
+    return _NAMES.get(plain, plain.rpartition(".")[2] if "[" not in plain else plain)
+
+
+def _of_text(name: str, path: tuple[str, ...], text: str) -> str:
+    inside = "".join(f"{part}." for part in path)
+    if match := re.match(r"unrecognized arguments: --([^=\s]+)", text):
+        return f"There is no setting `{inside}{match[1]}`."
+    if match := re.match(r"Group '([^']+)' does not accept option '([^']+)'", text):
+        return f"There is no setting `{inside}{match[1]}.{match[2]}`."
+    if match := re.match(r"Option '([^']+)' is not accepted", text):
+        return f"There is no setting `{inside}{match[1]}`."
+    if match := re.match(r"the following arguments are required: (.+)", text):
+        return f"`{inside}{match[1]}` is required."
+    if match := re.search(r"must include a class_path .* but got NestedArg\(key='([^']+)'", text):
+        return f"`{name}` needs a class_path before its `{match[1]}` can be set."
+    return f"`{name}`: {text}" if name else text

@@ -1,0 +1,161 @@
+"""A mistake in the settings is one sentence and exit code 2. Every other error has its traceback."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_lambdapo.commands.main import main
+from lightning_lambdapo.commands.mistakes import is_about_settings, one_sentence
+from lightning_lambdapo.rewards import Reward, RewardInputs
+
+
+class Built(Reward):
+    """A reward that a bug stops, when it is built or when it judges."""
+
+    def __init__(self, early: bool = False) -> None:
+        super().__init__(1.0, "built")
+        if early:
+            self.length = len(1)  # type: ignore[arg-type]
+
+    def __call__(self, inputs: RewardInputs) -> Sequence[float | None]:
+        raise ValueError("a bug of the reward")
+
+
+@pytest.fixture(autouse=True)
+def _no_debugging(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LAMBDAPO_DEBUG", raising=False)
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """Run the program with a command line, as a shell does."""
+    monkeypatch.setattr(sys, "argv", ["lambdapo", *arguments])
+    main()
+
+
+SENTENCES = [
+    ("--model.rollout.group_size=1", "`group_size` must be at least 2, got 1; a pairwise advantage needs a peer."),
+    ("--model.rollout.group_size=few", "`model.rollout.group_size` must be a whole number, got 'few'."),
+    ("--model.rollout.groupsize=4", "There is no setting `model.rollout.groupsize`."),
+    ("--model.rollout={groupsize: 4}", "There is no setting `model.rollout.groupsize`."),
+    ("--data.train.limit=some", "`data.train.limit` must be a whole number or null, got 'some'."),
+    (
+        "--model.policy.quantization=nf5",
+        "`model.policy.quantization` must be one of 'nf4', 'fp4', 'int8' or null, got 'nf5'.",
+    ),
+    ("--model.lora.r=big", "`model.lora.r` must be a whole number, got 'big'."),
+    (
+        "--model.rewards=[lightning_lambdapo.Nope]",
+        "`model.rewards`: module 'lightning_lambdapo' has no attribute 'Nope'",
+    ),
+    ("--trainer.max_steps=few", "`trainer.max_steps` must be a whole number, got 'few'."),
+    ("--model.optimizer.lr=fast", "`model.optimizer` needs a class_path before its `lr` can be set."),
+    ("--data.train.preset=gsm8", "Unknown preset 'gsm8'; there are arithmetic, gsm8k,"),
+    ("--trainer.gradient_clip_val=1", "Trainer(gradient_clip_val=1) has no effect under manual optimisation, so set"),
+    ("--trainer.strategy=sideways", "You selected an invalid strategy name: `strategy='sideways'`."),
+    ("--model.updates_per_rollout=64", "`updates_per_rollout` / `epochs_per_rollout` asks for 64 mini-batches"),
+    ("--nothing=3", "unrecognized arguments: --nothing=3"),
+    ("--config=nothing.yaml", "`config`: File does not exist: "),
+]
+
+
+@pytest.mark.parametrize(("argument", "sentence"), SENTENCES)
+def test_a_mistake_is_one_sentence(
+    arguments: list[str],
+    argument: str,
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, "fit", *arguments, "--trainer.max_epochs=1", argument)
+    assert stop.value.code == 2
+    told = capsys.readouterr().err
+    error, help_line = told[told.index("lambdapo fit: error: ") :].strip().splitlines()
+    assert error.startswith(f"lambdapo fit: error: {sentence}")
+    assert "--help" in help_line or "--debug" in help_line
+    assert "Traceback" not in told
+    assert "usage:" not in told
+    assert "NestedArg" not in told
+
+
+@pytest.mark.parametrize("asked", ["--debug", "LAMBDAPO_DEBUG"])
+def test_the_traceback_is_there_for_the_asking(
+    arguments: list[str], asked: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [asked] if asked.startswith("-") else []
+    if not more:
+        monkeypatch.setenv(asked, "1")
+    with pytest.raises(ValueError, match="a pairwise advantage needs a peer"):
+        call(monkeypatch, "fit", *arguments, "--model.rollout.group_size=1", *more)
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "fit", *arguments, "--model.rollout.group_size=few", *more)
+    told = capsys.readouterr().err
+    assert "Traceback" in told
+    assert "Expected a <class 'int'>. Got value: few" in told
+
+
+def test_a_bug_keeps_its_traceback(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reward = f"--model.rewards=[{{class_path: {__name__}.Built}}]"
+    monkeypatch.setitem(sys.modules, __name__, sys.modules[Built.__module__])
+    with pytest.raises(RuntimeError, match="built"):
+        call(monkeypatch, "fit", *arguments, reward, "--trainer.limit_val_batches=0", "--trainer.max_steps=1")
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("lightning_lambdapo.module.LambdaPOModule.training_step", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        call(monkeypatch, "fit", *arguments, "--trainer.limit_val_batches=0", "--trainer.max_steps=1")
+    assert "error: " not in capsys.readouterr().err
+
+
+def test_from_python_errors_are_raised(arguments: list[str]) -> None:
+    with pytest.raises(ValueError, match="a pairwise advantage needs a peer"):
+        main(["fit", *arguments, "--model.rollout.group_size=1"])
+
+
+def raised(action: Any) -> BaseException:
+    """The error of an action."""
+    try:
+        action()
+    except Exception as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+def test_what_is_about_settings(tmp_path: Path) -> None:
+    from lightning.pytorch import Trainer
+
+    from lightning_lambdapo import DataSource, EvaluationConfig, RolloutConfig
+    from lightning_lambdapo.data.sources import jsonl_rows
+    from lightning_lambdapo.functional.masking import check_choice
+
+    def training_step() -> None:
+        RolloutConfig(group_size=1)
+
+    def own() -> None:
+        raise ValueError("not of this package")
+
+    assert is_about_settings(raised(lambda: RolloutConfig(group_size=1)))
+    assert is_about_settings(raised(lambda: check_choice("name", "x", ("y",))))
+    assert is_about_settings(raised(lambda: next(jsonl_rows(str(tmp_path / "no.jsonl")))))
+    assert is_about_settings(raised(lambda: Trainer(accelerator="cpu", fast_dev_run=-1, logger=False)))
+    assert is_about_settings(raised(lambda: DataSource(preset="none")))
+    assert not is_about_settings(raised(training_step)), "while batches are computed"
+    assert not is_about_settings(raised(own))
+    assert not is_about_settings(raised(lambda: torch.zeros(2) @ torch.zeros(3)))
+    assert not is_about_settings(raised(lambda: EvaluationConfig(k=3))), "no `raise` of this package"  # type: ignore[arg-type]
+
+
+def test_a_message_without_alternatives_stays() -> None:
+    assert one_sentence("All is lost.\n  Really.") == "All is lost.\n  Really."
+    nested = (
+        'Parser key "a":\n  Problem with given class_path \'x.Y\':\n    Parser key "b":\n      One line.\n      Two.'
+    )
+    assert one_sentence(nested) == "`a.b`: One line.\nTwo."

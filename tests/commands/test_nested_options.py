@@ -1,0 +1,155 @@
+"""Options that name a part of a setting: null, texts that look like YAML, and items of lists."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import yaml
+from jsonargparse import Namespace
+
+from lightning_lambdapo import LambdaPODataModule, LambdaPOModule
+from lightning_lambdapo.commands import main as program
+
+LORA = "--model.lora={class_path: lightning_lambdapo.AdapterConfig}"
+
+
+class Parsing(program.LambdaPOCLI):
+    """Parses, and builds nothing."""
+
+    found: Namespace
+
+    def instantiate_classes(self) -> None:
+        Parsing.found = self.config[self.subcommand]
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def parsed(*arguments: str, command: str = "fit") -> Namespace:
+    """What the parser makes of a command line."""
+    program._run(Parsing, [command, "--seed_everything=1", *arguments])
+    return Parsing.found
+
+
+def at(config: Any, key: str) -> Any:
+    """The value at a dotted key that may omit ``init_args``."""
+    for part in key.split("."):
+        if isinstance(config, list):
+            config = config[int(part)]
+        elif part not in config and "init_args" in config:
+            config = config["init_args"][part]
+        else:
+            config = config[part]
+    return config
+
+
+def optional_keys(owner: Any, prefix: str) -> Iterator[str]:
+    """Keys of everything below ``prefix`` that may be None."""
+    hints = get_type_hints(owner if dataclasses.is_dataclass(owner) else owner.__init__)
+    for name, hint in hints.items():
+        kinds = get_args(hint) or (hint,)
+        inner = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+        if name == "return":
+            continue
+        if inner:
+            yield from optional_keys(inner[0], f"{prefix}.{name}")
+        elif NoneType in kinds:
+            yield f"{prefix}.{name}"
+
+
+def test_null_is_none_for_every_optional_setting(base: str) -> None:
+    keys = [*optional_keys(LambdaPOModule, "model"), *optional_keys(LambdaPODataModule, "data")]
+    nested = [key for key in keys if key.count(".") > 1]
+    assert len(nested) > 40
+    assert {"model.policy.revision", "data.template.system", "data.val.limit", "model.performance.merge_adapter"} <= {
+        *nested
+    }
+    found = parsed(f"--model.policy.model={base}", LORA, *(f"--{key}=null" for key in keys))
+    assert {key: at(found, key) for key in keys} == dict.fromkeys(keys)
+
+
+@pytest.mark.parametrize("null", ["null", "~"])
+def test_null_replaces_what_a_file_says(base: str, tmp_path: Path, null: str) -> None:
+    file = tmp_path / "settings.yaml"
+    settings: dict[str, Any] = {
+        "model": {"policy": {"model": base, "revision": "main"}, "performance": {"merge_adapter": True}},
+        "data": {"train": {"preset": "arithmetic", "limit": 3}, "template": {"system": "Think."}},
+    }
+    file.write_text(yaml.safe_dump(settings))
+    keys = ["model.policy.revision", "model.performance.merge_adapter", "data.train.limit", "data.template.system"]
+    found = parsed(f"--config={file}")
+    assert [at(found, key) for key in keys] == ["main", True, 3, "Think."]
+    found = parsed(f"--config={file}", *(f"--{key}={null}" for key in keys))
+    assert [at(found, key) for key in keys] == [None] * 4
+    assert at(found, "model.policy.model") == base
+
+
+def test_null_inside_a_mapping(base: str) -> None:
+    found = parsed(
+        f"--model.policy={{model: {base}, adapter: null}}",
+        "--model.rollout.sampling={temperature: 0.5}",
+        "--data.train={preset: gsm8k, limit: null}",
+    )
+    assert at(found, "model.policy.adapter") is None
+    assert at(found, "data.train.limit") is None
+    assert at(found, "model.rollout.sampling.temperature") == 0.5
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Note: be brief.", "[INST]", "{think}", "007", "1.0", "yes", "it's {a: 'b'}", "two\nlines: x", "null and void"],
+)
+def test_a_text_stays_as_it_was_given(base: str, text: str) -> None:
+    found = parsed(f"--model.policy.model={base}", f"--data.template.system={text}")
+    assert at(found, "data.template.system") == text
+
+
+def test_names_that_are_digits(base: str) -> None:
+    found = parsed(f"--model.policy={{model: {base}}}", "--model.policy.revision=1234567", "--data.train.path=2024")
+    assert at(found, "model.policy.revision") == "1234567"
+    assert at(found, "data.train.path") == "2024"
+
+
+TWO = "--model.rewards=[lightning_lambdapo.rewards.AccuracyReward, lightning_lambdapo.rewards.FormatReward]"
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("inside", ["", "init_args."])
+def test_a_number_chooses_an_item(base: str, command: str, inside: str) -> None:
+    found = parsed(
+        f"--model.policy.model={base}",
+        TWO,
+        f"--model.rewards.0.{inside}weight=0.25",
+        f"--model.rewards.1.{inside}weight=0",
+        "--model.validation={num_samples: 8, k: [1, 2, 4]}",
+        "--model.validation.k.1=3",
+        "--trainer.callbacks=[lightning_lambdapo.CompletionsLogger, lightning_lambdapo.RolloutCheckpoint]",
+        f"--trainer.callbacks.1.{inside}every_n_rollouts=7",
+        command=command,
+    )
+    assert [at(found, f"model.rewards.{index}.weight") for index in (0, 1)] == [0.25, 0.0]
+    assert at(found, "model.validation.k") == [1, 3, 4]
+    assert at(found, "trainer.callbacks.1.every_n_rollouts") == 7
+
+
+def test_an_item_is_replaced(base: str) -> None:
+    short = "{class_path: lightning_lambdapo.rewards.LengthPenalty, init_args: {max_length: 9, buffer: 3}}"
+    found = parsed(
+        f"--model.policy.model={base}",
+        TWO,
+        f"--model.rewards.0={short}",
+        "--model.rewards.weight=0.5",
+    )
+    assert at(found, "model.rewards.0.class_path").endswith("LengthPenalty")
+    assert at(found, "model.rewards.1.class_path").endswith("FormatReward")
+    assert at(found, "model.rewards.1.weight") == 0.5, "without a number the last one, as before"
+
+
+def test_an_item_that_is_not_there(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parsed(f"--model.policy.model={base}", TWO, "--model.rewards.2.weight=1")
+    assert stop.value.code == 2
+    assert "`model.rewards.2`: The list has no item 2: the last one is number 1." in capsys.readouterr().err
