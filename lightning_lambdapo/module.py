@@ -34,7 +34,7 @@ from lightning_lambdapo.distributed.lightning_internals import attached_trainer,
 from lightning_lambdapo.distributed.seeding import log_seeds, step_randomness, with_step_randomness
 from lightning_lambdapo.distributed.tally import Tally
 from lightning_lambdapo.evaluation.evaluator import Evaluator
-from lightning_lambdapo.evaluation.judging import judge_rollout
+from lightning_lambdapo.evaluation.judging import judge_rollout, prepare_references
 from lightning_lambdapo.functional import group_advantages, lambda_advantages, sequence_scores
 from lightning_lambdapo.learning.learner import Learner
 from lightning_lambdapo.learning.optimizer import PolicyOptimizer
@@ -238,7 +238,7 @@ class LambdaPOModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Reset the metrics."""
-        self.evaluator.start(self._stage)
+        self.evaluator.start(self._stage, self.trainer)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/...`` or ``test/...``."""
@@ -311,6 +311,7 @@ class LambdaPOModule(LightningModule):
     def on_fit_start(self) -> None:
         """Check that the data fits the rewards, and set up learning on its device."""
         checks.check_data(self.trainer, self.rewards, self.causal_lm, self.sampler.longest_completion)
+        prepare_references(self.rewards, self.trainer)
         with self.trainer.strategy.precision_plugin.train_step_context():  # for the scorer's probe
             self.learner = Learner(
                 self.policy,

@@ -88,6 +88,12 @@ class LambdaPODataModule(LightningDataModule):
         """The training problems, once ``setup`` has run."""
         return self._rows.get("train", [])
 
+    def training_references(self) -> list[str]:
+        """The reference solutions of the training problems. If no training is set up, their source is loaded for it."""
+        source = self.sources["train"]
+        rows = self.train_rows or (self._load("train", source) if source is not None else [])
+        return [row["reference"] for row in rows if row.get("reference")]
+
     @property
     def seeds(self) -> dict[str, int]:
         """Seeds of the order of training prompts and of each generated source."""
