@@ -158,6 +158,12 @@ class RolloutConfig:
             prompts wait for the next epoch. 0 switches it off. Each rank has its own reserve.
         max_live_tokens: tokens whose keys and values the grouped engine may store at once. Each row counts with its
             longest possible completion. Further prompts start as rows end. None decodes all prompts together.
+        stop_token_ids: further tokens that end a completion, in validation, test and prediction too.
+        stop_strings: texts that end a completion, in all stages, at the token that completes one. That token belongs to
+            the completion, and rewards see its text.
+        keep_special_tokens: whether rewards, logs and predictions see the text of special tokens. None keeps those that
+            a reward reads, such as ``<think>``, and for rewards of one's own those that come in pairs, like ``<x>`` and
+            ``</x>``. The end-of-sequence and padding tokens are never kept.
     """
 
     engine: Literal["grouped", "hf"] = "grouped"
@@ -166,6 +172,9 @@ class RolloutConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reserve_prompts: int = 0
     max_live_tokens: int | None = None
+    stop_token_ids: list[int] = field(default_factory=list)
+    stop_strings: list[str] = field(default_factory=list)
+    keep_special_tokens: bool | None = None
 
     def __post_init__(self) -> None:
         if self.group_size < 2:
@@ -178,6 +187,8 @@ class RolloutConfig:
             raise ValueError(f"`reserve_prompts` must be at least 0, got {self.reserve_prompts}.")
         if self.max_live_tokens is not None and self.max_live_tokens < 1:
             raise ValueError(f"`max_live_tokens` must be at least 1, got {self.max_live_tokens}.")
+        if not all(self.stop_strings):
+            raise ValueError("`rollout.stop_strings` has an empty text, which every completion contains. Remove it.")
         if self.sampling.greedy:
             raise ValueError(
                 "`rollout.sampling.temperature` is 0: greedy decoding makes all rollouts of a group the same, so there "

@@ -45,7 +45,7 @@ from lightning_lambdapo.policy.reference import answering_as_reference, frozen_r
 from lightning_lambdapo.rewards import AccuracyReward, as_rewards
 from lightning_lambdapo.rewards.base import RewardLike
 from lightning_lambdapo.rewards.encoder import prepare_encoders
-from lightning_lambdapo.rollout import GroupedEngine, HFEngine, RolloutEngine
+from lightning_lambdapo.rollout import GroupedEngine, HFEngine, RolloutEngine, prepare_engine
 from lightning_lambdapo.rollout.sampler import RolloutSampler
 
 
@@ -281,7 +281,7 @@ class LambdaPOModule(LightningModule):
         self.policy = self.build_policy().train()  # rollouts and reference passes switch to eval mode themselves
         if self.needs_reference:
             self.reference = frozen_reference(self.policy)
-        self.engine = self.build_engine(self.causal_lm)
+        self.engine = prepare_engine(self.build_engine(self.causal_lm), self)
         trainer = attached_trainer(self)
         if trainer is not None:
             shard = partial(parallel.shard, strategy=trainer.strategy, device_mesh=self.device_mesh)

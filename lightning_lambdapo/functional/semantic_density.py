@@ -16,7 +16,8 @@ from lightning_lambdapo.functional.token_weights import TokenWeights, heaviest_c
 Kind = Literal["token", "rouge_l"]
 
 _TOKEN = re.compile(r"\\[A-Za-z]+|\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|[^\W\d_]+|[^\w\s]|_")
-_FINAL_ANSWER = ("####", "\\boxed{", "<answer>")
+#: Marks of a final answer, before which the reasoning trace ends.
+FINAL_ANSWER = ("####", "\\boxed{", "<answer>")
 
 
 class SemanticDensityScore(NamedTuple):
@@ -59,7 +60,7 @@ def reasoning_trace(text: str) -> str:
         >>> reasoning_trace("2 + 2 = 4\n#### 4")
         '2 + 2 = 4\n'
     """
-    cut = max(text.rfind(marker) for marker in _FINAL_ANSWER)
+    cut = max(text.rfind(marker) for marker in FINAL_ANSWER)
     return text if cut < 0 else text[:cut]
 
 

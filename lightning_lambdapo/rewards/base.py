@@ -23,7 +23,7 @@ class RewardInputs:
 
     Attributes:
         prompts: prompt texts.
-        completions: completion texts, without special tokens.
+        completions: completion texts, without the special tokens that ``rollout.keep_special_tokens`` strips.
         answers: final answers, None where the data has none.
         references: reference solutions, None where the data has none.
         completion_lengths: completion lengths in tokens.
@@ -74,6 +74,14 @@ class Reward(ABC):
             encoder: of the policy before training; None unless ``needs_encoder``.
             device: where the module computes, for a reward with its own model.
         """
+
+    def reads_token(self, token: str) -> bool | None:
+        """Whether this reward reads the text of a special token in completions; None if it is not known.
+
+        By default a completion keeps the special tokens that a reward reads, and if one does not know, those that come
+        in pairs, such as ``<think>`` and ``</think>``.
+        """
+        return None
 
     @property
     def needs_training_references(self) -> bool:

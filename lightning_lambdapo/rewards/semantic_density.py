@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_lambdapo.functional.embedding_density import embedding_density
 from lightning_lambdapo.functional.masking import check_choice
 from lightning_lambdapo.functional.semantic_density import (
+    FINAL_ANSWER,
     check_beta,
     check_density_settings,
     reasoning_trace,
@@ -119,6 +120,10 @@ class SemanticDensityReward(Reward):
         self.weights: TokenWeights | None = None
         self._from_checkpoint = False
         self._encode: Encoder | None = None
+
+    def reads_token(self, token: str) -> bool:
+        """It reads those before which a trace ends."""
+        return token in FINAL_ANSWER
 
     @property
     def needs_encoder(self) -> bool:
