@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torchmetrics import Metric
 
+from lightning_lambdapo.checks import check_evaluation_data
 from lightning_lambdapo.config import EvaluationConfig, PolicyConfig, changed_settings
 from lightning_lambdapo.datatypes import PromptBatch, RewardOutcome, Rollout
 from lightning_lambdapo.distributed.tally import Tally
@@ -79,7 +80,7 @@ class Evaluation(nn.Module):
         """Add one batch of prompts with ``n`` completions each. Returns the outcome of each prompt."""
         tally_rollout(self.tally, rollout, rewards)
         samples = self.num_samples
-        self.density.update(rollout.texts, [text for text in batch.references for _ in range(samples)])
+        self.density.update(rollout.texts, [text or None for text in batch.references for _ in range(samples)])
         accuracy = rewards.parts.get("accuracy", torch.full_like(rewards.total, torch.nan))
         judged = ~accuracy.isnan().any(-1)
         correct = accuracy[judged] > 0.5
@@ -127,9 +128,11 @@ class Evaluator(nn.Module):
     def start(self, stage: str, trainer: Trainer) -> None:
         """Reset the metrics, because states made in an earlier inference mode cannot be written to.
 
-        Outside of training, rewards that need the references of the training set receive them here.
+        Outside of training, the data is checked here, and rewards that need the references of the training set receive
+        them.
         """
         if trainer.state.fn != "fit":
+            check_evaluation_data(trainer, self.rewards, stage)
             prepare_references(self.rewards, trainer)
         evaluation = self._stage(stage)
         evaluation.reset()
