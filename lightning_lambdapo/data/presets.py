@@ -133,8 +133,9 @@ def _choices(fields: Fields, row: Mapping[str, Any], *, by_index: bool = False) 
     if not plain or not 2 <= len(choices) <= len(_LETTERS):
         raise RowError(f"its choices must be a list of 2 to {len(_LETTERS)} texts, got {reprlib.repr(choices)}")
     indexed = by_index or not all(map(_is_number, choices))
-    if indexed and _is_number(answer) and answer == int(answer) and 0 <= answer < len(choices):
-        letter = _LETTERS[int(answer)]
+    places: list[Any] = [*range(len(choices))] if indexed and _is_number(answer) else []
+    if answer in places:
+        letter = _LETTERS[places.index(answer)]
     elif isinstance(answer, str) and answer.strip("() ") in tuple(_LETTERS[: len(choices)]):
         letter = answer.strip("() ")
     elif (not indexed or isinstance(answer, str)) and text_of(answer) in (texts := list(map(text_of, choices))):

@@ -48,7 +48,7 @@ class PromptTemplate:
         """
         messages = self._messages(prompt)
         if self.uses_chat(tokenizer):
-            options = {"add_generation_prompt": True}
+            options: dict[str, Any] = {"add_generation_prompt": True}
             if len(messages) > 1 and messages[-1].get("role") == "assistant":
                 if messages[-1]["content"].strip():
                     options = {"continue_final_message": True}

@@ -81,6 +81,6 @@ class _StopStrings(StoppingCriteria):
         self.text = text
         self.prompt_length = prompt_length
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         rows = input_ids[:, self.prompt_length :].tolist()
         return torch.tensor([self.text.stops(ids, 1) for ids in rows], device=input_ids.device)

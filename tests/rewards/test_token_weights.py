@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_lambdapo import LambdaPODataModule, LambdaPOModule
 from lightning_lambdapo.data import DataSource, PromptCollator
+from lightning_lambdapo.evaluation.evaluator import Evaluation
 from lightning_lambdapo.evaluation.metrics import SemanticDensity
 from lightning_lambdapo.functional import TokenWeights, embedding_density, semantic_density, tokenize
 from lightning_lambdapo.functional.token_weights import heaviest_common_subsequence
@@ -196,7 +197,7 @@ def table(model: LambdaPOModule) -> TokenWeights:
     return found
 
 
-EXPECTED = TokenWeights.idf(tokenize(row["reference"]) for row in ROWS)
+EXPECTED = TokenWeights.idf(tokenize(str(row["reference"])) for row in ROWS)
 
 
 class Other(Rows):
@@ -213,7 +214,7 @@ def test_a_run_weighs_by_its_training_set_and_a_resumed_one_as_before(base: str,
     model = module(base, rewards=rewards)
     trainer(tmp_path, limit_train_batches=2, limit_val_batches=1).fit(model, Rows(batch_size=4))
     assert table(model) == EXPECTED
-    assert model.evaluator.stages["val"].density.token_weights == EXPECTED
+    assert cast(Evaluation, model.evaluator.stages["val"]).density.token_weights == EXPECTED
     saved = tmp_path / "run.ckpt"
     model.trainer.save_checkpoint(saved)
 
@@ -223,7 +224,7 @@ def test_a_run_weighs_by_its_training_set_and_a_resumed_one_as_before(base: str,
     tested = module(base, rewards=[Digits(), idf(kind="token")])
     trainer(tmp_path).test(tested, Other(batch_size=4), ckpt_path=saved, verbose=False)
     assert table(tested) == EXPECTED
-    assert tested.evaluator.stages["test"].density.token_weights == EXPECTED
+    assert cast(Evaluation, tested.evaluator.stages["test"]).density.token_weights == EXPECTED
     # Another run has other weights, even of the same reward.
     trainer(tmp_path, limit_train_batches=1).fit(module(base, rewards=rewards), Other(batch_size=4))
     assert cast(SemanticDensityReward, rewards[-1]).weights != EXPECTED
