@@ -126,7 +126,9 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     Raises:
         ValueError: a token has no embedding.
     """
-    rows = int(cast(Any, model.get_input_embeddings()).num_embeddings)
+    rows = _embedded(model.get_input_embeddings())
+    if rows is None:
+        return
     beyond = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows)
     if beyond:
         raise ValueError(
@@ -138,6 +140,15 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     wrong = [index for index in stop_token_ids if not 0 <= index < rows]
     if wrong:
         raise ValueError(f"`rollout.stop_token_ids` has {wrong[0]}, and the model's tokens are 0 to {rows - 1}.")
+
+
+def _embedded(embedding: Any) -> int | None:
+    """Number of tokens that have an embedding, also under an adapter; None if the layer does not say."""
+    while getattr(embedding, "num_embeddings", None) is None:
+        embedding = getattr(embedding, "base_layer", None) or getattr(embedding, "original_module", None)
+        if embedding is None:
+            return None
+    return int(embedding.num_embeddings)
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> tuple[int, str] | None:

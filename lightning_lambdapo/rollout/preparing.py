@@ -2,11 +2,13 @@
 
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
+from lightning.pytorch import LightningModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_lambdapo.config import RolloutConfig
+from lightning_lambdapo.distributed.lightning_internals import attached_trainer
 from lightning_lambdapo.policy.loading import check_vocabulary, turn_end
 from lightning_lambdapo.rewards import Reward
 from lightning_lambdapo.rollout.completion_text import CompletionText, special_tokens, tag_pairs
@@ -47,7 +49,7 @@ def prepare_engine(engine: RolloutEngine, run: _Run) -> RolloutEngine:
     kept = kept_tokens(tokenizer, run.rewards, config.keep_special_tokens, config.stop_token_ids) - hidden
     engine.eos_ids = tuple(sorted(ends))
     engine.text = CompletionText(tokenizer, kept, config.stop_strings)
-    end = turn_end(tokenizer)
+    end = turn_end(tokenizer) if _uses_chat(run) else None
     if end is not None and end[0] not in ends and not any(each in end[1] for each in config.stop_strings):
         warnings.warn(
             f"The chat template ends a turn with {end[1]!r} (token {end[0]}), which does not end a completion: the "
@@ -56,6 +58,12 @@ def prepare_engine(engine: RolloutEngine, run: _Run) -> RolloutEngine:
             stacklevel=2,
         )
     return engine
+
+
+def _uses_chat(run: _Run) -> bool:
+    """False if the DataModule's prompts are plain although the tokenizer has a chat template."""
+    data = getattr(attached_trainer(cast(LightningModule, run)), "datamodule", None)
+    return getattr(getattr(data, "template", None), "chat", None) is not False
 
 
 def kept_tokens(

@@ -13,9 +13,10 @@ from small import Rows, module, trainer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from lightning_lambdapo import EvaluationConfig, LambdaPOModule, RolloutConfig
+from lightning_lambdapo import AdapterConfig, EvaluationConfig, LambdaPOModule, PromptTemplate, RolloutConfig
 from lightning_lambdapo.config import SamplingConfig
 from lightning_lambdapo.datatypes import PromptBatch, Rollout
+from lightning_lambdapo.policy.loading import check_vocabulary
 from lightning_lambdapo.rewards import AccuracyReward, FormatReward, LengthPenalty, Reward, RewardInputs
 from lightning_lambdapo.rewards.semantic_density import SemanticDensityReward
 from lightning_lambdapo.rollout import GroupedEngine, HFEngine, RolloutEngine, grouped
@@ -308,6 +309,29 @@ def test_a_turn_that_does_not_end_the_completion_is_warned_of(tagged: str, tmp_p
         prepared(base, [Seen()])
     prepared(base, [Seen()], stop_token_ids=[IM_END])
     prepared(base, [Seen()], stop_strings=[END])
+
+
+def test_prompts_that_are_plain_end_no_turn(tagged: str, tmp_path: Path) -> None:
+    base = with_chat(tagged, tmp_path, CHAT)
+    run = trainer(tmp_path, limit_train_batches=1)
+    run.fit(module(base, rewards=[Seen()]), Rows(batch_size=4, template=PromptTemplate(chat=False)))
+    with pytest.warns(match="ends a turn with"):
+        trainer(tmp_path, limit_train_batches=1).fit(module(base, rewards=[Seen()]), Rows(batch_size=4))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["q_proj"], "options": {"modules_to_save": ["embed_tokens"]}},
+        {"target_modules": ["q_proj"], "options": {"trainable_token_indices": [3, 4]}},
+    ],
+)
+def test_embeddings_under_an_adapter_are_counted(tagged: str, target: dict[str, Any]) -> None:
+    model = module(tagged, lora=AdapterConfig(r=2, **target), rewards=[Seen()])
+    model.configure_model()
+    with pytest.raises(ValueError, match="has 99, and the model's tokens are 0 to 54"):
+        check_vocabulary(model.causal_lm, model.tokenizer, [99])
 
 
 @pytest.mark.parametrize(
