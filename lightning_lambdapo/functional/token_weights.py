@@ -58,7 +58,7 @@ class TokenWeights:
         found: Counter[Hashable] = Counter()
         count = 0
         for document in documents:
-            found.update(set(document))
+            found.update(dict.fromkeys(document).keys())  # a set has another order in each process
             count += 1
         weights = {token: math.log((count + 1) / (number + 1)) for token, number in found.items()}
         if not any(weights.values()):
