@@ -118,6 +118,9 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]) -> None:
     """Refuse a tokenizer with tokens that the model has no embedding for.
 
+    Two that transformers itself adds to tokenizers that never need them do not count: the token for unknown text, and
+    ``<|endoftext|>`` where it is neither the end, the beginning nor the padding (with some GGUF files).
+
     Args:
         model: the policy's, before its weights are sharded.
         tokenizer: the policy's.
@@ -129,7 +132,10 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     rows = _embedded(model.get_input_embeddings())
     if rows is None:
         return
-    beyond = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows)
+    vocabulary = tokenizer.get_vocab()
+    spare = {tokenizer.unk_token_id, vocabulary.get("<|endoftext|>")}
+    spare -= {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    beyond = sorted((index, token) for token, index in vocabulary.items() if index >= rows and index not in spare)
     if beyond:
         raise ValueError(
             f"The tokenizer has {len(beyond)} tokens that the model has no embedding for: {beyond[0][1]!r} has the id "

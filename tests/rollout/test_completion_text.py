@@ -354,6 +354,16 @@ def test_a_tokenizer_beyond_the_embedding_is_refused(base: str, tagged: str, tmp
         RolloutConfig(stop_strings=["a", ""])
 
 
+def test_tokens_that_transformers_adds_unasked_do_not_count(base: str) -> None:
+    model, made = AutoModelForCausalLM.from_pretrained(base), tiny.tokenizer()
+    made.add_special_tokens({"unk_token": "<unknown>"})
+    made.add_tokens("<|endoftext|>", special_tokens=True)
+    check_vocabulary(model, made, [])
+    made.add_special_tokens({"pad_token": "<|endoftext|>"})
+    with pytest.raises(ValueError, match=r"1 tokens .*'<\|endoftext\|>' has the id 50"):
+        check_vocabulary(model, made, [])
+
+
 def test_the_learning_pass_sees_the_same_tokens(tagged: str, tmp_path: Path) -> None:
     """On the first update the ratio is 1 on every token, the last ones included."""
     model = module(
