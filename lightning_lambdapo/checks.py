@@ -284,6 +284,8 @@ def check_data(
     data = getattr(trainer, "datamodule", None)
     if rows := getattr(data, "train_rows", None):
         check_fields(rewards, rows)
+    if trainer.limit_val_batches:
+        check_evaluation_data(trainer, rewards, "val")
     for split, length in getattr(data, "longest", {}).items():
         check_context(model, length, longest_completion("train" if split == "train" else "val"))
 
@@ -298,16 +300,34 @@ def check_reserve(reserve: int, prompts: int) -> int:
     return prompts - reserve
 
 
-def check_fields(rewards: Sequence[Reward], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse a training set in which no row has a field that a reward needs.
+def check_fields(rewards: Sequence[Reward], rows: Sequence[Mapping[str, Any]], kind: str = "training") -> None:
+    """Refuse a training set in which no row has a field that a reward needs. Empty text counts as none.
 
     Raises:
         ValueError: naming the reward and the missing field.
     """
     for reward in rewards:
         for field in reward.requires:
-            if not any(row.get(field.removesuffix("s")) is not None for row in rows):
+            if not _has(rows, field):
                 raise ValueError(
-                    f"The reward {reward.name!r} needs {field}, and none of the {len(rows)} training rows has one. Map "
+                    f"The reward {reward.name!r} needs {field}, and none of the {len(rows)} {kind} rows has one. Map "
                     f"the column that has them (`columns: {{{field.removesuffix('s')}: ...}}`), or drop the reward."
                 )
+
+
+def check_evaluation_data(trainer: Trainer, rewards: Sequence[Reward], split: str) -> None:
+    """Refuse validation or test data that no reward can judge, of those that need a field at all.
+
+    A reward may be without its field here, such as a density on a test set without solutions, if another one has its
+    own.
+    """
+    find = getattr(getattr(trainer, "datamodule", None), "rows_of", None)
+    rows = find(split) if callable(find) else []
+    needing = [reward for reward in rewards if reward.requires]
+    if rows and needing and not any(all(_has(rows, field) for field in reward.requires) for reward in needing):
+        check_fields(needing[:1], rows, {"val": "validation"}.get(split, split))
+
+
+def _has(rows: Sequence[Mapping[str, Any]], field: str) -> bool:
+    values = (row.get(field.removesuffix("s")) for row in rows)
+    return any(value is not None and str(value).strip() for value in values)

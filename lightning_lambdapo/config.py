@@ -173,6 +173,12 @@ class RolloutConfig:
             longest possible completion. Further prompts start as rows end. None decodes all prompts together.
         vllm: settings of ``engine: vllm``.
         servers: settings of ``engine: vllm_server``.
+        stop_token_ids: further tokens that end a completion, in validation, test and prediction too.
+        stop_strings: texts that end a completion, in all stages, at the token that completes one. That token belongs to
+            the completion, and rewards see its text.
+        keep_special_tokens: whether rewards, logs and predictions see the text of special tokens. None keeps those that
+            a reward reads, such as ``<think>``, and for rewards of one's own those that come in pairs, like ``<x>`` and
+            ``</x>``. The end-of-sequence and padding tokens are never kept.
     """
 
     engine: Engine = "grouped"
@@ -183,6 +189,9 @@ class RolloutConfig:
     max_live_tokens: int | None = None
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
     servers: VLLMServerConfig = field(default_factory=VLLMServerConfig)
+    stop_token_ids: list[int] = field(default_factory=list)
+    stop_strings: list[str] = field(default_factory=list)
+    keep_special_tokens: bool | None = None
 
     def __post_init__(self) -> None:
         check_engine(self.engine, self.servers, filters=self.sampling.filters, max_live_tokens=self.max_live_tokens)
@@ -191,6 +200,8 @@ class RolloutConfig:
         check_whole("reserve_prompts", self.reserve_prompts, 0)
         if self.max_live_tokens is not None:
             check_whole("max_live_tokens", self.max_live_tokens, 1)
+        if not all(self.stop_strings):
+            raise ValueError("`rollout.stop_strings` has an empty text, which every completion contains. Remove it.")
         if self.sampling.greedy:
             raise ValueError(
                 "`rollout.sampling.temperature` is 0: greedy decoding makes all rollouts of a group the same, so there "
@@ -365,38 +376,6 @@ def from_mapping(cls: type[T], value: T | Mapping[str, Any]) -> T:
             for name, item in value.items()
         }
     )
-
-
-#: The settings of ``performance`` by their path among the module's arguments in release 0.1.
-MOVED_SETTINGS = {
-    "share_prompts": "share_prompts_in_learning",
-    "recompute_logits": "recompute_logits",
-    "rollout.share_prompts": "share_prompts_in_rollouts",
-    "rollout.compaction": "compaction",
-    "rollout.merge_adapter": "merge_adapter",
-    "policy.fused_lora": "fused_lora",
-    "policy.onednn": "onednn",
-}
-
-
-def upgraded(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert settings of the module from release 0.1, in a configuration or checkpoint, to this release.
-
-    Args:
-        settings: arguments of the module, as plain data. They are not changed.
-
-    Example:
-        >>> upgraded({"rollout": {"group_size": 8, "compaction": False}, "share_prompts": True})
-        {'rollout': {'group_size': 8}, 'performance': {'share_prompts_in_learning': True, 'compaction': False}}
-    """
-    found = {name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
-    moved = {}
-    for path, name in MOVED_SETTINGS.items():
-        section, _, key = path.rpartition(".")
-        owner = found.get(section) if section else found
-        if isinstance(owner, dict) and key in owner:
-            moved[name] = owner.pop(key)
-    return found | ({"performance": moved | dict(found.get("performance") or {})} if moved else {})
 
 
 def changed_settings(config: Any) -> dict[str, Any]:

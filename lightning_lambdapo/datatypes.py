@@ -61,13 +61,14 @@ class Rollout:
 
     Attributes:
         completion_ids: ``(N, T)`` int64, right-padded.
-        completion_mask: ``(N, T)`` bool, True from the first token through the first end-of-sequence token.
+        completion_mask: ``(N, T)`` bool, True from the first token through the first end-of-sequence token, or
+            the token that completes a stop string.
         sampling_logprobs: ``(N, T)`` float, log-probability of each sampled token, ``log_softmax(logits /
             temperature)`` before top-k, top-p, min-p and repetition penalty. 0 where masked out.
         entropy: ``(N, T)`` float, entropy in nats of the same distribution. 0 where masked out. None if the engine does
             not compute it.
-        truncated: ``(N,)`` bool, True where no end-of-sequence token came before ``max_new_tokens``.
-        texts: ``N`` completions, decoded without special tokens.
+        truncated: ``(N,)`` bool, True where nothing ended the completion before ``max_new_tokens``.
+        texts: ``N`` completions, decoded without the special tokens that ``rollout.keep_special_tokens`` strips.
     """
 
     completion_ids: Tensor

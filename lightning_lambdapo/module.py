@@ -33,7 +33,7 @@ from lightning_lambdapo.distributed.lightning_internals import attached_trainer,
 from lightning_lambdapo.distributed.seeding import log_seeds, step_randomness, with_step_randomness
 from lightning_lambdapo.distributed.tally import Tally
 from lightning_lambdapo.evaluation.evaluator import Evaluator
-from lightning_lambdapo.evaluation.judging import judge_rollout
+from lightning_lambdapo.evaluation.judging import judge_rollout, prepare_references
 from lightning_lambdapo.functional import group_advantages, lambda_advantages, sequence_scores
 from lightning_lambdapo.functional.ranges import home_path, path_text
 from lightning_lambdapo.learning.learner import Learner
@@ -46,7 +46,7 @@ from lightning_lambdapo.policy.reference import answering_as_reference, frozen_r
 from lightning_lambdapo.rewards import AccuracyReward, as_rewards
 from lightning_lambdapo.rewards.base import RewardLike
 from lightning_lambdapo.rewards.encoder import prepare_encoders
-from lightning_lambdapo.rollout import RolloutEngine
+from lightning_lambdapo.rollout import RolloutEngine, prepare_engine
 from lightning_lambdapo.rollout.build import build_engine
 from lightning_lambdapo.rollout.sampler import RolloutSampler
 
@@ -236,7 +236,7 @@ class LambdaPOModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Reset the metrics."""
-        self.evaluator.start(self._stage)
+        self.evaluator.start(self._stage, self.trainer)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/...`` or ``test/...``."""
@@ -280,7 +280,7 @@ class LambdaPOModule(LightningModule):
         self.run_state.policy = fingerprint(self.policy)
         if self.needs_reference:
             self.reference = frozen_reference(self.policy)
-        self.engine = self.build_engine(self.causal_lm)
+        self.engine = prepare_engine(self.build_engine(self.causal_lm), self)
         trainer = attached_trainer(self)
         if trainer is not None:
             shard = partial(parallel.shard, strategy=trainer.strategy, device_mesh=self.device_mesh)
@@ -310,6 +310,7 @@ class LambdaPOModule(LightningModule):
     def on_fit_start(self) -> None:
         """Check that the data fits the rewards, and set up learning on its device."""
         checks.check_data(self.trainer, self.rewards, self.causal_lm, self.sampler.longest_completion)
+        prepare_references(self.rewards, self.trainer)
         with self.trainer.strategy.precision_plugin.train_step_context():  # for the scorer's probe
             self.learner = Learner(
                 self.policy,

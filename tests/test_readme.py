@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 
 from lightning_lambdapo import LambdaPOModule, config
+from lightning_lambdapo.checkpointing import release_0_1
 from lightning_lambdapo.commands import score
 from lightning_lambdapo.commands.compare import command
 from lightning_lambdapo.commands.compare.plan import ESTIMATOR, option_keys, parse_variation
@@ -199,7 +200,7 @@ def test_settings_that_are_named_exist(name: str) -> None:
     found = re.findall(rf"`(?:--model\.)?({'|'.join(SECTIONS)})\.(\w+)(?![\w/.])", TEXTS[name])
     for section, key in found:
         if (section, key) == ("rollout", "share_prompts") or (section, key) == ("policy", "onednn"):
-            assert f"{section}.{key}" in config.MOVED_SETTINGS  # named as what they were in release 0.1
+            assert f"{section}.{key}" in release_0_1.MOVED_SETTINGS  # named as what they were in release 0.1
         else:
             assert key in {each.name for each in dataclasses.fields(SECTIONS[section])}, f"{section}.{key}"
 

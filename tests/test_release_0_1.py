@@ -19,9 +19,10 @@ from torch import nn
 
 from lightning_lambdapo import LambdaPOModule, PolicyConfig
 from lightning_lambdapo.callbacks import EvaluationReport, TrainingConsole
+from lightning_lambdapo.checkpointing.release_0_1 import MOVED_SETTINGS
 from lightning_lambdapo.commands.main import main
 from lightning_lambdapo.commands.release_0_1 import upgraded_arguments, upgraded_config
-from lightning_lambdapo.config import MOVED_SETTINGS, PerformanceConfig, RolloutConfig
+from lightning_lambdapo.config import PerformanceConfig, RolloutConfig
 
 RECORDED = Path(__file__).parent / "golden" / "release_0_1"
 

@@ -24,7 +24,8 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from lightning_lambdapo.checkpointing import fingerprint, pending_validation, stopped_epoch
 from lightning_lambdapo.checkpointing.files import IN_SHARDS, CheckpointError, Shapes, read_header
-from lightning_lambdapo.config import AdapterConfig, upgraded
+from lightning_lambdapo.checkpointing.release_0_1 import upgraded
+from lightning_lambdapo.config import AdapterConfig
 from lightning_lambdapo.distributed.fsdp1 import flattens, plain_name
 from lightning_lambdapo.distributed.lightning_internals import attached_trainer, mend_epochs
 from lightning_lambdapo.distributed.parallel import saves_shards
@@ -91,6 +92,8 @@ def save(module: LightningModule, state: RunState, checkpoint: dict[str, Any], *
         "owes_validation": trainer is not None
         and pending_validation.is_pending(trainer, so_far=state.pending_validation),
     }
+    if rewards := {each.name: found for each in getattr(module, "rewards", []) if (found := each.checkpoint_state())}:
+        checkpoint[CHECKPOINT_KEY]["rewards"] = rewards
     if not updates:  # the step will be repeated from its start
         _give_back(checkpoint, unfinished)
     if trainer is None or not saves_shards(trainer.strategy):
@@ -120,6 +123,9 @@ def load(module: LightningModule, state: RunState, checkpoint: dict[str, Any], *
     state.skipped_updates = own["skipped_updates"]
     state.skipped_in_a_row = own.get("skipped_in_a_row", 0)
     state.streams = own.get("streams", 1)
+    for reward in getattr(module, "rewards", []):
+        if found := own.get("rewards", {}).get(reward.name):
+            reward.load_checkpoint_state(found)
     trainer = attached_trainer(module)
     if trainer is None:
         return

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_lambdapo.checkpointing import state
 from lightning_lambdapo.checkpointing.files import naming, read_header
-from lightning_lambdapo.config import AdapterConfig, PolicyConfig, from_mapping, upgraded
+from lightning_lambdapo.checkpointing.release_0_1 import upgraded
+from lightning_lambdapo.config import AdapterConfig, PolicyConfig, from_mapping
 from lightning_lambdapo.functional.ranges import home_path
 from lightning_lambdapo.module import LambdaPOModule
 from lightning_lambdapo.policy.adapter import adapter_alone, place

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from lightning_lambdapo.config import MOVED_SETTINGS, upgraded
+from lightning_lambdapo.checkpointing.release_0_1 import MOVED_SETTINGS, upgraded
 from lightning_lambdapo.functional.ranges import home_path
 
 _CONFIG = ("--config", "-c")

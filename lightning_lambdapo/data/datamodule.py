@@ -91,6 +91,16 @@ class LambdaPODataModule(LightningDataModule):
         """The training problems, once ``setup`` has run."""
         return self._rows.get("train", [])
 
+    def rows_of(self, split: str) -> list[Row]:
+        """The problems of ``"train"``, ``"val"``, ``"test"`` or ``"predict"``, once ``setup`` has run for them."""
+        return self._rows.get(split, [])
+
+    def training_references(self) -> list[str]:
+        """The reference solutions of the training problems. If no training is set up, their source is loaded for it."""
+        source = self.sources["train"]
+        rows = self.train_rows or (self._load("train", source) if source is not None else [])
+        return [row["reference"] for row in rows if str(row.get("reference") or "").strip()]
+
     @property
     def seeds(self) -> dict[str, int]:
         """Seeds of the order of training prompts and of each generated source."""

@@ -6,6 +6,7 @@ import re
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from lightning_lambdapo.rewards.verifier.extraction import marked_answer
@@ -21,7 +22,9 @@ class RowError(ValueError):
 
 
 def _as_is(fields: Fields, row: Mapping[str, Any]) -> Fields:
-    return _choices(fields, row) if "choices" in fields else fields
+    choices = fields.get("choices")
+    some = choices.get("text") if isinstance(choices, Mapping) else choices
+    return fields if some is None or some == [] else _choices(fields, row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,22 +120,36 @@ def _chat(fields: Fields, row: Mapping[str, Any]) -> Fields:
     return {"prompt": texts["user"], "answer": marked_answer(solution, "boxed"), "reference": solution}
 
 
-def _choices(fields: Fields, row: Mapping[str, Any]) -> Fields:
+def _choices(fields: Fields, row: Mapping[str, Any], *, by_index: bool = False) -> Fields:
+    """A question with choices. The answer is a letter, the text or value of a choice, or an index from 0.
+
+    A number is the index where choices are texts, and the value where they are numbers themselves, unless the dataset
+    is known to have indices (``by_index``).
+    """
     choices, answer = fields["choices"], fields.get("answer")
     if isinstance(choices, Mapping):  # {"text": [...], "label": [...]}
         choices = choices.get("text")
     plain = isinstance(choices, list) and all(isinstance(choice, str | int | float) for choice in choices)
     if not plain or not 2 <= len(choices) <= len(_LETTERS):
         raise RowError(f"its choices must be a list of 2 to {len(_LETTERS)} texts, got {reprlib.repr(choices)}")
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
-        letter = _LETTERS[answer]
+    indexed = by_index or not all(map(_is_number, choices))
+    places: list[Any] = [*range(len(choices))] if indexed and _is_number(answer) else []
+    if answer in places:
+        letter = _LETTERS[places.index(answer)]
     elif isinstance(answer, str) and answer.strip("() ") in tuple(_LETTERS[: len(choices)]):
         letter = answer.strip("() ")
-    elif answer in choices:
-        letter = _LETTERS[choices.index(answer)]
+    elif (not indexed or isinstance(answer, str)) and text_of(answer) in (texts := list(map(text_of, choices))):
+        letter = _LETTERS[texts.index(text_of(answer))]
     else:
-        raise RowError(f"its answer {reprlib.repr(answer)} is neither an index, a letter nor the text of a choice")
+        hint = "" if indexed else f" (where choices are numbers, as {reprlib.repr(choices)} are, a number is no index)"
+        raise RowError(
+            f"its answer {reprlib.repr(answer)} is neither an index, a letter nor the text of a choice{hint}"
+        )
     return fields | {"prompt": _question(_text(fields, "prompt"), choices), "answer": letter}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _gpqa(fields: Fields, row: Mapping[str, Any]) -> Fields:
@@ -187,7 +204,7 @@ PRESETS: dict[str, Preset] = {
         "test",
         {"prompt": "question", "choices": "choices", "answer": "answer"},
         ("subject", "type"),
-        _choices,
+        partial(_choices, by_index=True),
     ),
     "multiple_choice": Preset(
         columns={"prompt": "question", "choices": "choices", "answer": "answer"},

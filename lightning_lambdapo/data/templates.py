@@ -35,6 +35,9 @@ class PromptTemplate:
     def render(self, tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> str:
         """The prompt's text, ready for the tokenizer.
 
+        Where the last message is the assistant's, its text is continued, with a chat template and without one, unless
+        ``chat_kwargs`` has ``add_generation_prompt`` or ``continue_final_message``.
+
         Args:
             tokenizer: the policy's.
             prompt: a problem, which is put into ``user``, or whole chat messages, which are used as they are.
@@ -45,23 +48,31 @@ class PromptTemplate:
         """
         messages = self._messages(prompt)
         if self.uses_chat(tokenizer):
+            options: dict[str, Any] = {"add_generation_prompt": True}
+            if len(messages) > 1 and messages[-1].get("role") == "assistant":
+                if messages[-1]["content"].strip():
+                    options = {"continue_final_message": True}
+                else:
+                    messages = messages[:-1]
+            if self.chat_kwargs.keys() & {"add_generation_prompt", "continue_final_message"}:
+                options = {}
             try:
-                return str(
-                    tokenizer.apply_chat_template(
-                        messages, tokenize=False, add_generation_prompt=True, **self.chat_kwargs
-                    )
-                )
-            except TemplateError as error:
+                return str(tokenizer.apply_chat_template(messages, tokenize=False, **options, **self.chat_kwargs))
+            except (TemplateError, ValueError) as error:
                 raise ValueError(f"The tokenizer's chat template refuses {reprlib.repr(messages)}: {error}") from error
         return "\n\n".join(message["content"] for message in messages)
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         """Token ids of a rendered prompt.
 
-        A chat template writes its own special tokens, so none are added to its text. An end-of-sequence token that the
-        tokenizer appends is removed, because the completion continues from here.
+        A chat template writes its own special tokens, so none are added to its text. Text that was rendered beforehand,
+        and begins with the beginning-of-sequence token, gets no second one. An end-of-sequence token that the tokenizer
+        appends is removed, because the completion continues from here.
         """
         ids: list[int] = tokenizer(text, add_special_tokens=not self.uses_chat(tokenizer))["input_ids"]
+        bos = tokenizer.bos_token
+        if bos and text.startswith(bos) and ids[:2] == [tokenizer.bos_token_id] * 2:
+            ids = ids[1:]
         return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token) else ids
 
     def uses_chat(self, tokenizer: PreTrainedTokenizerBase) -> bool:

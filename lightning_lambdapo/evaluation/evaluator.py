@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torchmetrics import Metric
 
+from lightning_lambdapo.checks import check_evaluation_data
 from lightning_lambdapo.config import EvaluationConfig, PolicyConfig, changed_settings
 from lightning_lambdapo.datatypes import PromptBatch, RewardOutcome, Rollout
 from lightning_lambdapo.distributed.tally import Tally
-from lightning_lambdapo.evaluation.judging import judge_rollout
+from lightning_lambdapo.evaluation.judging import judge_rollout, prepare_references
 from lightning_lambdapo.evaluation.metrics import MajorityAtK, PassAtK, SemanticDensity
 from lightning_lambdapo.evaluation.results import Outcome, outcome
 from lightning_lambdapo.rewards import Reward, SemanticDensityReward
@@ -80,7 +81,7 @@ class Evaluation(nn.Module):
         """Add one batch of prompts with ``n`` completions each. Returns the outcome of each prompt."""
         tally_rollout(self.tally, rollout, rewards)
         samples = self.num_samples
-        self.density.update(rollout.texts, [text for text in batch.references for _ in range(samples)])
+        self.density.update(rollout.texts, [text or None for text in batch.references for _ in range(samples)])
         accuracy = rewards.parts.get("accuracy", torch.full_like(rewards.total, torch.nan))
         judged = ~accuracy.isnan().any(-1)
         correct = accuracy[judged] > 0.5
@@ -125,9 +126,18 @@ class Evaluator(nn.Module):
         self.rewards = list(rewards)
         self.stages = nn.ModuleDict({stage: Evaluation(config, rewards) for stage in ("val", "test")})
 
-    def start(self, stage: str) -> None:
-        """Reset the metrics, because states made in an earlier inference mode cannot be written to."""
-        self._stage(stage).reset()
+    def start(self, stage: str, trainer: Trainer) -> None:
+        """Reset the metrics, because states made in an earlier inference mode cannot be written to.
+
+        Outside of training, the data is checked here, and rewards that need the references of the training set receive
+        them.
+        """
+        if trainer.state.fn != "fit":
+            check_evaluation_data(trainer, self.rewards, stage)
+            prepare_references(self.rewards, trainer)
+        evaluation = self._stage(stage)
+        evaluation.reset()
+        evaluation.density.token_weights = density_metric(self.rewards).token_weights
 
     def judge(self, batch: PromptBatch, rollout: Rollout, stage: str) -> dict[str, Any]:
         """Judge and measure one batch. Returns what callbacks receive."""
@@ -170,5 +180,11 @@ def density_metric(rewards: Sequence[Reward]) -> SemanticDensity:
     """
     for reward in rewards:
         if isinstance(reward, SemanticDensityReward) and reward.kind != "embedding":
-            return SemanticDensity(kind=reward.kind, n=reward.n, beta=reward.beta, tokenizer=reward.tokenizer)
+            return SemanticDensity(
+                kind=reward.kind,
+                n=reward.n,
+                beta=reward.beta,
+                tokenizer=reward.tokenizer,
+                token_weights=reward.weights,
+            )
     return SemanticDensity()

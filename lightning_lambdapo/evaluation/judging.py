@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
+from lightning.pytorch import Trainer
+
 from lightning_lambdapo.datatypes import PromptBatch, RewardOutcome, Rollout
 from lightning_lambdapo.distributed.tally import Tally
 from lightning_lambdapo.rewards import Reward, RewardInputs, judge
@@ -38,3 +40,24 @@ def judge_rollout(
                 tally.ratio(f"reward/{reward.name}/{key}", value, 1.0)
     usable = rollout.finite & ~rollout.truncated if mask_truncated else rollout.finite
     return dataclasses.replace(outcome, valid=outcome.valid & usable.view_as(outcome.valid))
+
+
+def prepare_references(rewards: Sequence[Reward], trainer: Trainer) -> None:
+    """Give each reward that needs them the references of the training set.
+
+    Every rank reads the whole training set, so all ranks give the same ones.
+
+    Args:
+        rewards: the judges.
+        trainer: its DataModule, if it has one with a method ``training_references``, knows them.
+
+    Raises:
+        ValueError: a reward cannot judge without, and there are none.
+    """
+    wanting = [reward for reward in rewards if reward.needs_training_references]
+    if not wanting:
+        return
+    find = getattr(getattr(trainer, "datamodule", None), "training_references", None)
+    references = None if find is None else find()
+    for reward in wanting:
+        reward.prepare_references(references)

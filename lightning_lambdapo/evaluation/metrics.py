@@ -21,6 +21,7 @@ from lightning_lambdapo.functional.semantic_density import (
     _density_update,
     check_density_settings,
 )
+from lightning_lambdapo.functional.token_weights import TokenWeights
 
 _BINS = 1000
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -52,6 +53,8 @@ class SemanticDensity(_ExactSums):
         n: length of the n-grams.
         beta: weight of recall against precision.
         tokenizer: text -> tokens, for both texts.
+        token_weights: how much each token counts, such as :meth:`TokenWeights.idf` of the training set's tokenised
+            traces. None counts each as 1. It may be set until the first update.
         **kwargs: as for ``torchmetrics.Metric``.
 
     Raises:
@@ -76,6 +79,7 @@ class SemanticDensity(_ExactSums):
         n: int = 1,
         beta: float = 1.0,
         tokenizer: Callable[[str], Sequence[str]] = tokenize,
+        token_weights: TokenWeights | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -84,6 +88,7 @@ class SemanticDensity(_ExactSums):
         self.n = n
         self.beta = beta
         self.tokenizer = tokenizer
+        self.token_weights = token_weights
         self.add_state("sums", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("rows", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
@@ -95,7 +100,13 @@ class SemanticDensity(_ExactSums):
         tokens = {text: self.tokenizer(reasoning_trace(text)) for text in {*references} if text is not None}
         scores = [
             _density_compute(
-                *_density_update(self.tokenizer(reasoning_trace(text)), tokens[reference], kind=self.kind, n=self.n),
+                *_density_update(
+                    self.tokenizer(reasoning_trace(text)),
+                    tokens[reference],
+                    kind=self.kind,
+                    n=self.n,
+                    weights=self.token_weights,
+                ),
                 beta=self.beta,
             )
             for text, reference in zip(generated, references, strict=True)

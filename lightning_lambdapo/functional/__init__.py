@@ -17,12 +17,14 @@ from lightning_lambdapo.functional.semantic_density import (
     semantic_density,
     tokenize,
 )
+from lightning_lambdapo.functional.token_weights import TokenWeights
 
 __all__ = [
     "EmbeddingDensityScore",
     "ImportanceStatistics",
     "LossOutput",
     "SemanticDensityScore",
+    "TokenWeights",
     "chunked_logprobs",
     "completion_mask",
     "embedding_density",

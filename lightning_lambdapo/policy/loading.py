@@ -5,11 +5,12 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from jinja2 import TemplateError
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -37,6 +38,7 @@ from lightning_lambdapo.policy.model import Policy
 from lightning_lambdapo.policy.reference import REFERENCE_ADAPTER, keep_initial_adapter, trains_base
 
 BUILTIN = "builtin:arithmetic"
+_TURN = "the assistant's turn"
 
 
 def load_tokenizer(config: PolicyConfig) -> PreTrainedTokenizerBase:
@@ -130,6 +132,63 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
             "an end-of-sequence token, so no completion could ever end. Set `eos_token` on the tokenizer."
         )
     return tuple(sorted(ids))
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]) -> None:
+    """Refuse a tokenizer with tokens that the model has no embedding for.
+
+    Two that transformers itself adds to tokenizers that never need them do not count: the token for unknown text, and
+    ``<|endoftext|>`` where it is neither the end, the beginning nor the padding (with some GGUF files).
+
+    Args:
+        model: the policy's, before its weights are sharded.
+        tokenizer: the policy's.
+        stop_token_ids: ids that are to end completions.
+
+    Raises:
+        ValueError: a token has no embedding.
+    """
+    rows = _embedded(model.get_input_embeddings())
+    if rows is None:
+        return
+    vocabulary = tokenizer.get_vocab()
+    spare = {tokenizer.unk_token_id, vocabulary.get("<|endoftext|>")}
+    spare -= {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    beyond = sorted((index, token) for token, index in vocabulary.items() if index >= rows and index not in spare)
+    if beyond:
+        raise ValueError(
+            f"The tokenizer has {len(beyond)} tokens that the model has no embedding for: {beyond[0][1]!r} has the id "
+            f"{beyond[0][0]}, and {model.config.name_or_path or type(model).__name__} embeds the ids 0 to {rows - 1}. "
+            "Use the tokenizer that belongs to the model (`policy.tokenizer`), or a model whose embeddings have been "
+            "resized to the tokenizer."
+        )
+    wrong = [index for index in stop_token_ids if not 0 <= index < rows]
+    if wrong:
+        raise ValueError(f"`rollout.stop_token_ids` has {wrong[0]}, and the model's tokens are 0 to {rows - 1}.")
+
+
+def _embedded(embedding: Any) -> int | None:
+    """Number of tokens that have an embedding, also under an adapter; None if the layer does not say."""
+    while getattr(embedding, "num_embeddings", None) is None:
+        embedding = getattr(embedding, "base_layer", None) or getattr(embedding, "original_module", None)
+        if embedding is None:
+            return None
+    return int(embedding.num_embeddings)
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> tuple[int, str] | None:
+    """Id and text of the added token with which the chat template ends an assistant's turn; None if there is none."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return None
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": _TURN}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except (TemplateError, TypeError, ValueError):
+        return None
+    added = {index: token for index, token in tokenizer.added_tokens_decoder.items() if index != tokenizer.unk_token_id}
+    after = text.rpartition(_TURN)[2] if _TURN in text else ""
+    ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return next(((index, str(added[index])) for index in ids if index in added), None)
 
 
 def save_policy(

@@ -104,6 +104,10 @@ class AccuracyReward(Reward):
         self._failed = 0
         self._statistics: dict[str, float] = {}
 
+    def reads_token(self, token: str) -> bool:
+        """It reads those that mark an answer."""
+        return token in ("<answer>", "</answer>", "####", "\\boxed{")
+
     def __call__(self, inputs: RewardInputs) -> list[float | None]:
         """Judge every row."""
         verdicts: list[float | None] = []

@@ -5,7 +5,7 @@ import dataclasses
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar
@@ -23,7 +23,7 @@ class RewardInputs:
 
     Attributes:
         prompts: prompt texts.
-        completions: completion texts, without special tokens.
+        completions: completion texts, without the special tokens that ``rollout.keep_special_tokens`` strips.
         answers: final answers, None where the data has none.
         references: reference solutions, None where the data has none.
         completion_lengths: completion lengths in tokens.
@@ -74,6 +74,34 @@ class Reward(ABC):
             encoder: of the policy before training; None unless ``needs_encoder``.
             device: where the module computes, for a reward with its own model.
         """
+
+    def reads_token(self, token: str) -> bool | None:
+        """Whether this reward reads the text of a special token in completions; None if it is not known.
+
+        By default a completion keeps the special tokens that a reward reads, and if one does not know, those that come
+        in pairs, such as ``<think>`` and ``</think>``.
+        """
+        return None
+
+    @property
+    def needs_training_references(self) -> bool:
+        """True if the reward must see the references of the training set before it can judge."""
+        return False
+
+    def prepare_references(self, references: Sequence[str] | None) -> None:  # noqa: B027 -- most need none
+        """Receive the training set's references. The module calls this at the start of a run that judges.
+
+        Args:
+            references: of all training rows that have one, the same on every rank. None if they are not known. It is
+                called only if ``needs_training_references``.
+        """
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """What a checkpoint saves of this reward, as plain data."""
+        return {}
+
+    def load_checkpoint_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027 -- most have none
+        """Load what :meth:`checkpoint_state` returned, if that was anything."""
 
     @abstractmethod
     def __call__(self, inputs: RewardInputs) -> Sequence[float | None]:

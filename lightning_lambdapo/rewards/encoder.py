@@ -103,6 +103,14 @@ class TokenEncoder:
             embeddings[rows, :width] = hidden
         return embeddings, counts[:, : embeddings.shape[1]]
 
+    def token_ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The tokens of each text, without reading it: ids ``(N, S)`` and, True where one counts, ``(N, S)`` bool.
+
+        They lie where :meth:`__call__` has their embeddings.
+        """
+        ids, _, counts = self._tokens(texts)
+        return ids, counts
+
     def _hidden(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
         options: dict[str, Any] = {}
         if "use_cache" in inspect.signature(self.model.forward).parameters:

@@ -10,6 +10,7 @@ Style = Literal["boxed", "hash", "tag", "think_answer"]
 
 _MAX_CHARACTERS = 100_000
 _HASH_LINE = re.compile(r"^[ \t]*####(?!#)[ \t]*\S", re.MULTILINE)
+_OPENED = re.compile(r"(<think>|<answer>|####|\\boxed\{)\s*\Z")
 _MARKS = {
     "hash": ("####",),
     "tag": ("<answer>", "</answer>"),
@@ -28,6 +29,9 @@ class FormatReward(Reward):
     ========================  =============================================================================
 
     The first three look only at what is said outside ``<think>...</think>``.
+
+    Where a prompt ends with an opening mark, such as ``<think>`` in many chat templates, that mark and the completion
+    may have the form together, and so may the completion alone.
 
     Args:
         weight: coefficient in the total.
@@ -63,7 +67,19 @@ class FormatReward(Reward):
 
     def __call__(self, inputs: RewardInputs) -> list[float | None]:
         """Judge every row."""
-        return [float(self._fits(text)) for text in inputs.completions]
+        rows = zip(inputs.prompts, inputs.completions, strict=True)
+        return [float(self._fits(completion) or self._fits_behind(prompt, completion)) for prompt, completion in rows]
+
+    def reads_token(self, token: str) -> bool | None:
+        """It reads the marks of its style, or the tokens that its pattern names."""
+        if self.pattern is None:
+            return token in _MARKS[self.style]
+        return token in self.pattern.pattern.replace("\\", "") or None
+
+    def _fits_behind(self, prompt: str, completion: str) -> bool:
+        """Whether prompt and completion have the form together, where the prompt ends with an opening mark."""
+        opened = _OPENED.search(prompt)
+        return opened is not None and self._fits(opened[0] + completion)
 
     def _fits(self, text: str) -> bool:
         if self.pattern is not None:

@@ -39,6 +39,10 @@ class LengthPenalty(Reward):
         self.max_length = max_length
         self.buffer = buffer
 
+    def reads_token(self, token: str) -> bool:
+        """It reads none."""
+        return False
+
     def __call__(self, inputs: RewardInputs) -> list[float | None]:
         """Judge every row."""
         free = self.max_length - self.buffer

@@ -1,7 +1,7 @@
 """How much of the reference solution the reasoning trace covers, and how much of the trace it accounts for."""
 
-from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -10,12 +10,14 @@ from lightning_lambdapo.functional.embedding_density import embedding_density
 from lightning_lambdapo.functional.masking import check_choice
 from lightning_lambdapo.functional.ranges import path_text
 from lightning_lambdapo.functional.semantic_density import (
+    FINAL_ANSWER,
     check_beta,
     check_density_settings,
     reasoning_trace,
     semantic_density,
     tokenize,
 )
+from lightning_lambdapo.functional.token_weights import TokenWeights
 from lightning_lambdapo.rewards.base import Encoder, Reward, RewardInputs
 from lightning_lambdapo.rewards.encoder import TokenEncoder
 
@@ -23,6 +25,7 @@ DensityKind = Literal["token", "rouge_l", "embedding"]
 Measure = Literal["f", "precision", "recall"]
 
 _MOST_NUMBERS = 2**25
+_READ_AT_ONCE = 1000
 
 
 class SemanticDensityReward(Reward):
@@ -36,6 +39,11 @@ class SemanticDensityReward(Reward):
     values of this kind are higher and closer together than those of the others. ``weight`` compensates for that,
     because advantages are made of differences.
 
+    With ``token_weights="idf"`` a token counts the more, the fewer of the training references have it, and nothing if
+    all have it. Without weights, the operators of a sum count as much as its numbers. A run computes the weights from
+    the references of its training set, whichever stage judges, and saves them in its checkpoints. A run with a
+    checkpoint uses those of the checkpoint. Elsewhere, call :meth:`prepare_references`.
+
     Args:
         weight: coefficient in the total.
         name: key in logs.
@@ -47,6 +55,11 @@ class SemanticDensityReward(Reward):
         tokenizer: text to tokens, for both texts; an encoder uses its own.
         encoder: with ``kind="embedding"``, hub id or directory of a transformers model; None takes the frozen policy.
         layer: which of the encoder's hidden states: 0 is the input embedding, -1 the last.
+        token_weights: None counts all tokens alike. ``"idf"`` weighs each by its inverse document frequency among the
+            training references.
+
+    Attributes:
+        weights: the tokens' weights, once they are known.
 
     Raises:
         ValueError: a setting out of range, or one that the kind does not use.
@@ -74,10 +87,13 @@ class SemanticDensityReward(Reward):
         tokenizer: Callable[[str], Sequence[str]] = tokenize,
         encoder: str | None = None,
         layer: int = -1,
+        token_weights: Literal["idf"] | None = None,
     ) -> None:
         super().__init__(weight, name)
         check_choice("kind", kind, get_args(DensityKind))
         check_choice("measure", measure, get_args(Measure))
+        if token_weights not in ("idf", None):
+            raise ValueError(f"`token_weights` must be idf or null, got {token_weights!r}.")
         if kind == "embedding":
             check_beta(beta)
             if n != 1:
@@ -101,7 +117,14 @@ class SemanticDensityReward(Reward):
         self.tokenizer = tokenizer
         self.encoder = path_text(encoder)
         self.encoder_layer = layer
+        self.token_weights = token_weights
+        self.weights: TokenWeights | None = None
+        self._from_checkpoint = False
         self._encode: Encoder | None = None
+
+    def reads_token(self, token: str) -> bool:
+        """It reads those before which a trace ends."""
+        return token in FINAL_ANSWER
 
     @property
     def needs_encoder(self) -> bool:
@@ -115,8 +138,45 @@ class SemanticDensityReward(Reward):
         elif self.encoder is not None:
             self._encode = TokenEncoder.from_pretrained(self.encoder, layer=self.encoder_layer, device=device)
 
+    @property
+    def needs_training_references(self) -> bool:
+        """True with ``token_weights="idf"``, unless a checkpoint had the weights."""
+        return self.token_weights is not None and not self._from_checkpoint
+
+    def prepare_references(self, references: Sequence[str] | None) -> None:
+        """Compute the tokens' weights.
+
+        Args:
+            references: the training set's. None keeps the weights that there are.
+
+        Raises:
+            ValueError: there are neither references nor weights, or the references give every token the weight 0.
+        """
+        if references is None and self.weights is not None:
+            return
+        traces = [reasoning_trace(text) for text in references or () if text]
+        if not traces:
+            raise ValueError(
+                f"The reward {self.name!r} has token_weights='idf', which are computed from the references of the "
+                "training set, and there are none. Set `data.train`, test with a checkpoint of a run that had the "
+                "reward, call its `prepare_references` with a list of references, or set `token_weights` to null."
+            )
+        self.weights = TokenWeights.idf(self._documents(traces))
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """The tokens' weights, if there are any."""
+        return {} if self.weights is None else {"token_weights": self.weights.state()}
+
+    def load_checkpoint_state(self, state: Mapping[str, Any]) -> None:
+        """Load the tokens' weights. From then on no training set changes them."""
+        if self.token_weights is not None and "token_weights" in state:
+            self.weights = TokenWeights(**state["token_weights"])
+            self._from_checkpoint = True
+
     def __call__(self, inputs: RewardInputs) -> list[float | None]:
         """Judge every row."""
+        if self.token_weights is not None and self.weights is None:
+            self.prepare_references(None)
         if self.kind == "embedding":
             return self._by_meaning(inputs)
         tokens = {text: self._tokens(text) for text in set(inputs.references) if text}
@@ -130,7 +190,7 @@ class SemanticDensityReward(Reward):
 
     def _density(self, generated: Sequence[str], reference: Sequence[str]) -> float:
         kind: Literal["token", "rouge_l"] = "token" if self.kind == "token" else "rouge_l"
-        density = semantic_density(generated, reference, kind=kind, n=self.n, beta=self.beta)
+        density = semantic_density(generated, reference, kind=kind, n=self.n, beta=self.beta, weights=self.weights)
         return float(getattr(density, self.measure))
 
     def _by_meaning(self, inputs: RewardInputs) -> list[float | None]:
@@ -143,18 +203,56 @@ class SemanticDensityReward(Reward):
         if not pairs:
             return [None] * len(rows)
         number = {text: index for index, text in enumerate(dict.fromkeys(text for pair in pairs for text in pair))}
-        embeddings, mask = self._encoded(list(number))
+        embeddings, mask = self._encoder(list(number))
+        weights = None if self.weights is None else self._weighed(list(number), mask, self.weights)
         size, width = embeddings.shape[1:]
         step = max(1, _MOST_NUMBERS // max(1, size * (size + 2 * width)))
         values: list[float] = []
         for start in range(0, len(pairs), step):
             ours, theirs = ([number[text] for text in side] for side in zip(*pairs[start : start + step], strict=True))
-            density = embedding_density(embeddings[ours], mask[ours], embeddings[theirs], mask[theirs], beta=self.beta)
+            density = embedding_density(
+                embeddings[ours],
+                mask[ours],
+                embeddings[theirs],
+                mask[theirs],
+                beta=self.beta,
+                generated_weights=None if weights is None else weights[ours],
+                reference_weights=None if weights is None else weights[theirs],
+            )
             values += getattr(density, self.measure).tolist()
         found = dict(zip(pairs, values, strict=True))
         return [None if pair is None else found[pair] for pair in rows]
 
-    def _encoded(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+    def _weighed(self, texts: list[str], mask: Tensor, weights: TokenWeights) -> Tensor:
+        """The weight of each token of each text, where ``mask`` says that it counts."""
+        found = torch.zeros(mask.shape, dtype=torch.float64)
+        for row, (ids, counts) in enumerate(zip(*self._token_ids(texts), strict=True)):
+            places = counts.nonzero().flatten()
+            found[row, places] = torch.tensor(weights.of(ids[places].tolist()), dtype=torch.float64)
+        return found.to(mask.device)
+
+    def _documents(self, traces: list[str]) -> Iterator[Iterable[Any]]:
+        """The tokens of each trace: words and symbols, or with ``kind="embedding"`` the encoder's ids."""
+        if self.kind != "embedding":
+            yield from map(self.tokenizer, traces)
+            return
+        for start in range(0, len(traces), _READ_AT_ONCE):
+            ids, counts = self._token_ids([trace.strip() for trace in traces[start : start + _READ_AT_ONCE]])
+            yield from (row[kept].tolist() for row, kept in zip(ids, counts, strict=True))
+
+    def _token_ids(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """The encoder's tokens, where its embeddings are, and which of them count."""
+        find = getattr(self._encoder, "token_ids", None)
+        if find is None:
+            raise ValueError(
+                f"token_weights='idf' needs an encoder with a method `token_ids`, and {self._encoder!r} has none. Set "
+                "`token_weights` to null, or use TokenEncoder."
+            )
+        ids, counts = find(texts)
+        return ids.cpu(), counts.cpu()
+
+    @property
+    def _encoder(self) -> Encoder:
         if self._encode is None and self.encoder is not None:
             self.prepare_encoder(None, torch.device("cpu"))
         if self._encode is None:
@@ -162,4 +260,4 @@ class SemanticDensityReward(Reward):
                 "kind='embedding' without `encoder` compares embeddings of the frozen policy, which LambdaPOModule "
                 "hands over when a run starts, but none was given; set `encoder` to a hub id or directory."
             )
-        return self._encode(texts)
+        return self._encode

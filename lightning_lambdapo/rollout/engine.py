@@ -12,6 +12,7 @@ from lightning_lambdapo.config import SamplingConfig
 from lightning_lambdapo.datatypes import PromptBatch, Rollout
 from lightning_lambdapo.functional import completion_mask
 from lightning_lambdapo.policy.model import Policy
+from lightning_lambdapo.rollout.completion_text import CompletionText
 
 
 class RolloutEngine(ABC):
@@ -23,6 +24,8 @@ class RolloutEngine(ABC):
         pad_id: id written after the end. May be one of ``eos_ids``.
 
     Attributes:
+        text: decodes the completions, and knows the texts that end one. A run sets its own, and adds its stop tokens to
+            ``eos_ids``, see :func:`prepare_engine`.
         exact_logprobs: True if the engine computes log-probabilities by the policy's own layers, so that in float32
             they are those of the learning pass to rounding. Otherwise ``importance_correction: auto`` is on.
         has_own_weights: True if the engine decodes with a copy of the policy's weights, which :meth:`sync` delivers.
@@ -39,6 +42,7 @@ class RolloutEngine(ABC):
         self.eos_ids = tuple(eos_ids)
         self.pad_id = pad_id
         self.version = -1
+        self.text = CompletionText(tokenizer)
 
     @abstractmethod
     def generate(
@@ -76,20 +80,28 @@ class RolloutEngine(ABC):
         """Free everything. A later :meth:`sync` may start the engine again."""
 
     def finish(self, completion_ids: Tensor, logprobs: Tensor, entropy: Tensor | None) -> Rollout:
-        """Mask, decode and trim raw ``(N, T)`` completions. Tokens after the end-of-sequence token are ignored."""
+        """Mask, decode and trim raw ``(N, T)`` completions.
+
+        Tokens after the end-of-sequence token, and after the one that completes a stop string, are ignored. Both belong
+        to the completion, with their log-probabilities.
+        """
         mask = completion_mask(completion_ids, self.eos_ids)
-        ended = (completion_ids.unsqueeze(-1) == completion_ids.new_tensor(self.eos_ids)).any(-1) & mask
+        ended = ((completion_ids.unsqueeze(-1) == completion_ids.new_tensor(self.eos_ids)).any(-1) & mask).any(-1)
+        rows = [ids[keep].tolist() for ids, keep in zip(completion_ids.cpu(), mask.cpu(), strict=True)]
+        if self.text.stop_strings:
+            lengths = [self.text.length(ids) for ids in rows]
+            rows = [ids[:length] for ids, length in zip(rows, lengths, strict=True)]
+            ended = ended | torch.tensor([length is not None for length in lengths], device=ended.device)
+            kept = torch.tensor([len(ids) for ids in rows], device=mask.device)
+            mask = mask & (torch.arange(mask.shape[1], device=mask.device) < kept.unsqueeze(-1))
         width = int(mask.sum(-1).max())
-        texts = [
-            str(self.tokenizer.decode(ids[keep].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-            for ids, keep in zip(completion_ids.cpu(), mask.cpu(), strict=True)
-        ]
+        texts = [self.text.decode(ids) for ids in rows]
         zero = torch.zeros((), dtype=logprobs.dtype, device=logprobs.device)
         return Rollout(
             completion_ids=completion_ids.masked_fill(~mask, self.pad_id)[:, :width],
             completion_mask=mask[:, :width],
             sampling_logprobs=torch.where(mask, logprobs, zero)[:, :width],
             entropy=None if entropy is None else torch.where(mask, entropy, zero)[:, :width],
-            truncated=~ended.any(-1),
+            truncated=~ended,
             texts=texts,
         )

@@ -14,6 +14,7 @@ from lightning_lambdapo.distributed.parallel import has_shards
 from lightning_lambdapo.policy.attention import UnsupportedAttentionError, branch_attention
 from lightning_lambdapo.policy.decoding import decoding_weights
 from lightning_lambdapo.policy.probing import GROUP_SIZE, ProbeRow, difference, own_logprobs, probe_prompts
+from lightning_lambdapo.rollout.completion_text import CompletionText
 from lightning_lambdapo.rollout.engine import RolloutEngine
 from lightning_lambdapo.rollout.hf import HFEngine
 from lightning_lambdapo.rollout.kv_store import GroupStore
@@ -114,7 +115,9 @@ class GroupedEngine(RolloutEngine):
         interval = self.poll_every or (1 if device.type == "cpu" else _POLL_EVERY)
         waiting = 0
         with branch_attention(model):
-            while True:  # each turn begins with a poll: the one read of the device, and the only change of who is live
+            while True:  # each turn begins with a poll: the only read of the device and change of who is live
+                if self.text.stop_strings:
+                    self._stop(live, interval)
                 alive: list[bool] = live.alive.tolist()
                 oldest = max((size for size, going in zip(store.sizes, alive, strict=True) if going), default=0)
                 kept = alive if self.performance.compaction else [any(alive)] * len(alive)
@@ -138,6 +141,16 @@ class GroupedEngine(RolloutEngine):
                 for _ in range(steps):
                     runner()
         return self.finish(*live.recorded)
+
+    def _stop(self, live: LiveRows, new: int) -> None:
+        """End the rows whose last ``new`` tokens complete a stop string. What they have after it is cut off at the end.
+
+        A row's tokens are read at polls alone, as all else is.
+        """
+        ids = live.recorded[0][live.rows].tolist()
+        seen = zip(ids, live.steps.tolist(), live.alive.tolist(), strict=True)
+        going = [alive and not self.text.stops(row[:count], new) for row, count, alive in seen]
+        live.alive.copy_(torch.tensor(going, device=live.alive.device))
 
     def _admissible(self, waiting: list[Tensor], group_size: int, length: int, rows: int, tokens: int) -> int:
         """Number of waiting prompts that can start now, beside ``rows`` rows with ``tokens`` tokens of prompts."""
@@ -172,7 +185,7 @@ class GroupedEngine(RolloutEngine):
         uniforms = row_uniforms(
             seed=0, stage="probe", step=0, prompt_ids=[0, 1], occurrences=[0, 0], num_samples=GROUP_SIZE, length=10
         )
-        ends, self.eos_ids = self.eos_ids, (-1,)  # nothing ends the probe early
+        ends, self.eos_ids, text, self.text = self.eos_ids, (-1,), self.text, CompletionText(self.tokenizer)
         reason: str | None
         try:
             found = self._decode(model, batch, SamplingConfig(), uniforms)
@@ -186,13 +199,14 @@ class GroupedEngine(RolloutEngine):
             if reason is None:
                 return
         finally:
-            self.eos_ids = ends
+            self.eos_ids, self.text = ends, text
         warnings.warn(
             f"{type(model).__name__} cannot be decoded by the grouped engine ({reason}). The slower generate of "
             "transformers is used instead. Set `rollout.engine: hf` to choose it without this message.",
             stacklevel=2,
         )
         self._fallback = HFEngine(self.tokenizer, self.eos_ids, self.pad_id)
+        self._fallback.text = self.text
 
 
 def _logits(model: PreTrainedModel, ids: Tensor, positions: Tensor, branches: Any, keep: int | Tensor) -> Tensor:

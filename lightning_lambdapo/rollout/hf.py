@@ -4,10 +4,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from lightning_lambdapo.config import SamplingConfig
 from lightning_lambdapo.datatypes import PromptBatch, Rollout
+from lightning_lambdapo.rollout.completion_text import CompletionText
 from lightning_lambdapo.rollout.engine import RolloutEngine
 from lightning_lambdapo.rollout.sampling import TokenSampler
 
@@ -26,6 +34,7 @@ class HFEngine(RolloutEngine):
         input_ids = batch.input_ids.repeat_interleave(group_size, 0)
         mask = batch.attention_mask.repeat_interleave(group_size, 0)
         recorder = _SamplingProcessor(TokenSampler(sampling, uniforms, input_ids, mask.bool()))
+        stops = [_StopStrings(self.text, input_ids.shape[1])] if self.text.stop_strings else []
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,  # the processor samples
@@ -40,6 +49,7 @@ class HFEngine(RolloutEngine):
                 attention_mask=mask.long(),
                 generation_config=config,
                 logits_processor=LogitsProcessorList([recorder]),
+                stopping_criteria=StoppingCriteriaList(stops),
                 synced_gpus=False,  # sharded weights are gathered, and ranks decode different numbers of tokens
             )
         finally:
@@ -62,3 +72,15 @@ class _SamplingProcessor(LogitsProcessor):
         self.logprobs.append(logprobs)
         self.entropy.append(entropy)
         return torch.full_like(scores, -torch.inf).scatter_(-1, tokens[:, None], 0.0)
+
+
+class _StopStrings(StoppingCriteria):
+    """Ends the rows whose completion contains a stop string."""
+
+    def __init__(self, text: CompletionText, prompt_length: int) -> None:
+        self.text = text
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        rows = input_ids[:, self.prompt_length :].tolist()
+        return torch.tensor([self.text.stops(ids, 1) for ids in rows], device=input_ids.device)

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from lightning_lambdapo.config import upgraded
+from lightning_lambdapo.checkpointing.release_0_1 import upgraded
 from lightning_lambdapo.data.sources import jsonl_rows
 
 Record = dict[str, Any]

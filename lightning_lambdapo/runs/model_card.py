@@ -72,7 +72,7 @@ def generation_settings(policy: Policy, tokenizer: PreTrainedTokenizerBase, sett
         drawn = {"do_sample": True, "temperature": sampling.temperature, **same}
     return GenerationConfig(
         bos_token_id=getattr(model.generation_config, "bos_token_id", None),
-        eos_token_id=list(eos_ids),
+        eos_token_id=sorted({*eos_ids, *rollout.stop_token_ids}),
         pad_token_id=eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         max_new_tokens=validation.max_new_tokens or rollout.max_new_tokens,
         **drawn,

@@ -54,6 +54,43 @@ def test_special_tokens_are_neither_doubled_nor_left_at_the_end() -> None:
     assert template.encode(tokenizer, "ab") == [3, 4]
 
 
+TURNS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_last_message_of_the_assistant_is_continued() -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = TURNS
+    question = {"role": "user", "content": "1+1"}
+    begun = [question, {"role": "assistant", "content": "it is "}]
+    assert PromptTemplate().render(tokenizer, begun) == "<user>1+1<end><assistant>it is "
+    assert PromptTemplate(system="be brief").render(tokenizer, begun) == (
+        "<system>be brief<end><user>1+1<end><assistant>it is "
+    )
+    assert PromptTemplate(chat=False).render(tokenizer, begun) == "1+1\n\nit is "
+    # Nothing is begun.
+    for content in ("", " "):
+        empty = [question, {"role": "assistant", "content": content}]
+        assert PromptTemplate().render(tokenizer, empty) == "<user>1+1<end><assistant>"
+    another = PromptTemplate(chat_kwargs={"add_generation_prompt": True})
+    assert another.render(tokenizer, begun) == "<user>1+1<end><assistant>it is <end><assistant>"
+
+
+def test_text_that_begins_with_the_first_token_gets_no_second() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    template = PromptTemplate()
+    assert template.encode(tokenizer, "ab") == [bos, 3, 4]
+    assert template.encode(tokenizer, "<bos>ab") == [bos, 3, 4]
+    assert template.encode(tokenizer, "a<bos>") == [bos, 3, bos]
+
+
 @pytest.mark.parametrize("pad_is_eos", [False, True])
 def test_batches_are_left_padded_and_hold_every_column(pad_is_eos: bool) -> None:
     tokenizer = tiny.tokenizer(pad_is_eos=pad_is_eos)

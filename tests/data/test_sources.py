@@ -207,6 +207,50 @@ def test_multiple_choice_without_a_right_choice(tmp_path: Path, answer: Any) -> 
         preset(tmp_path, "mmlu", {"question": "2+3?", "choices": ["three", "four", "five"], "answer": answer})
 
 
+@pytest.mark.parametrize("name", [None, "multiple_choice"])
+@pytest.mark.parametrize(
+    ("choices", "answer", "letter"),
+    [
+        ([1, 2, 3, 4], 2, "B"),  # the value, not the index
+        ([1, 2, 3, 4], "2", "B"),
+        ([1, 2, 3, 4], 2.0, "B"),
+        ([10, 12.5, 14], 12.5, "B"),
+        ([10, 12.0, 14], "12", "B"),
+        ([10, 12, 14], "(C)", "C"),
+        (["1", "2", "3", "4"], "2", "B"),
+        (["1", "2", "3", "4"], 2, "C"),  # texts have an index
+        (["1", "2", "3", "4"], 2.0, "C"),
+        ([" five ", "six"], "five", "A"),
+    ],
+)
+def test_multiple_choice_by_value(
+    tmp_path: Path, name: str | None, choices: list[Any], answer: Any, letter: str
+) -> None:
+    asked = {"question" if name else "prompt": "2+3?", "choices": choices, "answer": answer}
+    path = write(tmp_path / "rows.jsonl", asked)
+    (found,) = load_rows(DataSource(path=path, preset=name))
+    assert found["answer"] == letter
+    assert found["prompt"].startswith("2+3?\nA. ")
+
+
+def test_numbers_that_are_no_choice(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"answer 2 is neither .*where choices are numbers, as \[3, 5, 7\] are"):
+        preset(tmp_path, "multiple_choice", {"question": "?", "choices": [3, 5, 7], "answer": 2})
+    with pytest.raises(ValueError, match="answer 5 is neither an index, a letter nor the text of a choice"):
+        preset(tmp_path, "multiple_choice", {"question": "?", "choices": ["3", "5", "7"], "answer": 5})
+    # The dataset has indices, whatever its choices look like.
+    assert preset(tmp_path, "mmlu", {"question": "?", "choices": [3, 5, 7], "answer": 2})["answer"] == "C"
+
+
+@pytest.mark.parametrize("choices", [None, [], {"text": [], "label": []}, {"text": None}])
+def test_rows_without_choices_are_free_form(tmp_path: Path, choices: Any) -> None:
+    path = write(tmp_path / "rows.jsonl", {"prompt": "2+3?", "choices": choices, "answer": 5})
+    (found,) = load_rows(DataSource(path=path))
+    assert (found["prompt"], found["answer"]) == ("2+3?", "5")
+    with pytest.raises(ValueError, match="its choices must be a list of 2 to 10 texts"):
+        preset(tmp_path, "multiple_choice", {"question": "2+3?", "choices": choices, "answer": 5})
+
+
 def test_preset_gpqa_shuffles_the_same_way_every_time(tmp_path: Path) -> None:
     letters = set()
     for number in range(12):

@@ -78,3 +78,28 @@ def test_bad_settings_are_errors() -> None:
         FormatReward(pattern="(")
     with pytest.raises(ValueError, match="`style` must be one of boxed, hash, tag, think_answer; got 'xml'"):
         FormatReward(style="xml")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("style", "prompt", "completion", "value"),
+    [
+        ("think_answer", "9 * 2 = ?<assistant><think>\n", "9 + 9</think><answer>18</answer>", 1.0),
+        ("think_answer", "9 * 2 = ?<assistant><think>", "</think><answer>18</answer>", 0.0),
+        ("think_answer", "9 * 2 = ?<assistant><think>", "<think>9 + 9</think><answer>18</answer>", 1.0),
+        ("think_answer", "9 * 2 = ?<assistant><think>", "9 + 9</think><answer>18</answer> yes", 0.0),
+        ("think_answer", "<think> and then answer. 9 * 2 = ?", "9 + 9</think><answer>18</answer>", 0.0),
+        ("tag", "9 * 2 = ? <answer>", "18</answer>", 1.0),
+        ("tag", "9 * 2 = ? <answer>", "18", 0.0),
+        ("boxed", r"9 * 2 = \boxed{", "18}", 1.0),
+        ("hash", "9 * 2 = ?\nEnd with a line that begins with ####", "9 + 9\n#### 18", 1.0),
+    ],
+)
+def test_a_form_that_the_prompt_opens(style: Style, prompt: str, completion: str, value: float) -> None:
+    inputs = RewardInputs([prompt], [completion], [None], [None], [1], [False], [{}])
+    assert FormatReward(style=style)(inputs) == [value]
+
+
+@pytest.mark.parametrize("pattern", [r"\A<think>.+</think>", r"\A[^<]+</think>"])
+def test_a_pattern_that_the_prompt_opens_or_that_reckons_with_it(pattern: str) -> None:
+    inputs = RewardInputs(["?<think>\n"], ["so</think> 18"], [None], [None], [1], [False], [{}])
+    assert FormatReward(pattern=pattern.replace(".+", r"[\s\S]+"))(inputs) == [1.0]

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_lambdapo.config import PerformanceConfig, SamplingConfig
 from lightning_lambdapo.datatypes import Rollout
 from lightning_lambdapo.rollout import GroupedEngine, grouped
+from lightning_lambdapo.rollout.completion_text import CompletionText
 from lightning_lambdapo.rollout.kv_store import GroupStore
 from lightning_lambdapo.rollout.live_rows import LiveRows
 from lightning_lambdapo.rollout.step_runner import CudaCapture, StepRunner
@@ -40,9 +41,11 @@ def generate(
     poll_every: int | None = None,
     dtype: torch.dtype = torch.float64,
     eos_ids: tuple[int, ...] = ENDS,
+    stops: tuple[str, ...] = (),
     **switches: Any,
 ) -> Rollout:
     engine = GroupedEngine(tiny.tokenizer(), eos_ids, 0, **tiny.configured(**switches), poll_every=poll_every)
+    engine.text = CompletionText(tiny.tokenizer(), stop_strings=stops)
     engine._probed = True
     batch = tiny.batch(tiny.ragged_prompts(5, seed=2), extra=1)
     settings: Any = {"sampling": SamplingConfig(**cast(Any, SAMPLING[sampling])), "uniforms": streams(batch, 4, 24)}
@@ -229,6 +232,20 @@ def test_polls_and_graphs_change_no_token(architecture: str, switch: str, tape: 
         check_same(generate(architecture, poll_every=interval, cuda_graphs=True, **SWITCHES[switch]), expected)
     assert tape.replayed > 10
     assert all(1 <= one.recorded < 12 for one in tape.tapes)
+
+
+@pytest.mark.parametrize("switch", list(SWITCHES))
+def test_stop_strings_are_read_at_polls(switch: str, tape: type[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows go on until the next poll, which changes no token."""
+    stops = tuple("abcdefgh")
+    expected = generate(stops=stops)
+    assert expected.lengths.sum() < generate().lengths.sum()
+    for interval in (1, 5, 16):
+        check_same(generate(poll_every=interval, cuda_graphs=True, stops=stops, **SWITCHES[switch]), expected)
+    assert tape.replayed > 0
+    with reads(monkeypatch) as (found, _):
+        generate(poll_every=8, cuda_graphs=False, stops=stops, **SWITCHES[switch])
+    assert found == []
 
 
 @pytest.mark.parametrize("sampling", SAMPLING)
