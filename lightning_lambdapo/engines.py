@@ -74,12 +74,15 @@ class VLLMServerConfig:
         deadline: seconds for one rollout or one delivery of weights. Requests are repeated until then, on other
             servers if their own has died.
         api_key: key that the servers were started with.
+        max_staleness: 1 samples the next rollout while the policy learns from this one. Its tokens then come from the
+            weights before that update, which ``algorithm.importance_correction`` corrects. 0 waits.
     """
 
     urls: list[str] = field(default_factory=list)
     directory: str | None = None
     deadline: float = 1800.0
     api_key: str | None = None
+    max_staleness: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "directory", path_text(self.directory))
@@ -88,11 +91,12 @@ class VLLMServerConfig:
                 raise ValueError(f"`rollout.servers.urls` must begin with http:// or https://, got {url!r}.")
         if len(set(self.urls)) < len(self.urls):
             raise ValueError(f"`rollout.servers.urls` names a server twice: {', '.join(self.urls)}.")
+        check_whole("rollout.servers.max_staleness", self.max_staleness, 0, highest=1)
         check_real("rollout.servers.deadline", self.deadline, lambda time: 0 < time < math.inf, "above 0 seconds")
 
 
 def check_engine(
-    engine: str, servers: VLLMServerConfig, *, filters: Sequence[str], max_live_tokens: int | None
+    engine: str, servers: VLLMServerConfig, *, filters: Sequence[str], max_live_tokens: int | None, reserve_prompts: int
 ) -> None:
     """Refuse an engine that does not exist, and settings that a vLLM engine would not follow.
 
@@ -101,6 +105,7 @@ def check_engine(
         servers: settings of ``"vllm_server"``.
         filters: names of the sampling settings that remove tokens.
         max_live_tokens: ``rollout.max_live_tokens``.
+        reserve_prompts: ``rollout.reserve_prompts``.
     """
     check_choice("rollout.engine", engine, get_args(Engine))
     if not engine.startswith("vllm"):
@@ -115,6 +120,11 @@ def check_engine(
         raise ValueError(
             f"`rollout.max_live_tokens` is {max_live_tokens}, which {engine} does not read: vLLM plans its memory by "
             "itself. Remove it, or set `max_num_seqs` in `rollout.vllm.options`."
+        )
+    if engine == "vllm_server" and servers.max_staleness and reserve_prompts:
+        raise ValueError(
+            f"`rollout.servers.max_staleness` is 1 and `rollout.reserve_prompts` is {reserve_prompts}: which prompts "
+            "replace others is not known before they are sampled. Set one of them to 0."
         )
     if engine == "vllm_server" and not servers.urls:
         raise ValueError("`rollout.engine` is vllm_server, and `rollout.servers.urls` is empty. Name the servers.")

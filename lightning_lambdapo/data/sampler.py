@@ -95,13 +95,20 @@ class PromptLoader(DataLoader[Any]):
     """A DataLoader over a :class:`PromptSampler` whose position is saved in Lightning's checkpoints.
 
     Batches are counted when they are handed out, so workers may run ahead.
+
+    Attributes:
+        following: the batch that comes after the one that was handed out last. None at the end of an epoch.
     """
 
     handed_out = 0
+    following: Any = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.handed_out = self._prompt_sampler.skipped
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        self.following = next(batches, None)
+        while self.following is not None:
+            batch, self.following = self.following, next(batches, None)
             self.handed_out += 1
             yield batch
 

@@ -132,6 +132,8 @@ class Delivery:
         rollout: Rollout | None,
         sampling: SamplingConfig,
         cached_block: int | None,
+        *,
+        updated: bool = False,
     ) -> None:
         """Check a version's first rollout that every rank has a part of. A collective.
 
@@ -141,6 +143,7 @@ class Delivery:
             rollout: what the engine sampled. None on a rank without prompts.
             sampling: how. Filters change the engine's log-probabilities, so such rollouts are not checked.
             cached_block: prompts are cached in blocks of this many tokens. None for no cache.
+            updated: the policy has been updated since, and lends the weights that it had.
 
         Raises:
             DeliveryError: on all ranks, if one of them has a rollout from other weights.
@@ -151,6 +154,16 @@ class Delivery:
             return
         self._checked = self.version
         rows = _some_rows(batch, rollout)
+        if updated:
+            now = {name: tensor.to("cpu", copy=True) for name, tensor in trained_tensors(policy).items()}
+            with other_weights(policy, self._current, own=now):
+                self._compare(policy, rows, sampling, cached_block)
+        else:
+            self._compare(policy, rows, sampling, cached_block)
+
+    def _compare(
+        self, policy: Policy, rows: Sequence["_Row"], sampling: SamplingConfig, cached_block: int | None
+    ) -> None:
         scores = {
             name: self._score(policy, rows, sampling.logprob_temperature, name, cached_block)
             for name in ("current", *_FAILURES)

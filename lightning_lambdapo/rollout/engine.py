@@ -30,12 +30,15 @@ class RolloutEngine(ABC):
             they are those of the learning pass to rounding. Otherwise ``importance_correction: auto`` is on.
         has_own_weights: True if the engine decodes with a copy of the policy's weights, which :meth:`sync` delivers.
             Each version's first rollout is then checked for whether it comes from the current weights.
+        max_staleness: 1 lets such an engine sample the next rollout while the policy learns from this one, from the
+            weights before that update. 0 does not.
         version: number of the weights that such an engine has. :meth:`sync` sets it, and is called if it is another
             than the policy's.
     """
 
     exact_logprobs: ClassVar[bool] = False
     has_own_weights: ClassVar[bool] = False
+    max_staleness: int = 0
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], pad_id: int) -> None:
         self.tokenizer = tokenizer

@@ -5,15 +5,18 @@ from functools import partial
 from typing import Protocol, cast
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_lambdapo.checkpointing.state import RunState
 from lightning_lambdapo.checks import check_context
 from lightning_lambdapo.config import EvaluationConfig, RolloutConfig, SamplingConfig
 from lightning_lambdapo.datatypes import PromptBatch, RewardOutcome, Rollout
+from lightning_lambdapo.distributed.lightning_internals import attached_trainer
 from lightning_lambdapo.distributed.parallel import gathered, global_occurrences
 from lightning_lambdapo.distributed.tally import Tally
 from lightning_lambdapo.policy.model import Policy, causal_lm, evaluating
+from lightning_lambdapo.rollout.ahead import SampledAhead, following_batch
 from lightning_lambdapo.rollout.delivery import Delivery
 from lightning_lambdapo.rollout.dynamic_sampling import collect_groups
 from lightning_lambdapo.rollout.engine import RolloutEngine
@@ -42,6 +45,7 @@ class RolloutSampler:
         self.module = module
         self.live_tokens = LiveTokens(self.training.max_live_tokens)
         self.delivery = Delivery()
+        self.ahead = SampledAhead()
 
     @property
     def training(self) -> RolloutConfig:
@@ -72,10 +76,11 @@ class RolloutSampler:
             batch,
             self.streams(batch, "train", seed=seed, step=step),
             self.training.reserve_prompts,
-            complete=partial(self.complete, sampling=self.training.sampling),
+            complete=partial(self.complete, sampling=self.training.sampling, training=True),
             judge=judge,
             tally=tally,
         )
+        self._sample_ahead(seed=seed, step=step + 1)
         self.module.engine.sleep()
         tally.maximum("rollout_memory_retries", torch.tensor(self.live_tokens.retries))
         return collected
@@ -86,29 +91,51 @@ class RolloutSampler:
         return cast(Rollout, self.complete(batch, uniforms, self.evaluation.sampling))
 
     @torch.no_grad()
-    def complete(self, batch: PromptBatch, uniforms: Tensor, sampling: SamplingConfig) -> Rollout | None:
+    def complete(
+        self, batch: PromptBatch, uniforms: Tensor, sampling: SamplingConfig, *, training: bool = False
+    ) -> Rollout | None:
         """Complete each prompt once for each of its rows of ``uniforms``. None without prompts. A collective."""
         model = causal_lm(self.module.policy)
-        if batch.prompts:
-            check_context(model, int(batch.attention_mask.sum(-1).max()), uniforms.shape[1], quiet=True)
         policy, engine = self.module.policy, self.module.engine
-
-        def generate() -> Rollout | None:
-            if not batch.prompts:
-                return None
-            return self.live_tokens.generate(engine, model, batch, sampling=sampling, uniforms=uniforms)
-
+        generate = partial(self._generate, batch, uniforms, sampling)
         with evaluating(policy):
             if not engine.has_own_weights:
                 with gathered(model):
                     return generate()
+            early = self.ahead.finished()  # before the engine gets other weights
+            if early is not None and early.version == self.delivery.version:
+                given = early.batch, early.rollout, self.training.sampling
+                self.delivery.check(policy, *given, engine.cached_block, updated=True)
             version = self.delivery.next_version(policy)
             if engine.version != version:
                 with gathered(model):
                     engine.sync(policy, version)
+            taken = self.ahead.take(batch) if training else None
+            if taken is not None:
+                return taken
             rollout = generate()
             self.delivery.check(policy, batch, rollout, sampling, engine.cached_block)
             return rollout
+
+    def _generate(self, batch: PromptBatch, uniforms: Tensor, sampling: SamplingConfig) -> Rollout | None:
+        if not batch.prompts:
+            return None
+        model = causal_lm(self.module.policy)
+        check_context(model, int(batch.attention_mask.sum(-1).max()), uniforms.shape[1], quiet=True)
+        return self.live_tokens.generate(self.module.engine, model, batch, sampling=sampling, uniforms=uniforms)
+
+    def _sample_ahead(self, *, seed: int, step: int) -> None:
+        """Begin to sample the next training step's rollout, if the engine may. A collective then."""
+        if not self.module.engine.max_staleness:
+            return
+        following = following_batch(attached_trainer(cast(LightningModule, self.module)))
+        if following is None:
+            return
+        device = causal_lm(self.module.policy).device
+        moved = PromptBatch._make(each.to(device) if isinstance(each, Tensor) else each for each in following)
+        uniforms = self.streams(moved, "train", seed=seed, step=step)
+        generate = partial(self._generate, moved, uniforms, self.training.sampling)
+        self.ahead.start(moved, self.delivery.version, cast(Callable[[], Rollout], torch.no_grad()(generate)))
 
     def streams(self, batch: PromptBatch, stage: str, *, seed: int, step: int) -> Tensor:
         """Each row's stream of uniforms, ``(N, T)``. A collective."""

@@ -10,6 +10,7 @@ import json
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from measuring import Result, answer, in_turn, options, prepared_model, rendered, report
 
@@ -30,7 +31,8 @@ def measure(model: str, prompts: Path | None, name: str) -> Result:
 
     on_gpu = torch.cuda.is_available()
     config = PolicyConfig(model, dtype="bfloat16" if on_gpu else "float32")
-    policy = load_policy(config, AdapterConfig(r=16)).to("cuda" if on_gpu else "cpu")
+    policy: Any = load_policy(config, AdapterConfig(r=16))
+    policy.to("cuda" if on_gpu else "cpu")
     tokenizer = load_tokenizer(config)
     rows = [{"prompt": text} for text in rendered(tokenizer, prompts, PROMPTS)]
     batch = PromptCollator(tokenizer, PromptTemplate(chat=False))(rows)

@@ -3,7 +3,6 @@
 The same with vLLM itself is in ``vllm/test_delivery.py``.
 """
 
-import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,53 +10,13 @@ from typing import Any, cast
 
 import pytest
 import torch
+from copies import CopyModule
 from small import Rows, module, trainer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from lightning_lambdapo import AdapterConfig, LambdaPOModule, PolicyConfig, RolloutConfig
-from lightning_lambdapo.datatypes import PromptBatch, Rollout
-from lightning_lambdapo.policy.model import Policy, causal_lm
+from lightning_lambdapo import AdapterConfig, PolicyConfig, RolloutConfig
 from lightning_lambdapo.policy.versions import fingerprint, other_weights, trained_tensors
-from lightning_lambdapo.rollout import HFEngine
 from lightning_lambdapo.rollout.delivery import Delivery, DeliveryError, Evidence
-
-
-class CopyEngine(HFEngine):
-    """Decodes with a copy of the policy. ``broken`` changes what is delivered as version ``at`` and later."""
-
-    exact_logprobs = False
-    has_own_weights = True
-    broken: str | None = None
-    at = 2
-    noise = 0.0
-
-    def sync(self, policy: Policy, version: int) -> None:
-        self.version = version
-        if self.broken == "previous" and version >= self.at:
-            return
-        self.own = copy.deepcopy(policy).requires_grad_(False)
-        if self.broken == "base" and version >= self.at:
-            for name, parameter in self.own.named_parameters():
-                if "lora_B" in name:
-                    nn.init.zeros_(parameter)
-
-    def generate(self, model: PreTrainedModel, batch: PromptBatch, **settings: Any) -> Rollout:
-        rollout = super().generate(causal_lm(self.own), batch, **settings)
-        generator = torch.Generator().manual_seed(self.version)
-        error = torch.randn(rollout.sampling_logprobs.shape, generator=generator) * self.noise
-        noisy = (rollout.sampling_logprobs + error).where(rollout.completion_mask, 0)
-        return Rollout(rollout.completion_ids, rollout.completion_mask, noisy, None, rollout.truncated, rollout.texts)
-
-
-class CopyModule(LambdaPOModule):
-    broken: str | None = None
-    noise: float = 0.0
-
-    def build_engine(self, model: PreTrainedModel) -> CopyEngine:
-        engine = CopyEngine(self.tokenizer, (1,), 0)
-        engine.broken, engine.noise = self.broken, self.noise
-        return engine
 
 
 def run(

@@ -66,6 +66,7 @@ class VLLMServerEngine(RolloutEngine):
         super().__init__(tokenizer, eos_ids, pad_id)
         self.policy_config = policy
         self.config = config
+        self.max_staleness = config.max_staleness
         self.servers = [Server(url, config.api_key) for url in config.urls]
         self._checked = False
         self._run = ""
