@@ -73,7 +73,7 @@ class FormatReward(Reward):
     def reads_token(self, token: str) -> bool | None:
         """It reads the marks of its style, or the tokens that its pattern names."""
         if self.pattern is None:
-            return token in _MARKS[self.style]
+            return token in _MARKS.get(self.style, ("\\boxed", "\\boxed{"))
         return token in self.pattern.pattern.replace("\\", "") or None
 
     def _fits_behind(self, prompt: str, completion: str) -> bool:

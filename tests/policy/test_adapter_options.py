@@ -257,11 +257,11 @@ def test_a_continued_adapter_that_trains_biases(bases: dict[str, str], tmp_path:
     torch.testing.assert_close(logits(reference), start, rtol=0, atol=1e-6)
 
 
-ENDS = {
-    "embedding": {"target_modules": ["embed_tokens", "wte", "q_proj", "c_attn"]},
+ENDS: dict[str, dict[str, Any]] = {
+    "embedding": {"target_modules": ["embedding", "attention"]},
     "head": {"target_modules": ["lm_head"]},
-    "both": {"target_modules": ["embed_tokens", "wte", "lm_head"]},
-    "random": {"target_modules": ["embed_tokens", "wte"], "options": {"init_lora_weights": False}},
+    "both": {"target_modules": ["embedding", "lm_head"]},
+    "random": {"target_modules": ["embedding"], "options": {"init_lora_weights": False}},
 }
 
 
@@ -269,7 +269,11 @@ ENDS = {
 @pytest.mark.parametrize("architecture", ["qwen3", "gpt2", "llama"])
 def test_adapted_ends_are_merged(bases: dict[str, str], tmp_path: Path, architecture: str, ends: str) -> None:
     """Those of Qwen3 and GPT-2 share their weights, of which the policy adapts one end alone or each by its own."""
-    policy = load_policy(PolicyConfig(bases[architecture]), AdapterConfig(r=4, alpha=12, **cast(Any, ENDS[ends])))
+    settings: dict[str, Any] = dict(ENDS[ends])
+    embedding, attention = ("wte", "c_attn") if architecture == "gpt2" else ("embed_tokens", "q_proj")
+    names = {"embedding": embedding, "attention": attention}
+    settings["target_modules"] = [names.get(name, name) for name in settings["target_modules"]]
+    policy = load_policy(PolicyConfig(bases[architecture]), AdapterConfig(r=4, alpha=12, **settings))
     train(policy)
     expected = logits(policy)
     merge_adapter(cast(PeftModel, policy)).save_pretrained(tmp_path)

@@ -233,7 +233,7 @@ def test_a_run_may_have_several_ranks(tmp_path: Path) -> None:
     command += [*arguments, "--trainer.devices=2", "--trainer.strategy=ddp"]
     with subprocess.Popen(command, cwd=tmp_path, start_new_session=True) as process:
         try:
-            assert process.wait(120) == 0
+            assert process.wait(240) == 0
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # its run ends with it
