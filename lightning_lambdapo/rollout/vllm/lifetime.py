@@ -49,10 +49,15 @@ def start_engine(settings: dict[str, Any]) -> Any:
             # Of several ranks each has an engine of its own, among processes that are there already. vLLM's other ways
             # to start would wait for further ones, or all use the first GPU.
             _live["llm"] = LLM(**settings, distributed_executor_backend="external_launcher")
-        except BaseException:
+        except BaseException as error:
             with _groups_kept(_live["groups"]):
                 cleanup_dist_env_and_memory()  # else no later engine could start
-            raise
+            if not isinstance(error, Exception):
+                raise
+            raise RuntimeError(
+                f"vLLM does not start with {settings['model']}: {type(error).__name__}: {error}. Change `rollout.vllm` "
+                "or `policy`, or set `rollout.engine: grouped`."
+            ) from error
     return _live["llm"]
 
 

@@ -191,3 +191,13 @@ def test_a_module_can_be_used_again_after_its_engine_was_closed(served: str, tmp
     assert isinstance(model.engine, VLLMEngine)
     assert model.engine._llm is None
     assert fit(tmp_path / "again", model)[-1]["train/sampling_drift"] < 1e-4
+
+
+def test_an_engine_that_does_not_start(served: str) -> None:
+    """The error names the model and a way out, and a later engine starts."""
+    policy = load_policy(PolicyConfig(served), None)
+    with pytest.raises(RuntimeError, match=rf"vLLM does not start with {served}: .*set `rollout.engine: grouped`"):
+        engine(PolicyConfig(served), options={"block_size": 16}).sync(policy, 1)  # vLLM's CPU kernels want 32
+    vllm = engine(PolicyConfig(served))
+    vllm.sync(policy, 1)
+    vllm.close()
