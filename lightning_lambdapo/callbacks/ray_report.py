@@ -35,6 +35,7 @@ class RayReport(Checkpoint):
         self.every_n_rollouts = every_n_rollouts
         self.directory = directory
         self._reported = 0
+        self._epoch = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a trainer that is not one for Ray, and shards that no directory would collect.
@@ -62,6 +63,7 @@ class RayReport(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
     ) -> None:
         """Report if it is due."""
+        self._epoch = trainer.current_epoch  # when training has ended it is the next one
         if finished_rollouts(trainer) % self.every_n_rollouts == 0:
             self._report(trainer)
 
@@ -76,11 +78,11 @@ class RayReport(Checkpoint):
 
         self._reported = finished_rollouts(trainer)
         metrics: dict[str, float] = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        metrics |= {"epoch": trainer.current_epoch, "step": self._reported}
+        metrics |= {"epoch": self._epoch, "step": self._reported}
         made = tempfile.mkdtemp(prefix="lambdapo-", dir=self.directory) if trainer.is_global_zero else ""
         directory = Path(trainer.strategy.broadcast(made))
         try:
-            trainer.save_checkpoint(directory / CHECKPOINT_NAME)
+            trainer.save_checkpoint(directory / CHECKPOINT_NAME, weights_only=False)
             checkpoint = ray.train.Checkpoint.from_directory(str(directory)) if trainer.is_global_zero else None
             ray.train.report(metrics, checkpoint=checkpoint)
         finally:
