@@ -76,7 +76,7 @@ def prepare_trainer(trainer: Trainer) -> Trainer:
 
 @contextmanager
 def resume_path() -> Iterator[str | None]:
-    """The ``ckpt_path`` for ``trainer.fit``: the checkpoint that was reported last, or None in a new run.
+    """The ``ckpt_path`` for ``trainer.fit``: the last checkpoint that Ray knows of, or None in a new run.
 
     Fit inside this context. If the storage is remote, the checkpoint is downloaded, and removed when the context ends.
     """

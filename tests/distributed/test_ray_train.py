@@ -11,11 +11,12 @@ import pytest
 import runs
 import torch
 from comparing import assert_same, assert_same_run
+from lightning.pytorch import Callback, LightningModule, Trainer
 from small import Digits
 
 import lightning_lambdapo
 from lightning_lambdapo import distributed
-from lightning_lambdapo.callbacks import RayReport
+from lightning_lambdapo.callbacks import RayReport, finished_rollouts
 from lightning_lambdapo.distributed import ray_train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.filterwarnings("default")]
@@ -36,24 +37,42 @@ def ray() -> Iterator[Any]:
     ray.shutdown()
 
 
+class Registered(Callback):
+    """Waits at the start of a step until Ray has taken note of every report, which it does every two seconds."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        import ray.train
+
+        if finished_rollouts(trainer) + 1 == self.step:
+            ray.train.get_all_reported_checkpoints()
+
+
 def loop(config: dict[str, Any]) -> None:
     """What each worker calls. Only the first attempt dies."""
     from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment
 
     torch.set_num_threads(1)
     options = dict(config["options"])
+    death, own = options.pop("death", None), options.pop("trainer", {})
     strategy = {"ddp": RayDDPStrategy, "shards": ray_train.RayModelParallelStrategy}[config["strategy"]]()
-    trainer = {"strategy": strategy, "plugins": [RayLightningEnvironment()], "devices": "auto"}
+    callbacks: list[Callback] = [RayReport(every_n_rollouts=config["every"])]
     with ray_train.resume_path() as path:
+        if path is not None:
+            death = None
+        elif death is not None:
+            callbacks.append(Registered(int(death.split()[1])))
         runs.train(
             Path(config["directory"]),
             config["base"],
             how="ddp",
             resume=path,
-            death=None if path else options.pop("death", None),
-            callbacks=[RayReport(every_n_rollouts=config["every"])],
-            trainer=trainer | options.pop("trainer", {}),
-            **{name: value for name, value in options.items() if name != "death"},
+            death=death,
+            callbacks=callbacks,
+            trainer={"strategy": strategy, "plugins": [RayLightningEnvironment()], "devices": "auto"} | own,
+            **options,
         )
 
 
