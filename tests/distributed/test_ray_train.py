@@ -31,6 +31,7 @@ def ray() -> Iterator[Any]:
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.train.torch")
     paths = [str(TESTS), str(Path(lightning_lambdapo.__file__).parents[1])]
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
     variables = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": variables})
     yield ray
@@ -161,7 +162,6 @@ def test_the_example_runs(
     ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With its judge, whose processes a worker starts outside of its main thread."""
-    monkeypatch.setenv("RAY_AIR_LOCAL_CACHE_DIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     storage = f"RunConfig(storage_path={str(tmp_path / 'ray')!r}, "
