@@ -88,10 +88,11 @@ def test_the_house_is_small() -> None:
 
 
 def test_one_file_names_the_strategies_and_one_what_the_oldest_needs() -> None:
+    """And one has a subclass, which alone needs Ray."""
     for path in FILES:
         names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
         sharding = {name for name in names if name.startswith(("DDP", "FSDP", "ModelParallel", "fully_shard"))}
-        assert not sharding or path.name in ("parallel.py", "fsdp1.py"), path
+        assert not sharding or path.name in ("parallel.py", "fsdp1.py", "ray_train.py"), path
         assert not any(name.startswith("FullySharded") for name in names) or path.name == "fsdp1.py", path
 
 

@@ -38,10 +38,13 @@ DOCUMENTS = [
         "lightning_lambdapo/evaluation/README.md",
         "lightning_lambdapo/policy/README.md",
         "lightning_lambdapo/rollout/README.md",
+        "lightning_lambdapo/distributed/README.md",
     )
 ]
 TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}
 README = TEXTS["README.md"]
+#: Documents whose Python runs everywhere. That for Ray runs in distributed/test_ray_train.
+SCRIPTS = [name for name in TEXTS if name != "lightning_lambdapo/distributed/README.md"]
 #: Where a relative path in a document may start: the repository, the package, its tests, the document's own directory.
 STARTS = (ROOT, ROOT / "lightning_lambdapo", ROOT / "tests")
 #: Directories that commands of the documents make.
@@ -117,7 +120,7 @@ def _parse(args: list[str]) -> None:
     )
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.parametrize("code", blocks("python", *SCRIPTS))
 def test_python_runs_as_a_script(code: str, tmp_path: Path) -> None:
     (tmp_path / "example.py").write_text(code)
     result = subprocess.run(
@@ -128,7 +131,7 @@ def test_python_runs_as_a_script(code: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.parametrize("code", blocks("python", *SCRIPTS))
 def test_python_runs_in_a_notebook(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")  # jupyter warns of its own change to these directories
     for name in ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR"):

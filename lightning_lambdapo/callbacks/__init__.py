@@ -6,6 +6,7 @@ from lightning_lambdapo.callbacks.console import TrainingConsole
 from lightning_lambdapo.callbacks.evaluation_report import EvaluationReport
 from lightning_lambdapo.callbacks.export import PolicyExport
 from lightning_lambdapo.callbacks.plot import RewardPlot
+from lightning_lambdapo.callbacks.ray_report import RayReport
 from lightning_lambdapo.callbacks.run import finished_rollouts, run_directory
 from lightning_lambdapo.callbacks.throughput import Throughput
 
@@ -13,6 +14,7 @@ __all__ = [
     "CompletionsLogger",
     "EvaluationReport",
     "PolicyExport",
+    "RayReport",
     "RewardPlot",
     "RolloutCheckpoint",
     "Throughput",
