@@ -36,6 +36,7 @@ DOCUMENTS = [
         "lightning_lambdapo/rewards/README.md",
         "lightning_lambdapo/data/README.md",
         "lightning_lambdapo/evaluation/README.md",
+        "lightning_lambdapo/functional/README.md",
     )
 ]
 TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}

@@ -200,6 +200,8 @@ def _load(checkpoint: Path, settings: Record, config: Record | None, *, merge: b
             # peft would merge into the 4-bit weights, where rounding loses the update.
             held = dataclasses.replace(held, quantization=None, dtype="float32")
         overrides["policy"] = dataclasses.asdict(dataclasses.replace(held, gradient_checkpointing=False))
+    if isinstance(algorithm := settings.get("algorithm"), Mapping):  # nothing is learnt here, so none is imported
+        overrides["algorithm"] = {name: value for name, value in algorithm.items() if name not in ("estimator", "loss")}
     _import_class(settings, config)
     return LambdaPOModule.load_from_checkpoint(checkpoint, map_location="cpu", **overrides)
 

@@ -6,9 +6,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
+
+from lightning_lambdapo.config import Estimator
 
 ESTIMATOR = "model.algorithm.estimator"
 _PAIRWISE = ("weighting", "temperature", "score", "reduction", "center", "scale")
@@ -73,8 +75,8 @@ def parse_variation(text: str) -> list[dict[str, Any]]:
 def plan_arms(estimators: Sequence[str], variations: Iterable[Sequence[Mapping[str, Any]]]) -> list[Arm]:
     """Every estimator with every combination of alternatives, without duplicates.
 
-    An arm omits settings that it does not use: those of the pairwise advantage in a baseline's arm, temperature and
-    score with ``weighting: uniform``. Arms that become equal are listed once.
+    An arm omits settings that it does not use: those of the pairwise advantage in a baseline's arm (but the score in
+    that of a function of the user's own, which receives it), temperature and score with ``weighting: uniform``. Arms that become equal are listed once.
 
     Args:
         estimators: values of ``model.algorithm.estimator``; none keeps the base configuration's.
@@ -228,15 +230,15 @@ def _idle(key: str, settings: Mapping[str, Any]) -> bool:
     if parts[:2] != ["model", "algorithm"] or parts[-1] not in _PAIRWISE:
         return False
     chosen = {_last(name): value for name, value in settings.items()}
-    if chosen.get("estimator", "lambda") != "lambda":
-        return True
+    if chosen.get("estimator", "lambda") != "lambda":  # a function of the user's own receives the confidence
+        return parts[-1] != "score" or chosen["estimator"] in get_args(Estimator)
     return chosen.get("weighting") == "uniform" and parts[-1] in ("temperature", "score")
 
 
 def _label(used: Mapping[str, Any], settings: Mapping[str, Any], shown: Callable[[Any], str]) -> str:
     names = _short_names(list(settings))
     parts = [
-        str(value) if _last(key) in ("estimator", "weighting") else f"{names[key]}={shown(value)}"
+        shown(value) if _last(key) in ("estimator", "weighting") else f"{names[key]}={shown(value)}"
         for key, value in used.items()
     ]
     if used.get(ESTIMATOR) == "lambda" and any(_last(key) == "weighting" for key in used):
