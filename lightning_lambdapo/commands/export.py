@@ -192,7 +192,7 @@ def _untie(model: PreTrainedModel) -> None:
 
 def _load(checkpoint: Path, settings: Record, config: Record | None, *, merge: bool) -> LambdaPOModule:
     """The module of a checkpoint, with an unquantised base if the adapter is to be merged."""
-    overrides = {name: settings[name] for name in ("policy", "lora") if name in settings}
+    overrides: dict[str, Any] = {name: settings[name] for name in ("policy", "lora") if name in settings}
     policy: Any = settings.get("policy")
     if isinstance(policy, Mapping):
         held = from_mapping(PolicyConfig, policy)

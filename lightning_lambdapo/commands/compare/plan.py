@@ -4,7 +4,7 @@ import copy
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,10 +23,12 @@ class Arm:
     Attributes:
         label: short and unique.
         settings: dotted key -> the value that replaces the base configuration's.
+        tuned: the same for settings that are tuned for each arm. They do not tell arms apart.
     """
 
     label: str
     settings: dict[str, Any]
+    tuned: dict[str, Any] = field(default_factory=dict)
 
     @property
     def slug(self) -> str:
@@ -72,11 +74,20 @@ def parse_variation(text: str) -> list[dict[str, Any]]:
     return alternatives
 
 
+def parse_tuning(text: str) -> list[dict[str, Any]]:
+    """The values of ``--tune``, written like a variation."""
+    found = parse_variation(text)
+    if len({repr(each) for each in found}) < len(found):
+        raise ValueError(f"--tune={text} names a value twice.")
+    return found
+
+
 def plan_arms(estimators: Sequence[str], variations: Iterable[Sequence[Mapping[str, Any]]]) -> list[Arm]:
     """Every estimator with every combination of alternatives, without duplicates.
 
-    An arm omits settings that it does not use: those of the pairwise advantage in a baseline's arm (but the score in
-    that of a function of the user's own, which receives it), temperature and score with ``weighting: uniform``. Arms that become equal are listed once.
+    An arm omits settings that it does not use: those of the pairwise advantage in a baseline's arm (all but the score
+    in that of a function of the user's own, which receives it), temperature and score with ``weighting: uniform``.
+    Arms that become equal are listed once.
 
     Args:
         estimators: values of ``model.algorithm.estimator``; none keeps the base configuration's.
@@ -95,6 +106,23 @@ def plan_arms(estimators: Sequence[str], variations: Iterable[Sequence[Mapping[s
             label = _label(used, settings, repr)
         found.setdefault(label, Arm(label, used))
     return list(found.values())
+
+
+def candidates(arm: Arm, tuning: Sequence[Sequence[Mapping[str, Any]]]) -> list[Arm]:
+    """The arm with every combination of the tuned values that it uses. Their labels are the values.
+
+    An arm that uses none of the tuned settings is its own only candidate.
+    """
+    found: list[dict[str, Any]] = []
+    for combination in itertools.product(*tuning):
+        values = {key: value for part in combination for key, value in part.items()}
+        used = {key: value for key, value in values.items() if not _idle(key, arm.settings | values)}
+        if used not in found:
+            found.append(used)
+    labels = [_label(used, used, _shown) for used in found]
+    if len(set(labels)) < len(labels):
+        labels = [_label(used, used, repr) for used in found]
+    return [Arm(label if used else "base", arm.settings, used) for label, used in zip(labels, found, strict=True)]
 
 
 def plan_runs(arms: Sequence[Arm], seeds: Sequence[int], root: Path) -> list[Run]:
@@ -238,12 +266,24 @@ def _idle(key: str, settings: Mapping[str, Any]) -> bool:
 def _label(used: Mapping[str, Any], settings: Mapping[str, Any], shown: Callable[[Any], str]) -> str:
     names = _short_names(list(settings))
     parts = [
-        shown(value) if _last(key) in ("estimator", "weighting") else f"{names[key]}={shown(value)}"
+        (value if isinstance(value, str) else shown(value))
+        if _last(key) in ("estimator", "weighting")
+        else f"{names[key]}={shown(value)}"
         for key, value in used.items()
     ]
     if used.get(ESTIMATOR) == "lambda" and any(_last(key) == "weighting" for key in used):
         parts.remove("lambda")  # the weighting implies it
     return " ".join(parts) or "base"
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """Settings in few characters, like the label of an arm.
+
+    Example:
+        >>> settings_text({"model.optimizer.init_args.lr": 1e-4, "data.batch_size": 8})
+        'lr=0.0001 batch_size=8'
+    """
+    return _label(settings, settings, _shown) if settings else ""
 
 
 def _short_names(keys: Sequence[str]) -> dict[str, str]:
