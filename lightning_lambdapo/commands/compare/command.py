@@ -14,6 +14,7 @@ from lightning_lambdapo.commands.compare.plan import (
     Arm,
     Run,
     option_keys,
+    parse_estimators,
     parse_tuning,
     parse_variation,
     plan_arms,
@@ -162,7 +163,7 @@ def _arms(options: argparse.Namespace, arguments: Sequence[str]) -> list[Arm]:
     Raises:
         ValueError: nothing is compared, or a setting is both varied and fixed, or two labels give the same directory.
     """
-    estimators = [name.strip() for name in options.estimators.split(",") if name.strip()]
+    estimators = parse_estimators(options.estimators)
     variations = [parse_variation(text) for text in options.vary]
     varied = [key for variation in variations for key in variation[0]] + ([ESTIMATOR] if estimators else [])
     fixed = option_keys(arguments)

@@ -74,6 +74,16 @@ def parse_variation(text: str) -> list[dict[str, Any]]:
     return alternatives
 
 
+def parse_estimators(text: str) -> list[Any]:
+    """The values of ``--estimators``: names, import paths of functions, mappings of a class and its arguments.
+
+    Example:
+        >>> parse_estimators("lambda, my_package.mine, {class_path: my_package.Mine, init_args: {power: 2}}")
+        ['lambda', 'my_package.mine', {'class_path': 'my_package.Mine', 'init_args': {'power': 2}}]
+    """
+    return [_plain(part) for part in _split(text, ",") if part]
+
+
 def parse_tuning(text: str) -> list[dict[str, Any]]:
     """The values of ``--tune``, written like a variation."""
     found = parse_variation(text)
@@ -82,7 +92,7 @@ def parse_tuning(text: str) -> list[dict[str, Any]]:
     return found
 
 
-def plan_arms(estimators: Sequence[str], variations: Iterable[Sequence[Mapping[str, Any]]]) -> list[Arm]:
+def plan_arms(estimators: Sequence[Any], variations: Iterable[Sequence[Mapping[str, Any]]]) -> list[Arm]:
     """Every estimator with every combination of alternatives, without duplicates.
 
     An arm omits settings that it does not use: those of the pairwise advantage in a baseline's arm (all but the score

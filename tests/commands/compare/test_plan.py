@@ -6,6 +6,7 @@ import pytest
 from lightning_lambdapo.commands.compare.plan import (
     ESTIMATOR,
     candidates,
+    parse_estimators,
     parse_tuning,
     parse_variation,
     plan_arms,
@@ -173,6 +174,9 @@ def test_functions_of_the_users_own_as_arms() -> None:
     assert len([arm for arm in arms if arm.settings[ESTIMATOR] == "grpo"]) == 1
     shapes = parse_variation(f"{ESTIMATOR}=grpo,{{class_path: my_package.Mine, init_args: {{power: 2}}}}")
     assert [arm.label for arm in plan_arms([], [shapes])] == ["grpo", "Mine"]
+    mapped = plan_arms(parse_estimators("lambda, {class_path: my_package.Mine, init_args: {a: 1, b: [2, 3]}}"), [])
+    assert [arm.label for arm in mapped] == ["lambda", "Mine"]
+    assert mapped[1].settings[ESTIMATOR]["init_args"] == {"a": 1, "b": [2, 3]}
 
 
 def test_each_arm_tunes_what_it_uses() -> None:
