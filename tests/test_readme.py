@@ -37,6 +37,7 @@ DOCUMENTS = [
         "lightning_lambdapo/data/README.md",
         "lightning_lambdapo/evaluation/README.md",
         "lightning_lambdapo/functional/README.md",
+        "lightning_lambdapo/commands/compare/README.md",
     )
 ]
 TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}
@@ -227,7 +228,7 @@ def test_comparisons_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) ->
     base = [f"--config={options.config[0]}", *others]
     assert options.estimators or options.vary
     settings = [{ESTIMATOR: name} for name in options.estimators.split(",") if name]
-    settings += [each for text in options.vary for each in parse_variation(text)]
+    settings += [each for text in (*options.vary, *options.tune) for each in parse_variation(text)]
     for each in settings:
         parse(["fit", *base, *(f"--{key}={_text(value)}" for key, value in each.items() if ".rewards." not in key)])
     assert not set(option_keys(others)) & {key for each in settings for key in each}
