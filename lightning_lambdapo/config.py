@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
@@ -14,12 +15,14 @@ from lightning_lambdapo.functional.advantages import Reduction, Scale, Score, Te
 from lightning_lambdapo.functional.importance import CorrectionLevel, check_cap
 from lightning_lambdapo.functional.losses import Aggregation, KLEstimator, Level, check_clipping
 from lightning_lambdapo.functional.masking import check_choice
+from lightning_lambdapo.functional.own_functions import Function, check_estimator, check_loss, find_function
 from lightning_lambdapo.functional.ranges import check_real, check_whole, path_text
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 Estimator = Literal["lambda", "grpo", "dr_grpo", "rloo"]
+Loss = Literal["clipped"]
 ImportanceCorrection = Literal["auto", "none", "truncate", "mask"]
 T = TypeVar("T")
 
@@ -253,7 +256,7 @@ class AlgorithmConfig:
 
     Attributes:
         estimator: ``"lambda"`` (pairwise, the settings up to ``scale``) or a baseline: ``"grpo"``, ``"dr_grpo"``,
-            ``"rloo"``.
+            ``"rloo"``. Or a function of your own, see ``functional/README.md``.
         weighting: weight of a pair, see :func:`~lightning_lambdapo.functional.pairwise_weights`.
         score: a row's confidence is the ``"mean"`` or the ``"sum"`` of its log-probabilities at sampling.
         temperature: divisor of confidence differences. ``"group_std"`` uses the standard deviation of the group's
@@ -282,9 +285,10 @@ class AlgorithmConfig:
         aggregation: mean over ``"token"``, mean of row means (``"sequence"``), or sum over rows times
             ``max_new_tokens`` (``"constant"``).
         mask_truncated: ignore rows that reach ``max_new_tokens``.
+        loss: ``"clipped"`` (the settings from ``clip_low`` on), or a function of your own.
     """
 
-    estimator: Estimator = "lambda"
+    estimator: Estimator | str | dict[str, Any] | Callable[..., Any] = "lambda"
     weighting: Weighting = "confidence"
     score: Score = "mean"
     temperature: Temperature = "group_std"
@@ -302,9 +306,13 @@ class AlgorithmConfig:
     log_kl: bool = False
     aggregation: Aggregation = "token"
     mask_truncated: bool = False
+    loss: Loss | str | dict[str, Any] | Callable[..., Any] = "clipped"
 
     def __post_init__(self) -> None:
-        check_choice("algorithm.estimator", self.estimator, get_args(Estimator))
+        if self.own_estimator is not None:
+            check_estimator("algorithm.estimator", self.own_estimator)
+        if self.own_loss is not None:
+            check_loss("algorithm.loss", self.own_loss)
         check_choice("algorithm.score", self.score, get_args(Score))
         check_weighting(self.weighting, self.temperature, prefix="algorithm.")
         check_choice("algorithm.reduction", self.reduction, get_args(Reduction))
@@ -321,6 +329,16 @@ class AlgorithmConfig:
             raise ValueError("`clip_high` must be finite, got inf; set a large number to never clip above.")
         if not 0 <= self.kl_coef < math.inf:
             raise ValueError(f"`kl_coef` must be finite and at least 0, got {self.kl_coef}.")
+
+    @cached_property
+    def own_estimator(self) -> Function | None:
+        """The user's own function for advantages, or None."""
+        return find_function("algorithm.estimator", self.estimator, get_args(Estimator))
+
+    @cached_property
+    def own_loss(self) -> Function | None:
+        """The user's own loss, or None."""
+        return find_function("algorithm.loss", self.loss, get_args(Loss))
 
     @property
     def needs_reference(self) -> bool:

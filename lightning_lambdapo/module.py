@@ -34,8 +34,9 @@ from lightning_lambdapo.distributed.seeding import log_seeds, step_randomness, w
 from lightning_lambdapo.distributed.tally import Tally
 from lightning_lambdapo.evaluation.evaluator import Evaluator
 from lightning_lambdapo.evaluation.judging import judge_rollout, prepare_references
-from lightning_lambdapo.functional import group_advantages, lambda_advantages, sequence_scores
+from lightning_lambdapo.functional import sequence_scores
 from lightning_lambdapo.functional.ranges import home_path, path_text
+from lightning_lambdapo.learning.estimating import estimate_advantages
 from lightning_lambdapo.learning.learner import Learner
 from lightning_lambdapo.learning.optimizer import PolicyOptimizer
 from lightning_lambdapo.learning.training_log import TrainingLog
@@ -194,20 +195,7 @@ class LambdaPOModule(LightningModule):
 
     def advantages(self, rewards: RewardOutcome, confidence: Tensor) -> Tensor:
         """Advantage of each row, ``(N,)``, from rewards and confidence, both ``(B, G)``."""
-        settings = self.algorithm
-        if settings.estimator != "lambda":
-            return group_advantages(rewards.total, estimator=settings.estimator, valid=rewards.valid).flatten()
-        return lambda_advantages(
-            rewards.total,
-            confidence,
-            weighting=settings.weighting,
-            temperature=settings.temperature,
-            reduction=settings.reduction,
-            center=settings.center,
-            scale=settings.scale,
-            valid=rewards.valid,
-            reward_std=parallel.global_std(rewards.total[rewards.valid]) if settings.scale == "batch" else None,
-        ).flatten()
+        return estimate_advantages(self.algorithm, rewards.total, confidence, rewards.valid).flatten()
 
     def report(
         self, batch: PromptBatch, rollout: Rollout, rewards: RewardOutcome, confidence: Tensor, advantages: Tensor

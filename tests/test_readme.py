@@ -39,6 +39,8 @@ DOCUMENTS = [
         "lightning_lambdapo/policy/README.md",
         "lightning_lambdapo/rollout/README.md",
         "lightning_lambdapo/distributed/README.md",
+        "lightning_lambdapo/functional/README.md",
+        "lightning_lambdapo/commands/compare/README.md",
     )
 ]
 TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}
@@ -231,7 +233,7 @@ def test_comparisons_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) ->
     base = [f"--config={options.config[0]}", *others]
     assert options.estimators or options.vary
     settings = [{ESTIMATOR: name} for name in options.estimators.split(",") if name]
-    settings += [each for text in options.vary for each in parse_variation(text)]
+    settings += [each for text in (*options.vary, *options.tune) for each in parse_variation(text)]
     for each in settings:
         parse(["fit", *base, *(f"--{key}={_text(value)}" for key, value in each.items() if ".rewards." not in key)])
     assert not set(option_keys(others)) & {key for each in settings for key in each}

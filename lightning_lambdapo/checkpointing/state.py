@@ -8,6 +8,7 @@ exact before the step's first update, because resuming repeats the step from its
 as inexact, and resuming from it warns.
 """
 
+import copy
 import dataclasses
 import tempfile
 import warnings
@@ -30,6 +31,7 @@ from lightning_lambdapo.distributed.fsdp1 import flattens, plain_name
 from lightning_lambdapo.distributed.lightning_internals import attached_trainer, mend_epochs
 from lightning_lambdapo.distributed.parallel import saves_shards
 from lightning_lambdapo.distributed.seeding import STREAMS
+from lightning_lambdapo.functional.own_functions import plain_function
 
 CHECKPOINT_KEY = "lambdapo"
 CHECKPOINT_VERSION = 1
@@ -237,7 +239,20 @@ def plain_settings(module: Any) -> dict[str, Any]:
     if not isinstance(module.lora, AdapterConfig):
         del configs["lora"]
     return {name: getattr(module, name) for name in _NUMBERS} | {
-        name: dataclasses.asdict(config) for name, config in configs.items()
+        name: _plain_config(config) for name, config in configs.items()
+    }
+
+
+def _plain_config(config: Any) -> dict[str, Any]:
+    """A settings dataclass as plain data, with functions as their import paths."""
+    values = {each.name: getattr(config, each.name) for each in dataclasses.fields(config)}
+    return {
+        name: _plain_config(value)
+        if dataclasses.is_dataclass(value)
+        else plain_function(value)
+        if callable(value)
+        else copy.deepcopy(value)
+        for name, value in values.items()
     }
 
 

@@ -192,7 +192,7 @@ def _untie(model: PreTrainedModel) -> None:
 
 def _load(checkpoint: Path, settings: Record, config: Record | None, *, merge: bool) -> LambdaPOModule:
     """The module of a checkpoint, with an unquantised base if the adapter is to be merged."""
-    overrides = {name: settings[name] for name in ("policy", "lora") if name in settings}
+    overrides: dict[str, Any] = {name: settings[name] for name in ("policy", "lora") if name in settings}
     policy: Any = settings.get("policy")
     if isinstance(policy, Mapping):
         held = from_mapping(PolicyConfig, policy)
@@ -200,6 +200,8 @@ def _load(checkpoint: Path, settings: Record, config: Record | None, *, merge: b
             # peft would merge into the 4-bit weights, where rounding loses the update.
             held = dataclasses.replace(held, quantization=None, dtype="float32")
         overrides["policy"] = dataclasses.asdict(dataclasses.replace(held, gradient_checkpointing=False))
+    if isinstance(algorithm := settings.get("algorithm"), Mapping):  # nothing is learnt here, so none is imported
+        overrides["algorithm"] = {name: value for name, value in algorithm.items() if name not in ("estimator", "loss")}
     _import_class(settings, config)
     return LambdaPOModule.load_from_checkpoint(checkpoint, map_location="cpu", **overrides)
 

@@ -14,8 +14,10 @@ from rich.text import Text
 from torch import Tensor
 
 from lightning_lambdapo.config import AlgorithmConfig, from_mapping
-from lightning_lambdapo.functional import group_advantages, lambda_advantages, pairwise_weights
+from lightning_lambdapo.functional import lambda_advantages, pairwise_weights
+from lightning_lambdapo.functional.own_functions import function_name
 from lightning_lambdapo.functional.ranges import home_path
+from lightning_lambdapo.learning.estimating import estimate_advantages
 from lightning_lambdapo.runs.files import (
     Record,
     RunFileError,
@@ -151,7 +153,7 @@ def build_groups(records: Sequence[Record], settings: AlgorithmConfig) -> list[G
     valid = torch.tensor([[record["valid"] for record in part] for part in parts], dtype=torch.bool)
     if settings.estimator != "lambda":
         weights = None
-        advantages = group_advantages(rewards, estimator=settings.estimator, valid=valid)
+        advantages = estimate_advantages(settings, rewards, scores, valid)
     else:
         pairs: dict[str, Any] = {"weighting": settings.weighting, "temperature": settings.temperature, "valid": valid}
         weights = pairwise_weights(rewards, scores, **pairs)
@@ -197,7 +199,7 @@ def show(console: Console, group: Group, settings: AlgorithmConfig, *, title: st
     if not group.informative:
         console.print("All rewards of this group are equal, so all advantages are 0.")
     if group.weights is None:
-        console.print(f"The estimator {settings.estimator} has no pair weights.")
+        console.print(f"The estimator {function_name(settings.estimator)} has no pair weights.")
     else:
         _show_weights(console, group, group.weights, settings)
     if group.mismatch > _TOLERANCE:

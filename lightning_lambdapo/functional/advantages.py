@@ -107,7 +107,7 @@ def pairwise_weights(
                  [0.5000, 0.0000]]])
     """
     check_weighting(weighting, temperature)
-    rewards, scores, valid = _prepare(rewards, scores, valid)
+    rewards, scores, valid = prepare_groups(rewards, scores, valid)
     return _weights(rewards, scores, valid, weighting, temperature)
 
 
@@ -158,7 +158,7 @@ def lambda_advantages(
     check_weighting(weighting, temperature)
     check_choice("reduction", reduction, get_args(Reduction))
     check_choice("scale", scale, get_args(Scale))
-    rewards, scores, valid = _prepare(rewards, scores, valid)
+    rewards, scores, valid = prepare_groups(rewards, scores, valid)
     weights = _weights(rewards, scores, valid, weighting, temperature)
     advantages = (weights * _differences(rewards)).sum(-1)
     if reduction == "mean":
@@ -201,7 +201,7 @@ def group_advantages(rewards: Tensor, *, estimator: GroupEstimator, valid: Tenso
         tensor([[ 1.0000, -0.3333, -0.3333, -0.3333]])
     """
     check_choice("estimator", estimator, get_args(GroupEstimator))
-    rewards, _, valid = _prepare(rewards, rewards, valid)
+    rewards, _, valid = prepare_groups(rewards, rewards, valid)
     advantages = rewards - masked_mean(rewards, valid, -1).unsqueeze(-1)
     if estimator == "grpo":
         advantages = advantages / (_unbiased_std(rewards, valid, -1).unsqueeze(-1) + _STD_EPS)
@@ -228,7 +228,7 @@ def rewards_differ(rewards: Tensor, valid: Tensor) -> Tensor:
     return largest > smallest
 
 
-def _prepare(rewards: Tensor, scores: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def prepare_groups(rewards: Tensor, scores: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Check, convert to one float type, and put 0 in invalid places, so that junk there has no effect."""
     check_same_shape(rewards=rewards, scores=scores, valid=rewards if valid is None else valid)
     if rewards.ndim != 2:

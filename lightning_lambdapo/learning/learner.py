@@ -22,6 +22,7 @@ from lightning_lambdapo.distributed.parallel import (
 from lightning_lambdapo.distributed.tally import Tally
 from lightning_lambdapo.functional import policy_loss
 from lightning_lambdapo.functional.masking import at_least_float32
+from lightning_lambdapo.functional.own_functions import own_loss
 from lightning_lambdapo.learning.importance import correction_in_use, tally_importance
 from lightning_lambdapo.learning.optimizer import PolicyOptimizer
 from lightning_lambdapo.learning.packing import MicroBatch
@@ -50,6 +51,7 @@ class Learner:
         exact_sampler: the engine's log-probabilities are those of the learning pass, to rounding.
 
     Attributes:
+        loss: the loss of a micro-batch, a function like :func:`policy_loss`.
         correction: the importance correction of this run, see :func:`correction_in_use`.
         memory_retries: number of times that a micro-batch has run out of memory.
     """
@@ -74,6 +76,7 @@ class Learner:
         self.policy = policy
         self.reference = reference
         self.algorithm = algorithm
+        self.loss = policy_loss if algorithm.own_loss is None else own_loss(algorithm.own_loss)
         self.max_new_tokens = max_new_tokens
         self.max_tokens = max_tokens
         self.mini_batches = mini_batches
@@ -251,7 +254,7 @@ class Learner:
             _tally_drift(tally, sampled, logprobs.detach(), mask)
         if entropy is not None:
             tally.mean("entropy", entropy)
-        output = policy_loss(
+        output = self.loss(
             logprobs,
             logprobs.detach() if update.old_logprobs is None else update.old_logprobs[rows, : mask.shape[1]],
             ref_logprobs,

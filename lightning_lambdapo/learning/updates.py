@@ -58,22 +58,23 @@ def plan_updates(
     """Split a rollout into mini-batches by prompt. A collective.
 
     A prompt's position in the global batch decides its mini-batch (position ``i`` of rank ``r`` is ``i * world + r``).
-    The same prompts therefore share an update on any number of ranks. Without a KL term, rows of zero advantage have no
-    gradient, so their log-probabilities are not computed. They still count in the denominators.
+    The same prompts therefore share an update on any number of ranks. Under the clipped loss without a KL term, rows of
+    zero advantage have no gradient, so their log-probabilities are not computed. They still count in the denominators.
+    A loss of the user's own may have a gradient in all valid rows.
 
     Args:
         batch: ``B`` prompts.
         rollout: ``N`` completions.
         advantages: ``(N,)``.
         valid: ``(N,)`` bool. Invalid rows are in neither numerator nor denominator.
-        algorithm: whether there is a KL term.
+        algorithm: whether there is a KL term, or a loss of the user's own.
         mini_batches: updates per pass over the rollout.
     """
     count, world = len(batch.input_ids), world_size()
     group_size = len(advantages) // count
     place = torch.arange(count, device=advantages.device) * world + rank()
     owner = (place * mini_batches // (count * world)).repeat_interleave(group_size)
-    moving = valid if algorithm.kl_coef > 0 else valid & (advantages != 0)
+    moving = valid if algorithm.kl_coef > 0 or algorithm.own_loss is not None else valid & (advantages != 0)
     wanted = valid if algorithm.needs_reference else moving
     broken = ~rollout.finite
     local = []

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lightning_lambdapo.config import AlgorithmConfig, EvaluationConfig, PolicyConfig, RolloutConfig, from_mapping
 from lightning_lambdapo.data import PRESETS
+from lightning_lambdapo.functional.own_functions import function_name
 from lightning_lambdapo.policy.loading import BUILTIN, eos_token_ids, locate, save_policy
 from lightning_lambdapo.policy.model import Policy, causal_lm
 from lightning_lambdapo.runs.files import first_and_last, read_metrics, section
@@ -24,6 +25,7 @@ T = TypeVar("T")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _CURVES = {"reward": "train/reward", "accuracy": "train/accuracy", "density F": "train/density_f"}
 _METHODS = {"lambda": "LambdaPO", "grpo": "GRPO", "dr_grpo": "Dr. GRPO", "rloo": "RLOO"}
+_FUNCTIONS = {"estimator": "lambda", "loss": "clipped"}  # settings that may be functions, with their defaults
 _SAME = ("top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -93,8 +95,11 @@ def model_card(
     """
     base = from_mapping(PolicyConfig, settings["policy"]) if isinstance(settings.get("policy"), Mapping) else None
     name = _base_name(base)
-    algorithm = _known(AlgorithmConfig, settings, "algorithm")
-    method, own = _METHODS[algorithm.estimator], version("lightning-lambdapo")
+    chosen = dict(settings.get("algorithm") or {})
+    # By name alone: functions of the user's own are not imported for the card.
+    functions = {name: function_name(chosen.pop(name, default)) for name, default in _FUNCTIONS.items()}
+    algorithm = from_mapping(AlgorithmConfig, chosen)
+    method, own = _METHODS.get(functions["estimator"], functions["estimator"]), version("lightning-lambdapo")
     what = {
         "adapter": f"A LoRA adapter for {name}",
         "merged": f"{name} with a trained LoRA adapter merged into it",
@@ -107,7 +112,7 @@ def model_card(
         "## Loading\n",
         f"```python\n{_loading(base, kind)}\n```\n",
         "## Training\n",
-        _table(("setting", "value"), [*_data_rows(config), *_training_rows(settings, algorithm, steps)]),
+        _table(("setting", "value"), [*_data_rows(config), *_training_rows(settings, algorithm, functions, steps)]),
         "## Results\n",
         _results([row for row in metrics if row.get("step", 0) < steps]),
     ]
@@ -199,10 +204,12 @@ def _source(source: Any) -> str:
     return ", ".join(str(part) for part in parts if part)
 
 
-def _training_rows(settings: Settings, algorithm: AlgorithmConfig, steps: int) -> list[tuple[str, str]]:
+def _training_rows(
+    settings: Settings, algorithm: AlgorithmConfig, functions: Mapping[str, str], steps: int
+) -> list[tuple[str, str]]:
     rollout = _known(RolloutConfig, settings, "rollout")
-    rows: list[tuple[str, str]] = [("estimator", algorithm.estimator)]
-    if algorithm.estimator == "lambda":
+    rows = [(name, value) for name, value in functions.items() if name == "estimator" or value != _FUNCTIONS[name]]
+    if functions["estimator"] == "lambda":
         names = ("weighting", "score", "temperature", "reduction", "center", "scale")
         rows.append(("pairwise advantage", _listed({name: getattr(algorithm, name) for name in names})))
     rows += [

@@ -14,12 +14,15 @@ from lightning_lambdapo.commands.compare.plan import (
     Arm,
     Run,
     option_keys,
+    parse_estimators,
+    parse_tuning,
     parse_variation,
     plan_arms,
     plan_runs,
     same_key,
 )
-from lightning_lambdapo.commands.compare.report import Report
+from lightning_lambdapo.commands.compare.report import PREFERRED, Report
+from lightning_lambdapo.commands.compare.tuning import LAST_SEED, Choice, Tuning, plan_tuning
 from lightning_lambdapo.commands.main import rehearse
 from lightning_lambdapo.functional.ranges import home_path
 from lightning_lambdapo.runs.files import load_yaml
@@ -28,6 +31,7 @@ from lightning_lambdapo.runs.text import clock
 _DESCRIPTION = """\
 Train with several estimators or settings, each with several seeds, one run after another, and report which helps:
 runs.csv, curves.csv, report.md, curves.png and finals.png (both also as SVG) in the output directory.
+With --tune each arm first chooses its own best value of a setting, on seeds of their own (tuning.csv).
 You can stop it at any moment. The same command then continues: finished runs are not repeated, and a killed run resumes
 from its last checkpoint. All other options are passed to each run, as to `lambdapo fit`."""
 
@@ -45,26 +49,41 @@ def main(args: list[str]) -> None:
         if len(options.config) > 1:
             raise ValueError(f"All runs share one --config, got {len(options.config)}; put them into one file.")
         arms = _arms(options, arguments)
-        runs = plan_runs(arms, list(range(1, options.seeds + 1)), options.output)
+        tuning = _tuning(options, arms, arguments)
+        seeds = list(range(1, options.seeds + 1))
+        runs = plan_runs(arms, seeds, options.output)
         base = load_yaml(options.config[0])
-        commands = [(run, running.prepare(run, base, arguments)) for run in runs]
+        first = [] if tuning is None else tuning.runs
+        commands = [(run, running.prepare(run, base, arguments)) for run in first or runs]
     except ValueError as error:
         parser.error(str(error))
-    todo = [(run, command) for run, command in commands if not running.finished(run)]
+    done = sum(map(running.finished, [*first, *runs]))
+    before = f"{len(first)} to tune, then " if first else ""
     console.print(
-        f"{len(runs)} runs: {len(arms)} arms ({', '.join(arm.label for arm in arms)}) x {options.seeds} seeds; "
-        f"{len(runs) - len(todo)} have finished before. Files: {options.output}"
+        f"{len(first) + len(runs)} runs: {before}{len(arms)} arms ({', '.join(arm.label for arm in arms)}) x "
+        f"{options.seeds} seeds; {done} have finished before. Files: {options.output}"
     )
-    for command in {run.arm.label: command for run, command in todo}.values():
-        rehearse(command)
-    progress = _Progress(console, total=len(runs), done=len(runs) - len(todo), workers=options.workers)
-    failed = running.train_all(todo, workers=options.workers, report=progress)
+    progress = _Progress(console, total=len(first) + len(runs), done=done, workers=options.workers)
+    choice = None
+    if tuning is not None:
+        if _train(console, commands, progress):
+            console.print("Values are chosen when all tuning runs have finished. The same command continues.")
+            raise SystemExit(1)
+        try:
+            choice = Choice(tuning, metric=options.metric, preferred=PREFERRED, minimize=options.minimize)
+            runs = plan_runs(choice.arms, seeds, options.output)
+            commands = [(run, running.prepare(run, base, arguments)) for run in runs]
+        except ValueError as error:
+            parser.error(str(error))
+        chosen = "; ".join(f"{arm.label}: {choice.chosen[arm].label}" for arm in choice.means)
+        console.print(f"Chosen by {choice.metric}: {chosen}", markup=False)
+    failed = _train(console, commands, progress)
     finished = [run for run in runs if running.finished(run)]
-    for run in failed:
-        console.print(f"FAILED: {run.arm.label}, seed {run.seed}; see {run.directory / 'train.log'}", markup=False)
     if finished:
         try:
-            report = Report(finished, metric=options.metric, baseline=options.baseline, minimize=options.minimize)
+            report = Report(
+                finished, metric=options.metric, baseline=options.baseline, minimize=options.minimize, choice=choice
+            )
         except ValueError as error:
             parser.error(str(error))
         report.write(
@@ -77,6 +96,17 @@ def main(args: list[str]) -> None:
         raise SystemExit(1)
 
 
+def _train(console: Console, commands: Sequence[tuple[Run, list[str]]], progress: "_Progress") -> list[Run]:
+    """Train the runs that have not finished, and name those that fail."""
+    todo = [(run, command) for run, command in commands if not running.finished(run)]
+    for command in {run.arm.label: command for run, command in todo}.values():
+        rehearse(command)
+    failed = running.train_all(todo, workers=progress.workers, report=progress)
+    for run in failed:
+        console.print(f"FAILED: {run.arm.label}, seed {run.seed}; see {run.directory / 'train.log'}", markup=False)
+    return failed
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lambdapo compare",
@@ -87,7 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config", type=home_path, action="append", required=True, help="configuration that all runs share"
     )
-    parser.add_argument("--estimators", default="", help="comma-separated: lambda, grpo, dr_grpo, rloo")
+    parser.add_argument(
+        "--estimators", default="", help="comma-separated: lambda, grpo, dr_grpo, rloo, or import paths of functions"
+    )
     parser.add_argument(
         "--vary",
         action="append",
@@ -96,6 +128,15 @@ def _parser() -> argparse.ArgumentParser:
         help="a setting and its values, e.g. model.algorithm.temperature=group_std,0.1; several make a grid; "
         "KEY1+KEY2=A1+B1,A2+B2 changes settings together",
     )
+    parser.add_argument(
+        "--tune",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="a setting whose best value each arm uses, e.g. model.optimizer.init_args.lr=1e-5,1e-4. Each arm is first "
+        "run with every value on seeds that the comparison does not use; several make a grid",
+    )
+    parser.add_argument("--tune-seeds", type=_positive, default=2, help="tuning runs per value (default 2)")
     parser.add_argument("--seeds", type=_positive, default=5, help="runs per arm, with seeds 1 to N (default 5)")
     parser.add_argument("--output", type=home_path, default=Path("compare"), help="directory (default compare)")
     parser.add_argument("--workers", type=_positive, default=1, help="runs at once (default 1)")
@@ -122,7 +163,7 @@ def _arms(options: argparse.Namespace, arguments: Sequence[str]) -> list[Arm]:
     Raises:
         ValueError: nothing is compared, or a setting is both varied and fixed, or two labels give the same directory.
     """
-    estimators = [name.strip() for name in options.estimators.split(",") if name.strip()]
+    estimators = parse_estimators(options.estimators)
     variations = [parse_variation(text) for text in options.vary]
     varied = [key for variation in variations for key in variation[0]] + ([ESTIMATOR] if estimators else [])
     fixed = option_keys(arguments)
@@ -143,6 +184,28 @@ def _arms(options: argparse.Namespace, arguments: Sequence[str]) -> list[Arm]:
     if options.baseline is not None and options.baseline not in [arm.label for arm in arms]:
         raise ValueError(f"There is no arm {options.baseline!r}; there are {', '.join(arm.label for arm in arms)}.")
     return arms
+
+
+def _tuning(options: argparse.Namespace, arms: Sequence[Arm], arguments: Sequence[str]) -> Tuning | None:
+    """The tuning runs of the options, or None without ``--tune``.
+
+    Raises:
+        ValueError: a tuned setting is also varied, fixed or tuned twice, no arm uses it, or its seeds are the
+            comparison's.
+    """
+    if not options.tune:
+        return None
+    alternatives = [parse_tuning(text) for text in options.tune]
+    keys = [key for alternative in alternatives for key in alternative[0]]
+    taken = [*option_keys(arguments), *(key for arm in arms for key in arm.settings)]
+    for index, key in enumerate(keys):
+        if any(same_key(key, name) for name in taken):
+            raise ValueError(f"{key} is tuned, and varied or given a value besides; drop one of them.")
+        if any(same_key(key, name) for name in keys[:index]):
+            raise ValueError(f"{key} is tuned twice; put its values into one --tune.")
+    if options.seeds > LAST_SEED:
+        raise ValueError(f"With --tune, --seeds is at most {LAST_SEED}, because later seeds are those of the tuning.")
+    return plan_tuning(arms, alternatives, options.tune_seeds, options.output)
 
 
 class _Progress:

@@ -4,11 +4,13 @@ import copy
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
+
+from lightning_lambdapo.config import Estimator
 
 ESTIMATOR = "model.algorithm.estimator"
 _PAIRWISE = ("weighting", "temperature", "score", "reduction", "center", "scale")
@@ -21,10 +23,12 @@ class Arm:
     Attributes:
         label: short and unique.
         settings: dotted key -> the value that replaces the base configuration's.
+        tuned: the same for settings that are tuned for each arm. They do not tell arms apart.
     """
 
     label: str
     settings: dict[str, Any]
+    tuned: dict[str, Any] = field(default_factory=dict)
 
     @property
     def slug(self) -> str:
@@ -70,11 +74,30 @@ def parse_variation(text: str) -> list[dict[str, Any]]:
     return alternatives
 
 
-def plan_arms(estimators: Sequence[str], variations: Iterable[Sequence[Mapping[str, Any]]]) -> list[Arm]:
+def parse_estimators(text: str) -> list[Any]:
+    """The values of ``--estimators``: names, import paths of functions, mappings of a class and its arguments.
+
+    Example:
+        >>> parse_estimators("lambda, my_package.mine, {class_path: my_package.Mine, init_args: {power: 2}}")
+        ['lambda', 'my_package.mine', {'class_path': 'my_package.Mine', 'init_args': {'power': 2}}]
+    """
+    return [_plain(part) for part in _split(text, ",") if part]
+
+
+def parse_tuning(text: str) -> list[dict[str, Any]]:
+    """The values of ``--tune``, written like a variation."""
+    found = parse_variation(text)
+    if len({repr(each) for each in found}) < len(found):
+        raise ValueError(f"--tune={text} names a value twice.")
+    return found
+
+
+def plan_arms(estimators: Sequence[Any], variations: Iterable[Sequence[Mapping[str, Any]]]) -> list[Arm]:
     """Every estimator with every combination of alternatives, without duplicates.
 
-    An arm omits settings that it does not use: those of the pairwise advantage in a baseline's arm, temperature and
-    score with ``weighting: uniform``. Arms that become equal are listed once.
+    An arm omits settings that it does not use: those of the pairwise advantage in a baseline's arm (all but the score
+    in that of a function of the user's own, which receives it), temperature and score with ``weighting: uniform``.
+    Arms that become equal are listed once.
 
     Args:
         estimators: values of ``model.algorithm.estimator``; none keeps the base configuration's.
@@ -93,6 +116,23 @@ def plan_arms(estimators: Sequence[str], variations: Iterable[Sequence[Mapping[s
             label = _label(used, settings, repr)
         found.setdefault(label, Arm(label, used))
     return list(found.values())
+
+
+def candidates(arm: Arm, tuning: Sequence[Sequence[Mapping[str, Any]]]) -> list[Arm]:
+    """The arm with every combination of the tuned values that it uses. Their labels are the values.
+
+    An arm that uses none of the tuned settings is its own only candidate.
+    """
+    found: list[dict[str, Any]] = []
+    for combination in itertools.product(*tuning):
+        values = {key: value for part in combination for key, value in part.items()}
+        used = {key: value for key, value in values.items() if not _idle(key, arm.settings | values)}
+        if used not in found:
+            found.append(used)
+    labels = [_label(used, used, _shown) for used in found]
+    if len(set(labels)) < len(labels):
+        labels = [_label(used, used, repr) for used in found]
+    return [Arm(label if used else "base", arm.settings, used) for label, used in zip(labels, found, strict=True)]
 
 
 def plan_runs(arms: Sequence[Arm], seeds: Sequence[int], root: Path) -> list[Run]:
@@ -228,20 +268,32 @@ def _idle(key: str, settings: Mapping[str, Any]) -> bool:
     if parts[:2] != ["model", "algorithm"] or parts[-1] not in _PAIRWISE:
         return False
     chosen = {_last(name): value for name, value in settings.items()}
-    if chosen.get("estimator", "lambda") != "lambda":
-        return True
+    if chosen.get("estimator", "lambda") != "lambda":  # a function of the user's own receives the confidence
+        return parts[-1] != "score" or chosen["estimator"] in get_args(Estimator)
     return chosen.get("weighting") == "uniform" and parts[-1] in ("temperature", "score")
 
 
 def _label(used: Mapping[str, Any], settings: Mapping[str, Any], shown: Callable[[Any], str]) -> str:
     names = _short_names(list(settings))
     parts = [
-        str(value) if _last(key) in ("estimator", "weighting") else f"{names[key]}={shown(value)}"
+        (value if isinstance(value, str) else shown(value))
+        if _last(key) in ("estimator", "weighting")
+        else f"{names[key]}={shown(value)}"
         for key, value in used.items()
     ]
     if used.get(ESTIMATOR) == "lambda" and any(_last(key) == "weighting" for key in used):
         parts.remove("lambda")  # the weighting implies it
     return " ".join(parts) or "base"
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """Settings in few characters, like the label of an arm.
+
+    Example:
+        >>> settings_text({"model.optimizer.init_args.lr": 1e-4, "data.batch_size": 8})
+        'lr=0.0001 batch_size=8'
+    """
+    return _label(settings, settings, _shown) if settings else ""
 
 
 def _short_names(keys: Sequence[str]) -> dict[str, str]:

@@ -8,23 +8,26 @@ from typing import Any
 
 import numpy as np
 
-from lightning_lambdapo.commands.compare.plan import ESTIMATOR, Arm, Run
+from lightning_lambdapo.commands.compare.plan import ESTIMATOR, Arm, Run, settings_text
 from lightning_lambdapo.commands.compare.statistics import (
     Array,
     Difference,
     Interval,
     band,
     final_value,
+    holm,
     mean_interval,
     paired_difference,
     read_curves,
     tokens_at,
     total_tokens,
 )
+from lightning_lambdapo.commands.compare.tuning import Choice
 from lightning_lambdapo.runs.text import markdown_table
 
 Curves = dict[str, tuple[Array, Array]]
-_PREFERRED = ("val/pass_at_1", "val/reward", "train/accuracy", "train/reward")
+#: Metrics to compare by default: the first that all runs logged.
+PREFERRED = ("val/pass_at_1", "val/reward", "train/accuracy", "train/reward")
 _SECONDARY = ("train/entropy", "train/completion_length")
 _MOST_CURVES = 8
 _UNLIKE = 1.1  # times as many tokens: no longer the same budget
@@ -40,13 +43,20 @@ class Report:
         baseline: label of the arm to compare the others with. None compares each with the GRPO arm that has the same
             other settings, or with the first arm if no arm is GRPO.
         minimize: True where a smaller metric is better.
+        choice: what tuning runs chose for each arm. Its metric is then the default.
 
     Raises:
         ValueError: no such metric or baseline, or nothing to report.
     """
 
     def __init__(
-        self, runs: Sequence[Run], *, metric: str | None = None, baseline: str | None = None, minimize: bool = False
+        self,
+        runs: Sequence[Run],
+        *,
+        metric: str | None = None,
+        baseline: str | None = None,
+        minimize: bool = False,
+        choice: Choice | None = None,
     ) -> None:
         if not runs:
             raise ValueError("No run has finished, so there is nothing to report.")
@@ -55,7 +65,9 @@ class Report:
         for run in runs:
             arm = by_label.setdefault(run.arm.label, run.arm)
             self.curves.setdefault(arm, {})[run.seed] = read_curves(run.directory)
-        self.metric = metric or next(filter(self._in_all, _PREFERRED), "train/reward")
+        self.choice = choice
+        chosen_by = None if choice is None else choice.metric
+        self.metric = metric or chosen_by or next(filter(self._in_all, PREFERRED), "train/reward")
         self.minimize = minimize
         self.finals = {
             arm: {seed: final_value(curves, self.metric) for seed, curves in seeds.items()}
@@ -82,10 +94,21 @@ class Report:
         baseline = self.baselines.get(arm)
         return paired_difference(self.finals[arm], {} if baseline is None else self.finals[baseline])
 
+    @property
+    def corrected(self) -> dict[Arm, float]:
+        """Holm's p-values of the arms that are compared with a baseline, if there are several."""
+        compared = [arm for arm in self.finals if self.baselines.get(arm) not in (arm, None)]
+        raw = {arm: self.difference(arm).p for arm in compared}
+        tested = {arm: p for arm, p in raw.items() if not math.isnan(p)}
+        return dict(zip(tested, holm(list(tested.values())), strict=True)) if len(compared) > 1 else {}
+
     def write(self, directory: Path, *, command: str, missing: int = 0) -> None:
         """Write all files."""
         self._write_runs(directory / "runs.csv")
         self._write_curves(directory / "curves.csv")
+        if self.choice is not None:
+            rows = self.choice.table()
+            _write_csv(directory / "tuning.csv", list(dict.fromkeys(key for row in rows for key in row)), rows)
         (directory / "report.md").write_text(self.markdown(command=command, missing=missing), encoding="utf-8")
         self._plot_curves(directory)
         self._plot_finals(directory)
@@ -100,9 +123,11 @@ class Report:
         if missing:
             lines += [f"**{missing} runs are not in it**: they failed or have not run.", ""]
         interval = "95% interval"
-        titles = ["arm", "seeds", self.metric, interval, f"minus {other}", interval, "p", "reading", "tokens"]
-        titles += ["length", "entropy"]
-        lines += markdown_table(titles, [self._row(arm) for arm in self.ranked], numbers=False)
+        corrected = self.corrected
+        titles = ["arm", "seeds", self.metric, interval, f"minus {other}", interval, "p"]
+        titles += [*(["p (Holm)"] if corrected else []), "reading", "tokens", "length", "entropy"]
+        titles += ["tuned"] if self.choice else []
+        lines += markdown_table(titles, [self._row(arm, corrected) for arm in self.ranked], numbers=False)
         budgets = [self._tokens(arm) for arm in self.finals]
         if max(budgets) > _UNLIKE * min(budgets):
             lines += ["", f"**Budgets differ**: from {min(budgets):,.0f} to {max(budgets):,.0f} tokens per run."]
@@ -113,26 +138,35 @@ class Report:
             f"At 95%, one in twenty arms that equal {other} would seem to differ. Tokens: sampled in training, per "
             "run. Length (tokens) and entropy (nats per token): last tenth of the steps."
         )
+        if corrected:
+            notes += (
+                f" p (Holm) is corrected for {len(corrected)} comparisons: read it when you choose among the arms by "
+                "their p. The reading is of each arm alone."
+            )
         if len(labels) > 1:
             notes += " The baseline of an arm is the GRPO arm whose other settings are the same."
-        return "\n".join([*lines, "", notes, ""])
+        tuning = [] if self.choice is None else self.choice.markdown()
+        return "\n".join([*lines, "", notes, *tuning, ""])
 
-    def _row(self, arm: Arm) -> list[str]:
+    def _row(self, arm: Arm, corrected: Mapping[Arm, float]) -> list[str]:
         own, difference = self.interval(arm), self.difference(arm)
+        blank = [""] if corrected else []
         cells = [arm.label, str(len(self.finals[arm])), f"{own.mean:.4f}", _bounds(own)]
         if self.baselines.get(arm) is arm:
-            cells += ["", "", "", "baseline"]
+            cells += ["", "", "", *blank, "baseline"]
         elif not difference.pairs:
-            cells += ["", "", "", "no pairs" if arm in self.baselines else "no baseline"]
+            cells += ["", "", "", *blank, "no pairs" if arm in self.baselines else "no baseline"]
         else:
             p = "" if math.isnan(difference.p) else f"{difference.p:.3f}"
             cells += [
                 f"{difference.mean:+.4f}",
                 _bounds(difference, "+"),
                 p,
+                *([f"{corrected[arm]:.3f}"] if arm in corrected else blank),
                 difference.reading(minimize=self.minimize),
             ]
-        return [*cells, f"{self._tokens(arm):,.0f}", *(self._secondary(arm, name) for name in reversed(_SECONDARY))]
+        cells += [f"{self._tokens(arm):,.0f}", *(self._secondary(arm, name) for name in reversed(_SECONDARY))]
+        return [*cells, settings_text(arm.tuned)] if self.choice else cells
 
     def _tokens(self, arm: Arm) -> float:
         """Tokens that an arm's run sampled, mean over seeds."""
@@ -144,9 +178,9 @@ class Report:
         return f"{sum(values) / len(values):.3g}"
 
     def _write_runs(self, path: Path) -> None:
-        keys = list(dict.fromkeys(key for arm in self.finals for key in arm.settings))
+        keys = list(dict.fromkeys(key for arm in self.finals for key in arm.settings | arm.tuned))
         rows: list[dict[str, Any]] = [
-            {"arm": arm.label, **arm.settings, "seed": seed, self.metric: value}
+            {"arm": arm.label, **arm.settings, **arm.tuned, "seed": seed, self.metric: value}
             | {"rollout_tokens": int(total_tokens(self.curves[arm][seed]))}
             | {name: final_value(self.curves[arm][seed], name) for name in _SECONDARY}
             for arm, seeds in self.finals.items()

@@ -47,11 +47,11 @@ def prepare(run: Run, base: Mapping[str, Any], arguments: Sequence[str]) -> list
         own["data.seed"] = run.seed
     if section(base, "model").get("seed") is not None:
         own["model.seed"] = None  # the sampling seed then follows seed_everything
-    given = [*option_keys(arguments), *run.arm.settings]
+    given = [*option_keys(arguments), *run.arm.settings, *run.arm.tuned]
     for name in (*own, "model.seed", "trainer.logger", "ckpt_path"):
         if any(is_part(key, name) for key in given):
             raise ValueError(f"`compare` sets {name} for each run; drop it from the options.")
-    config = with_settings(base, run.arm.settings | own)
+    config = with_settings(base, run.arm.settings | run.arm.tuned | own)
     trainer = config["trainer"]
     loggers = trainer.get("logger")
     others = loggers if isinstance(loggers, list) else [loggers] if isinstance(loggers, dict | str) else []

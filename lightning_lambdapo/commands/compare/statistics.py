@@ -146,6 +146,24 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
     return Difference(interval.mean, interval.low, interval.high, float(test.pvalue), pairs)
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction for several comparisons: p-values that may be read together. NaN stays and is not counted.
+
+    The smallest of m p-values is multiplied by m, the next by m - 1, and so on. None is below its predecessor or above
+    1.
+
+    Example:
+        >>> holm([0.04, 0.01, 0.03])
+        [0.06, 0.03, 0.06]
+    """
+    order = sorted((index for index, p in enumerate(p_values) if not math.isnan(p)), key=lambda index: p_values[index])
+    found, largest = list(p_values), 0.0
+    for place, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - place) * p_values[index]))
+        found[index] = largest
+    return found
+
+
 def band(curves: Sequence[tuple[Array, Array]], points: int = 100) -> tuple[Array, Array, Array, Array]:
     """Mean over seeds of smoothed curves with its bootstrap 95% band: places, mean, low, high, ``(points,)`` each.
 

@@ -3,7 +3,17 @@ from typing import Any
 
 import pytest
 
-from lightning_lambdapo.commands.compare.plan import parse_variation, plan_arms, plan_runs, same_key, with_settings
+from lightning_lambdapo.commands.compare.plan import (
+    ESTIMATOR,
+    candidates,
+    parse_estimators,
+    parse_tuning,
+    parse_variation,
+    plan_arms,
+    plan_runs,
+    same_key,
+    with_settings,
+)
 from lightning_lambdapo.runs.files import load_yaml
 
 WEIGHTING = "model.algorithm.weighting=confidence,agreement,lambdarank,uniform"
@@ -155,3 +165,33 @@ def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(ValueError, match=message):
             load_yaml(tmp_path / "bad.yaml")
+
+
+def test_functions_of_the_users_own_as_arms() -> None:
+    arms = plan_arms(["lambda", "grpo", "my_package.mine"], [parse_variation(SCORE), parse_variation(TEMPERATURE)])
+    own = [arm for arm in arms if arm.settings[ESTIMATOR] == "my_package.mine"]
+    assert [arm.label for arm in own] == ["my_package.mine score=mean", "my_package.mine score=sum"]
+    assert len([arm for arm in arms if arm.settings[ESTIMATOR] == "grpo"]) == 1
+    shapes = parse_variation(f"{ESTIMATOR}=grpo,{{class_path: my_package.Mine, init_args: {{power: 2}}}}")
+    assert [arm.label for arm in plan_arms([], [shapes])] == ["grpo", "Mine"]
+    mapped = plan_arms(parse_estimators("lambda, {class_path: my_package.Mine, init_args: {a: 1, b: [2, 3]}}"), [])
+    assert [arm.label for arm in mapped] == ["lambda", "Mine"]
+    assert mapped[1].settings[ESTIMATOR]["init_args"] == {"a": 1, "b": [2, 3]}
+
+
+def test_each_arm_tunes_what_it_uses() -> None:
+    arms = plan_arms(["lambda", "grpo"], [])
+    rates = parse_tuning("model.optimizer.init_args.lr=1e-4,1e-3")
+    temperatures = parse_tuning("model.algorithm.temperature=group_std,0.1")
+    pairwise, baseline = (candidates(arm, [rates, temperatures]) for arm in arms)
+    assert [each.label for each in pairwise] == [
+        *("lr=0.0001 temperature=group_std", "lr=0.0001 temperature=0.1"),
+        *("lr=0.001 temperature=group_std", "lr=0.001 temperature=0.1"),
+    ]
+    assert [each.tuned for each in baseline] == [
+        {"model.optimizer.init_args.lr": 1e-4},
+        {"model.optimizer.init_args.lr": 1e-3},
+    ]
+    assert [each.tuned for each in candidates(arms[1], [temperatures])] == [{}]
+    with pytest.raises(ValueError, match="names a value twice"):
+        parse_tuning("a=1,1")

@@ -64,13 +64,14 @@ def test_table(runs: list[Run]) -> None:
         f"{gain:+.4f}",
         f"{gain - gain_half:+.4f} to {gain + gain_half:+.4f}",
         "0.250",
+        "0.750",
         "no difference shown",
         "200",
         "7",
         "1.85",
     ]
-    assert table["grpo"][4:9] == ["", "", "", "baseline", "400"]
-    assert table["dr_grpo"][7] == "worse", "0.1 less in every seed"
+    assert table["grpo"][4:10] == ["", "", "", "", "baseline", "400"]
+    assert table["dr_grpo"][8] == "worse", "0.1 less in every seed"
     assert "better" not in report.markdown()
     assert "**Budgets differ**: from 200 to 400 tokens per run." in report.markdown()
     assert "Budgets" not in Report([run for run in runs if run.arm.label != "grpo"]).markdown()
@@ -78,7 +79,7 @@ def test_table(runs: list[Run]) -> None:
 
 def test_better_is_said_where_the_interval_says_so(runs: list[Run]) -> None:
     report = Report(runs, metric="train/accuracy", baseline="dr_grpo")
-    assert {label: row[7] for label, row in rows(report).items()} == {
+    assert {label: row[8] for label, row in rows(report).items()} == {
         "lambda": "better",
         "rloo": "better",
         "grpo": "better",
@@ -86,7 +87,7 @@ def test_better_is_said_where_the_interval_says_so(runs: list[Run]) -> None:
     }
     turned = Report(runs, metric="train/accuracy", baseline="dr_grpo", minimize=True)
     assert list(rows(turned)) == ["dr_grpo", "grpo", "rloo", "lambda"]
-    assert rows(turned)["grpo"][7] == "worse"
+    assert rows(turned)["grpo"][8] == "worse"
 
 
 def test_evaluation_is_preferred_and_taken_from_the_end(runs: list[Run]) -> None:
@@ -110,7 +111,7 @@ def test_each_arm_is_held_against_the_grpo_arm_of_its_own_settings(tmp_path: Pat
         "grpo x=1": "",
         "grpo x=2": "",
     }
-    assert rows(report)["rloo x=3"][7] == "no baseline"
+    assert rows(report)["rloo x=3"][8] == "no baseline"
     assert "| minus its baseline |" in report.markdown()
     assert "The baseline of an arm is the GRPO arm whose other settings are the same." in report.markdown()
     report.write(tmp_path, command="")
@@ -185,3 +186,13 @@ def test_mistakes(runs: list[Run]) -> None:
         Report(runs, metric="val/maj_at_4")
     with pytest.raises(ValueError, match="No run has finished"):
         Report([])
+
+
+def test_one_comparison_needs_no_correction(runs: list[Run]) -> None:
+    report = Report([run for run in runs if run.arm.label in ("lambda", "grpo")], metric="train/accuracy")
+    assert "Holm" not in report.markdown()
+    assert rows(report)["lambda"][6:8] == ["0.250", "no difference shown"]
+    # Three comparisons, of p 0.25 each (three seeds of one sign): 3 x 0.25, and none is below its predecessor.
+    three = Report(runs, metric="train/accuracy", baseline="dr_grpo")
+    assert [row[6:8] for label, row in rows(three).items() if label != "dr_grpo"] == [["0.250", "0.750"]] * 3
+    assert "p (Holm) is corrected for 3 comparisons" in three.markdown()

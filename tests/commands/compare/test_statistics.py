@@ -8,6 +8,7 @@ import pytest
 from lightning_lambdapo.commands.compare.statistics import (
     band,
     final_value,
+    holm,
     mean_interval,
     paired_difference,
     read_curves,
@@ -136,3 +137,13 @@ def test_band_narrows_with_seeds() -> None:
     assert (narrow[3] - narrow[2]).mean() < 0.5 * (wide[3] - wide[2]).mean()
     # 95% of a normal mean lies within 1.96 standard errors.
     assert (narrow[3] - narrow[2]).mean() == pytest.approx(2 * 1.96 / 8, rel=0.25)
+
+
+def test_holm_by_hand() -> None:
+    # Sorted: 0.005 x 4, 0.01 x 3, 0.03 x 2, 0.04 x 1, which may not be below its predecessor.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0], "at most 1"
+    assert holm([]) == []
+    found = holm([0.02, math.nan, 0.03])
+    assert found[::2] == pytest.approx([0.04, 0.04]), "NaN is no comparison"
+    assert math.isnan(found[1])
