@@ -197,13 +197,7 @@ class RolloutConfig:
     keep_special_tokens: bool | None = None
 
     def __post_init__(self) -> None:
-        check_engine(
-            self.engine,
-            self.servers,
-            filters=self.sampling.filters,
-            max_live_tokens=self.max_live_tokens,
-            reserve_prompts=self.reserve_prompts,
-        )
+        check_engine(self.engine, self.servers, self.sampling.filters, self.max_live_tokens, self.reserve_prompts)
         check_whole("group_size", self.group_size, 2, reason="; a pairwise advantage needs a peer")
         check_whole("max_new_tokens", self.max_new_tokens, 1)
         check_whole("reserve_prompts", self.reserve_prompts, 0)

@@ -96,7 +96,7 @@ class VLLMServerConfig:
 
 
 def check_engine(
-    engine: str, servers: VLLMServerConfig, *, filters: Sequence[str], max_live_tokens: int | None, reserve_prompts: int
+    engine: str, servers: VLLMServerConfig, filters: Sequence[str], max_live_tokens: int | None, reserve_prompts: int
 ) -> None:
     """Refuse an engine that does not exist, and settings that a vLLM engine would not follow.
 

@@ -344,6 +344,7 @@ class LambdaPOModule(LightningModule):
         for reward in self.rewards:
             reward.close()
         if hasattr(self, "engine"):
+            self.sampler.ahead.drop()
             self.engine.close()
 
     # -- checkpoints ----------------------------------------------------------------------------------------------

@@ -215,7 +215,7 @@ def test_an_infinite_loss_is_skipped_and_counted(base: str, tmp_path: Path) -> N
 
 
 def test_nothing_moves_where_all_rows_are_truncated(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_lambdapo.module.eos_token_ids", lambda *_: (-1,))
+    monkeypatch.setattr("lightning_lambdapo.rollout.build.eos_token_ids", lambda *_: (-1,))
     model = module(base, algorithm=AlgorithmConfig(mask_truncated=True))
     model.configure_model()
     before = weights(model)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import lightning_lambdapo.module
 from lightning_lambdapo.commands.main import main
 from lightning_lambdapo.functional import lambda_advantages
+from lightning_lambdapo.learning import estimating
 from lightning_lambdapo.quickstart import __main__ as maker
 from lightning_lambdapo.quickstart.tasks import TASKS, steps_right, task_rows
 
@@ -46,7 +46,7 @@ def test_reward_rises(tmp_path: Path) -> None:
 
 
 def test_a_wrong_sign_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lightning_lambdapo.module, "lambda_advantages", lambda *a, **k: -lambda_advantages(*a, **k))
+    monkeypatch.setattr(estimating, "lambda_advantages", lambda *a, **k: -lambda_advantages(*a, **k))
     assert rise(curve(tmp_path, "train/accuracy")) < -0.1
 
 

@@ -1,7 +1,8 @@
 """Sampling of the next rollout while the policy learns from this one, for engines that are elsewhere."""
 
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 from lightning_lambdapo.datatypes import PromptBatch, Rollout
@@ -23,13 +24,24 @@ class SampledAhead:
 
     def start(self, batch: PromptBatch, version: int, generate: Callable[[], Rollout]) -> None:
         """Begin to sample the completions of ``batch``."""
-        pool = ThreadPoolExecutor(1, thread_name_prefix="rollout")
-        self._pending = pool.submit(lambda: Early(batch, generate(), version))
-        pool.shutdown(wait=False)  # ends with its one task
+        pending: Future[Early] = Future()
+
+        def work() -> None:
+            try:
+                pending.set_result(Early(batch, generate(), version))
+            except BaseException as error:
+                pending.set_exception(error)
+
+        self._pending = pending
+        threading.Thread(target=work, name="rollout", daemon=True).start()  # the process does not wait for it
 
     def finished(self) -> Early | None:
         """Wait for the rollout that was begun. It stays here. None if there is none."""
         return None if self._pending is None else self._pending.result()
+
+    def drop(self) -> None:
+        """Forget a rollout that nobody will take."""
+        self._pending = None
 
     def take(self, batch: PromptBatch) -> Rollout | None:
         """The rollout of ``batch``. None if it was not begun, as in a run's or an epoch's first step."""
@@ -53,5 +65,6 @@ def following_batch(trainer: Any) -> PromptBatch | None:
         )
     updates = trainer.lightning_module.updates_per_rollout
     is_last = trainer.max_steps != -1 and trainer.global_step + updates >= trainer.max_steps
+    is_last |= trainer.fit_loop.batch_idx + 1 >= trainer.num_training_batches  # `limit_train_batches`
     following: PromptBatch | None = loader.following
     return None if is_last else following

@@ -2,17 +2,21 @@ r"""Whether an engine with its own copy of the weights has sampled from the curr
 
 The sampled tokens' log-probabilities :math:`s` come from the engine. The policy computes the same tokens'
 :math:`c` with its current weights, and :math:`h` as it would be if delivery had failed in some way: with the weights
-before the last update, without the adapter, or with prompts that were cached under the weights before. If delivery
-worked, :math:`s - c` is rounding, whose sign has nothing to do with :math:`h - c`. If it failed that way,
-:math:`s - c = h - c` up to rounding. So the share
+before the last update, without the adapter, or with prompts that were cached under the weights before. :math:`s` is
+nearer to :math:`c` if delivery worked, and nearer to :math:`h` if it failed that way. With the product
 
-.. math:: \beta = \frac{\sum (s - c) (h - c)}{\sum (h - c)^2}
+.. math:: p = \left(s - \frac{c + h}{2}\right) (h - c)
 
-is near 0 or near 1, and
+the share
 
-.. math:: z = \frac{\sum (s - c) (h - c)}{\sqrt{\sum ((s - c) (h - c))^2}}
+.. math:: \beta = \frac{1}{2} + \frac{\sum p}{\sum (h - c)^2}
 
-says whether it is known. Where signs are independent, z exceeds t with a probability of at most
+is near 0 or near 1. Each of s, c and h is rounded. That of c and h counts in both factors, but p changes its sign if c
+and h change places, so equal rounding of both draws the share to 1/2 and to neither side. And
+
+.. math:: z = \frac{\sum p}{\sqrt{\sum p^2}}
+
+says whether the share is known. Where signs are independent, z exceeds t with a probability of at most
 :math:`e^{-t^2 / 2}`, however heavy the tails (Efron 1969, "Student's t-test under symmetry conditions"). Sums go on
 over rollouts, because one small update in 16 bits is below the rounding of a single one.
 """
@@ -37,7 +41,8 @@ from lightning_lambdapo.policy.model import Policy, causal_lm
 from lightning_lambdapo.policy.versions import fingerprint, other_weights, trained_tensors
 
 _ROWS, _TOKENS, _TOKENS_OF_A_ROW = 16, 512, 128
-_KNOWN, _SHARE, _DECAY, _ALIKE = 6.0, 0.5, 0.9, 48
+#: A share of 0.65 leaves room for c and h that are rounded unequally, as with an adapter and without.
+_KNOWN, _SHARE, _DECAY, _ALIKE = 6.0, 0.65, 0.9, 48
 _FAILURES = {
     "base": "the base model without the adapter",
     "previous": "the weights before the last update",
@@ -74,7 +79,7 @@ class Evidence:
             return
         largest = max(values.abs().topk(count).values[-1].item() for values in (error, difference))
         error, difference = error.clamp(-largest, largest), difference.clamp(-largest, largest)
-        product = error * difference
+        product = (error - difference / 2) * difference
         self.product = _DECAY * self.product + product.sum().item()
         self.product_square = _DECAY * self.product_square + product.square().sum().item()
         self.square = _DECAY * self.square + difference.square().sum().item()
@@ -82,7 +87,7 @@ class Evidence:
     @property
     def share(self) -> float:
         """The share of the difference that the engine shows: 0 if it has the current weights, 1 if not."""
-        return self.product / self.square if self.square else 0.0
+        return 0.5 + self.product / self.square if self.square else 0.0
 
     @property
     def score(self) -> float:
@@ -164,20 +169,24 @@ class Delivery:
     def _compare(
         self, policy: Policy, rows: Sequence["_Row"], sampling: SamplingConfig, cached_block: int | None
     ) -> None:
+        own = len(rows)
+        rows = [*rows, *[rows[0]] * (max(gather_objects(own)) - own)]  # with shards, every pass is a collective
         scores = {
-            name: self._score(policy, rows, sampling.logprob_temperature, name, cached_block)
+            name: self._score(policy, rows, own, sampling.logprob_temperature, name, cached_block)
             for name in ("current", *_FAILURES)
         }
-        current = scores.pop("current")
+        rows, current = rows[:own], scores.pop("current")
         sampled = torch.cat([row.sampled for row in rows])
         assert current is not None  # noqa: S101 - it needs nothing that may be missing
         error = sampled.double() - current.double()
         known = error.isfinite()
         error = error[known]
-        self.drift = error.abs().mean().item() if len(error) else 0.0
+        self.drift = error.abs().mean().item() if len(error) else math.inf if current.isfinite().any() else 0.0
         for name, score in scores.items():
             if score is not None:
-                self.evidence[name].add(error, score.double()[known] - current.double()[known])
+                difference = score.double()[known] - current.double()[known]
+                usable = difference.isfinite()
+                self.evidence[name].add(error[usable], difference[usable])
         for reason in gather_objects(self._verdict(causal_lm(policy))):
             if reason is not None:
                 raise DeliveryError(reason)
@@ -209,13 +218,14 @@ class Delivery:
         return None
 
     def _score(
-        self, policy: Policy, rows: Sequence["_Row"], temperature: float, kind: str, block: int | None
+        self, policy: Policy, rows: Sequence["_Row"], own: int, temperature: float, kind: str, block: int | None
     ) -> Tensor | None:
-        """Log-probabilities ``(M,)`` of the rows' tokens in one of the ways. None if there is no such way yet."""
+        """Log-probabilities ``(M,)`` of the first ``own`` rows in one of the ways. None if there is none yet."""
         previous = self._previous
         if (kind == "base" and not isinstance(policy, PeftModel)) or (kind in ("previous", "prompts") and not previous):
             return None
-        if kind == "prompts" and (block is None or all(len(row.prompt) <= block for row in rows)):
+        uncached = block is None or all(len(row.prompt) <= block for row in rows)
+        if kind == "prompts" and all(gather_objects(uncached)):
             return None
         model = wrapper(causal_lm(policy))
         before: AbstractContextManager[Any] = nullcontext()
@@ -227,14 +237,13 @@ class Delivery:
         kept = [0] * len(rows)
         with before:
             if kind != "prompts":
-                return torch.cat([_completion(model, row, temperature) for row in rows])
+                return torch.cat([_completion(model, row, temperature) for row in rows][:own])
             for index, row in enumerate(rows):
                 kept[index] = (len(row.prompt) - 1) // (block or 1) * (block or 1)
-                if kept[index]:
-                    caches[index] = model(row.prompt[None, : kept[index]], use_cache=True).past_key_values
-        return torch.cat(
-            [_completion(model, row, temperature, cache, n) for row, cache, n in zip(rows, caches, kept, strict=True)]
-        )
+                cache = model(row.prompt[None, : kept[index] or 1], use_cache=True).past_key_values
+                caches[index] = cache if kept[index] else None
+        parts = zip(rows, caches, kept, strict=True)
+        return torch.cat([_completion(model, row, temperature, cache, n) for row, cache, n in parts][:own])
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,13 @@ class RolloutEngine(ABC):
             The rollout, ``N`` rows in group-major order.
         """
 
+    def check(self, policy: Policy) -> None:  # noqa: B027 - most engines decode any policy
+        """Refuse a policy that the engine cannot decode. Called once, before anything is sampled.
+
+        Raises:
+            ValueError: saying what to change.
+        """
+
     def sync(self, policy: Policy, version: int) -> None:  # noqa: B027 - most engines have nothing to do
         """Deliver the policy's weights. Called before a rollout on all ranks, where sharded weights are gathered.
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_lambdapo.config import RolloutConfig
 from lightning_lambdapo.distributed.lightning_internals import attached_trainer
 from lightning_lambdapo.policy.loading import check_vocabulary, turn_end
+from lightning_lambdapo.policy.model import Policy
 from lightning_lambdapo.rewards import Reward
 from lightning_lambdapo.rollout.completion_text import CompletionText, special_tokens, tag_pairs
 from lightning_lambdapo.rollout.engine import RolloutEngine
@@ -19,6 +20,7 @@ class _Run(Protocol):
     """What is read of the module."""
 
     rollout_config: RolloutConfig
+    policy: Policy
     rewards: list[Reward]
     tokenizer: PreTrainedTokenizerBase
 
@@ -43,6 +45,7 @@ def prepare_engine(engine: RolloutEngine, run: _Run) -> RolloutEngine:
         UserWarning: the chat template ends a turn with a token that does not end a completion.
     """
     tokenizer, config = run.tokenizer, run.rollout_config
+    engine.check(run.policy)
     check_vocabulary(run.causal_lm, tokenizer, config.stop_token_ids)
     ends = {*engine.eos_ids, *config.stop_token_ids}
     hidden = {*engine.eos_ids, engine.pad_id}

@@ -97,7 +97,10 @@ def test_mistakes_are_found_while_parsing(
     ("settings", "message"),
     [
         ({"weighting": "sideways"}, "`algorithm.weighting` must be one of uniform, confidence, agreement, lambdarank"),
-        ({"estimator": "ppo"}, "`algorithm.estimator` must be one of lambda, grpo, dr_grpo, rloo; got 'ppo'"),
+        (
+            {"estimator": "ppo"},
+            "`algorithm.estimator` must be one of lambda, grpo, dr_grpo, rloo, or the import path",
+        ),
         ({"temperature": 0.0}, '`algorithm.temperature` must be a finite number above 0 or "group_std", got 0.0'),
         ({"temperature": "batch_std"}, "got 'batch_std'"),
         ({"clip_low": 1.5}, "`clip_low` must be in"),

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ class Stub:
         self.weights = "run-1"
         self.adapters = {"run-1"}
         self.delay = 0.0
+        self.busy_for = self.resets = 0
         self.status = 200
         self.seen: list[tuple[str, Any, str | None]] = []
         stub = self
@@ -64,6 +66,9 @@ class Stub:
             return 200, {"vllm_config": self.settings}
         if path == "/v1/load_lora_adapter":
             self.adapters.add(body["lora_name"])
+        if path == "/reset_prefix_cache":
+            self.resets += 1
+            return 200, {"success": self.resets > self.busy_for}
         if path == "/update_weight_version":
             self.weights = body["new_version"]
         if path != "/inference/v1/generate":
@@ -174,6 +179,60 @@ def test_a_deadline_ends_it(stubs: list[Stub]) -> None:
         each.stop()
     with pytest.raises(RuntimeError, match=r"answered 0 of 24 requests within `rollout.servers.deadline` \(0.5 s\)"):
         sampled(engine(stubs, deadline=0.5))
+
+
+def test_a_server_whose_engine_has_died_answers_so(stubs: list[Stub]) -> None:
+    stubs[0].status = 500
+    assert sampled(engine(stubs)).completion_ids.tolist() == [[5, 6, 1]] * 24
+    assert stubs[1].asked() >= 23
+
+
+def test_cached_prompts_are_forgotten_before_the_weights_get_their_name(stubs: list[Stub]) -> None:
+    """vLLM refuses while requests run, with status 200."""
+    stubs[0].busy_for = 2
+    server = Server(stubs[0].url)
+    server.deliver("run-7", Path("weights"), adapter=False, timeout=10.0)
+    assert [path for path, _, _ in stubs[0].seen][-2:] == ["/reset_prefix_cache", "/update_weight_version"]
+    assert stubs[0].resets == 3
+    stubs[0].busy_for, stubs[0].resets = 10**6, 0
+    with pytest.raises(RuntimeError, match="cannot forget prompts of old weights"):
+        server.deliver("run-8", Path("weights"), adapter=False, timeout=0.5)
+    assert stubs[0].weights == "run-7"
+
+
+def test_another_release_is_told(stubs: list[Stub], monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = Stub.answer
+
+    def older(stub: Stub, path: str, body: Any, key: str | None) -> tuple[int, Any]:
+        status, found = answer(stub, path, body, key)
+        if path == "/inference/v1/generate":
+            del found["choices"][0]["weight_versions"]
+        return status, found
+
+    monkeypatch.setattr(Stub, "answer", older)
+    with pytest.raises(RuntimeError, match="it is another release"):
+        sampled(engine(stubs))
+
+
+def test_closing_ends_a_rollout_that_nobody_waits_for(stubs: list[Stub]) -> None:
+    for each in stubs:
+        each.delay = 0.2
+    made = engine(stubs)
+    seen: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            sampled(made, rows=4000)
+        except RuntimeError as error:
+            seen.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    time.sleep(0.5)
+    made.close()
+    thread.join(15)
+    assert not thread.is_alive()
+    assert "was closed while" in str(seen[0])
 
 
 def test_a_refusal_is_told_at_once(stubs: list[Stub]) -> None:

@@ -1,5 +1,6 @@
 """Rollouts by a vLLM engine inside the training process."""
 
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from lightning_lambdapo.rollout.vllm.weights import (
     base_directory,
     check_servable,
     checkpoint_tensors,
+    pack_tied_head,
     write_adapter,
 )
 
@@ -73,6 +75,8 @@ class VLLMEngine(RolloutEngine):
             self._deliver_adapter(policy)
         else:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checkpoint_tensors(policy)})
+            if not torch.cuda.is_available():
+                self._llm.apply_model(pack_tied_head)
         self._forget_prompts()
         self.version = version
 
@@ -138,14 +142,16 @@ class VLLMEngine(RolloutEngine):
             self._llm.wake_up()
             self._asleep = False
 
+    def check(self, policy: Policy) -> None:
+        """Refuse what vLLM cannot serve. See :meth:`RolloutEngine.check`."""
+        check_servable(policy, self.policy_config)
+        if self.config.sleep and not torch.cuda.is_available():
+            raise ValueError("`rollout.vllm.sleep` is true, but vLLM sleeps on GPUs alone. Remove the setting.")
+
     def _start(self, policy: Policy) -> None:
         self.close()
-        check_servable(policy)
-        if self.policy_config.dtype == "float64":
-            raise ValueError("vLLM does not compute in float64. Set `policy.dtype` to float32, bfloat16 or float16.")
+        self.check(policy)
         on_cpu = not torch.cuda.is_available()
-        if self.config.sleep and on_cpu:
-            raise ValueError("`rollout.vllm.sleep` is true, but vLLM sleeps on GPUs alone. Remove the setting.")
         place, revision = base_directory(policy, self.policy_config)
         settings: dict[str, Any] = {
             "model": place,
@@ -179,11 +185,15 @@ class VLLMEngine(RolloutEngine):
         if self._adapter is not None:
             self._llm.llm_engine.remove_lora(self._adapter.lora_int_id)
         self._deliveries += 1
-        memory = "/dev/shm"  # noqa: S108
-        with tempfile.TemporaryDirectory(
-            prefix="lambdapo_", dir=memory if Path(memory).is_dir() else None
-        ) as directory:
+        with tempfile.TemporaryDirectory(prefix="lambdapo_", dir=_memory(policy)) as directory:
             write_adapter(policy, Path(directory))
             # vLLM would serve an id that it knows from its cache, whatever the directory holds by now.
             self._adapter = LoRARequest(f"version_{self._deliveries}", self._deliveries, directory)
             self._llm.llm_engine.add_lora(self._adapter)  # read now, so that the files can go
+
+
+def _memory(policy: PeftModel) -> str | None:
+    """Memory that looks like a directory, if the adapter fits well: containers often have little of it."""
+    place = "/dev/shm"  # noqa: S108
+    size = 4 * sum(each.numel() for each in policy.parameters() if each.requires_grad)
+    return place if Path(place).is_dir() and shutil.disk_usage(place).free > 4 * size else None

@@ -4,6 +4,7 @@ import http.client
 import json
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -89,9 +90,17 @@ class Server:
         else:
             call = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}}
             self._call("POST", "/collective_rpc", call, timeout=timeout)
-            self._call("POST", "/reset_prefix_cache", timeout=timeout)
+            self._forget_prompts(timeout)
         self._call("POST", "/update_weight_version", {"new_version": name}, timeout=timeout)
         self.deliveries += 1
+
+    def _forget_prompts(self, timeout: float) -> None:
+        """Forget prompts that were computed with old weights. Impossible while requests run there, so wait for them."""
+        end = time.monotonic() + timeout
+        while not self._call("POST", "/reset_prefix_cache", timeout=timeout)["success"]:
+            if time.monotonic() > end:
+                raise RuntimeError(f"{self.url} cannot forget prompts of old weights, because requests still run there")
+            time.sleep(0.2)
 
     def forget(self, name: str, *, timeout: float) -> None:
         """Unload an adapter."""
@@ -113,12 +122,18 @@ class Server:
             if adapter and "does not exist" in str(error):
                 raise OtherWeightsError(f"{self.url} does not know the adapter {name}") from error
             raise
-        choice = found["choices"][0]
-        versions = {span["version"] for span in choice["weight_versions"] or []}
+        try:
+            choice = found["choices"][0]
+            versions = {span["version"] for span in choice["weight_versions"] or []}
+            content = choice["logprobs"]["content"]
+            answer = Answer([each["token_id"] for each in content], [each["logprob"] for each in content])
+        except (KeyError, TypeError, IndexError) as error:
+            raise RuntimeError(
+                f"{self.url} answers in a form that vLLM 0.32 and 0.33 do not have ({error!r}): it is another release."
+            ) from error
         if versions != {name}:
             raise OtherWeightsError(f"{self.url} answered with weights {sorted(versions)}, and not with {name}")
-        content = choice["logprobs"]["content"]
-        return Answer([each["token_id"] for each in content], [each["logprob"] for each in content])
+        return answer
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float) -> Any:
         kind = _KeptAliveTLS if self._parts.scheme == "https" else _KeptAlive
@@ -133,8 +148,12 @@ class Server:
             raise ServerGoneError(f"{self.url}{path}: {type(error).__name__}: {error}") from error
         finally:
             connection.close()
+        told = f"{self.url}{path} answered {response.status}: {content[:500].decode(errors='replace')}"
+        if response.status >= http.client.INTERNAL_SERVER_ERROR:  # its engine has died
+            self.alive = False
+            raise ServerGoneError(told)
         if response.status != http.client.OK:
-            raise RuntimeError(f"{self.url}{path} answered {response.status}: {content[:500].decode(errors='replace')}")
+            raise RuntimeError(told)
         is_json = response.getheader("Content-Type", "").startswith("application/json")
         return json.loads(content) if is_json else content.decode()
 

@@ -6,6 +6,7 @@ import tempfile
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -69,6 +70,8 @@ class VLLMServerEngine(RolloutEngine):
         self.max_staleness = config.max_staleness
         self.servers = [Server(url, config.api_key) for url in config.urls]
         self._checked = False
+        self._closed = threading.Event()
+        self._remove: Callable[[], object] = bool
         self._run = ""
         self._root: Path | None = None
         self._adapter = False
@@ -77,6 +80,7 @@ class VLLMServerEngine(RolloutEngine):
         """Write the policy's weights and let the servers load them. See :meth:`RolloutEngine.sync`."""
         self._adapter = isinstance(policy, PeftModel)
         if not self._checked:
+            self._closed.clear()
             self._start(policy)
         old = self._name, self._directory
         self.version = version
@@ -85,8 +89,8 @@ class VLLMServerEngine(RolloutEngine):
         if rank() == 0:
             try:
                 self._deliver(policy, *old)
-            except (OSError, RuntimeError) as error:
-                problem = str(error)
+            except Exception as error:
+                problem = f"{type(error).__name__}: {error}"
         for each in gather_objects(problem):
             if each is not None:
                 raise RuntimeError(each)
@@ -101,17 +105,22 @@ class VLLMServerEngine(RolloutEngine):
         answers = self._answers(requests)
         return rollout_of(self, answers, length=uniforms.shape[1], device=batch.input_ids.device)
 
+    def check(self, policy: Policy) -> None:
+        """Refuse what vLLM cannot serve. See :meth:`RolloutEngine.check`."""
+        check_servable(policy, self.policy_config)
+
     @property
     def cached_block(self) -> int | None:
         """Block size of vLLM. An adapter's name is part of the cache's keys, so no cached prompt outlives a version."""
         return None if self._adapter else 16
 
     def close(self) -> None:
-        """Remove the files. The servers go on."""
+        """Stop asking, and remove the files. The servers go on."""
+        self._closed.set()
         if self._root is not None and rank() == 0:
             for server in self.servers if self._adapter else ():
                 _quietly(server.forget, self._name, timeout=10.0)
-            shutil.rmtree(self._root, ignore_errors=True)
+            self._remove()
         self._root, self._checked, self.version = None, False, -1
 
     @property
@@ -124,7 +133,6 @@ class VLLMServerEngine(RolloutEngine):
 
     def _start(self, policy: Policy) -> None:
         """Agree on a directory, and wait until the servers answer."""
-        check_servable(policy)
         wanted = None
         if rank() == 0:
             parent = self.config.directory
@@ -135,6 +143,8 @@ class VLLMServerEngine(RolloutEngine):
             wanted = root, f"lambdapo-{uuid.uuid4().hex[:8]}"
         root, self._run = gather_objects(wanted)[0]
         self._root = Path(root)
+        if rank() == 0:  # also if a run ends by an exception
+            self._remove = weakref.finalize(self, shutil.rmtree, root, ignore_errors=True)
         end = time.monotonic() + self.config.deadline
         missing = [server for server in self.servers if not server.is_ready()]
         if missing:
@@ -192,11 +202,14 @@ class VLLMServerEngine(RolloutEngine):
         found: dict[int, Answer] = {}
         trouble: list[str] = []
         while len(found) < len(requests):
+            if self._closed.is_set():
+                raise RuntimeError("The engine was closed while a rollout was being sampled.")
             waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
             for index in range(len(requests)):
                 if index not in found:
                     waiting.put(index)
-            live = [server for server in self.servers if server.alive or self._is_back(server)]
+            left = end - time.monotonic()
+            live = [server for server in self.servers if server.alive or self._is_back(server, left)]
             self._work_off(live, requests, waiting, found, trouble, end)
             if time.monotonic() > end:
                 raise RuntimeError(
@@ -205,7 +218,7 @@ class VLLMServerEngine(RolloutEngine):
                     f"{trouble[-1] if trouble else 'none, so that the deadline is too short for such a rollout'}"
                 )
             if not live:
-                time.sleep(_POLL_SECONDS)
+                self._closed.wait(_POLL_SECONDS)
         return [found[index] for index in range(len(requests))]
 
     def _work_off(
@@ -220,7 +233,7 @@ class VLLMServerEngine(RolloutEngine):
         fatal: list[RuntimeError] = []
 
         def work(server: Server) -> None:
-            while server.alive and not fatal and time.monotonic() < end:
+            while server.alive and not fatal and not self._closed.is_set() and time.monotonic() < end:
                 try:
                     index = waiting.get_nowait()
                 except queue.Empty:
@@ -235,6 +248,8 @@ class VLLMServerEngine(RolloutEngine):
                     trouble.append(str(error))
                     if isinstance(error, OtherWeightsError):
                         _quietly(self._bring_up_to_date, server, end - time.monotonic(), after=deliveries)
+                        if server.deliveries == deliveries:
+                            self._closed.wait(_POLL_SECONDS)
                 except RuntimeError as error:  # it refuses the request, and so would every other
                     fatal.append(error)
 
@@ -247,12 +262,12 @@ class VLLMServerEngine(RolloutEngine):
         if fatal:
             raise fatal[0]
 
-    def _is_back(self, server: Server) -> bool:
+    def _is_back(self, server: Server, timeout: float) -> bool:
         """Whether a server that has died answers again. It then gets the current weights."""
         if not server.is_ready():
             return False
         try:
-            self._bring_up_to_date(server, self.config.deadline)
+            self._bring_up_to_date(server, timeout)
         except (ServerGoneError, RuntimeError):
             return False
         server.alive = True

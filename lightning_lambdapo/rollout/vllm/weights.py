@@ -17,22 +17,24 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from lightning_lambdapo.config import PolicyConfig
+from lightning_lambdapo.policy.adapter_options import changes_base
 from lightning_lambdapo.policy.decoding import can_dequantize, dequantized, is_quantized
 from lightning_lambdapo.policy.loading import cached_directory, locate
 from lightning_lambdapo.policy.model import Policy, causal_lm
-from lightning_lambdapo.policy.versions import fingerprint
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 #: Ranks that vLLM has kernels for.
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def check_servable(policy: Policy) -> None:
+def check_servable(policy: Policy, config: PolicyConfig) -> None:
     """Refuse a policy of which vLLM would serve only a part.
 
     Raises:
         ValueError: naming trained tensors that vLLM does not take, or a layer of another format.
     """
+    if config.dtype == "float64":
+        raise ValueError("vLLM does not compute in float64. Set `policy.dtype` to float32, bfloat16 or float16.")
     if not isinstance(policy, PeftModel):
         return
     kind = policy.peft_config["default"].peft_type
@@ -48,6 +50,7 @@ def check_servable(policy: Policy) -> None:
             f"adapter ({kind}). Set `lora` to plain LoRA (no `use_dora`, `modules_to_save`, `bias`, no embedding among "
             "`target_modules`), or `rollout.engine: grouped`."
         )
+    adapter_rank(policy)
 
 
 def adapter_rank(policy: PeftModel) -> int:
@@ -96,17 +99,19 @@ def base_directory(policy: Policy, config: PolicyConfig) -> tuple[str, str | Non
     """
     model = causal_lm(policy)
     place, options = locate(config)
-    if config.quantization is None and "gguf_file" not in options and model.config.name_or_path == place:
+    adapters = policy.peft_config.values() if isinstance(policy, PeftModel) else ()
+    changed = any(changes_base(settings) for settings in adapters)
+    plain = config.quantization is None and "gguf_file" not in options and not changed
+    if plain and model.config.name_or_path == place:
         return place, config.revision
     layers = [(name, layer) for name, layer in model.named_modules() if not isinstance(layer, LoraLayer)]
     names = [name for name, layer in layers if is_quantized(layer) and not can_dequantize(layer)]
     if names:
         raise ValueError(f"The layer {names[0]} is quantised in a format that cannot be written in full for vLLM.")
-    frozen = {name: each.detach() for name, each in model.named_parameters() if ".lora_" not in name}
-    key = json.dumps([model.config.to_diff_dict(), config.dtype, config.quantization, fingerprint(frozen)], default=str)
-    written = cached_directory(
-        "vllm_base", hashlib.sha256(key.encode()).hexdigest()[:32], lambda directory: _write_base(model, directory)
-    )
+    digest = hashlib.sha256(json.dumps([model.config.to_diff_dict(), config.dtype], default=str).encode())
+    for name, tensor in _base_tensors(model).items():
+        digest.update(name.encode() + tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    written = cached_directory("vllm_base", digest.hexdigest()[:32], lambda directory: _write_base(model, directory))
     return str(written), None
 
 
@@ -114,6 +119,17 @@ def checkpoint_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     """The base's weights by the names of its checkpoint file, layer by layer. Call it where weights are gathered."""
     model = causal_lm(policy)
     yield from revert_weight_conversion(model, _base_tensors(model)).items()
+
+
+def pack_tied_head(model: Any) -> None:
+    """Let vLLM's model on a CPU use the new weights of an output head that is the embedding.
+
+    Its kernels pack a copy of each linear layer's weight. ``reload_weights`` packs those that it loads, and a tied head
+    has no weight of its own.
+    """
+    head = getattr(model, "lm_head", None)
+    if head is not None and getattr(head, "quant_method", None) is not None:
+        head.quant_method.process_weights_after_loading(head)
 
 
 @torch.no_grad()

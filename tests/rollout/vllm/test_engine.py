@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 import tiny
 import torch
+from served import write_model
 from small import fit, module
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +19,7 @@ from lightning_lambdapo.policy.loading import load_policy
 from lightning_lambdapo.policy.model import Policy, causal_lm
 from lightning_lambdapo.rollout.sampling import row_uniforms
 from lightning_lambdapo.rollout.vllm.engine import VLLMEngine
+from lightning_lambdapo.rollout.vllm.weights import base_directory
 
 ROLLOUT = RolloutConfig(group_size=4, max_new_tokens=16, engine="vllm")
 
@@ -93,6 +95,52 @@ def test_every_version_is_decoded(
         assert largest_error(policy, batch, rollout, temperature=0.8) > 0.5
     finally:
         vllm.close()
+
+
+def test_a_head_that_is_the_embedding(tmp_path: Path) -> None:
+    """For a CPU vLLM packs a copy of the head's weight, which must be made anew with all weights trained."""
+    tied = PolicyConfig(write_model(tmp_path, tie_word_embeddings=True))
+    policy = load_policy(tied, None)
+    batch = tiny.batch(tiny.ragged_prompts(3))
+    vllm = engine(tied)
+    try:
+        for version in (1, 2):
+            vllm.sync(policy, version)
+            assert largest_error(policy, batch, sampled(vllm, policy, batch)) < 1e-3
+            change(policy, 0.3)
+    finally:
+        vllm.close()
+
+
+def test_an_adapter_that_changes_its_base(served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = PolicyConfig(served)
+    policy = load_policy(config, AdapterConfig(r=4, options={"init_lora_weights": "pissa"}))
+    batch = tiny.batch(tiny.ragged_prompts(3))
+    vllm = engine(config)
+    try:
+        vllm.sync(policy, 1)
+        assert largest_error(policy, batch, sampled(vllm, policy, batch)) < 1e-3
+    finally:
+        vllm.close()
+
+
+def test_the_cached_base_is_told_from_one_with_the_same_codes(
+    served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 4 bits a matrix and half of it have the same codes and other scales."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    half = AutoModelForCausalLM.from_pretrained(served)
+    with torch.no_grad():
+        for name, parameter in half.named_parameters():
+            if "_proj" in name:
+                parameter.mul_(0.5)
+    half.save_pretrained(tmp_path / "half")
+    places = set()
+    for place in (served, str(tmp_path / "half")):
+        config = PolicyConfig(place, quantization="nf4")
+        places.add(base_directory(load_policy(config, AdapterConfig(r=4)), config)[0])
+    assert len(places) == 2
 
 
 def test_a_row_is_its_own_whatever_is_beside_it(served: str) -> None:
