@@ -22,7 +22,8 @@ def measure(model: str, prompts: Path | None, name: str) -> Result:
     """Seconds and tokens of a rollout of one engine."""
     import torch
 
-    from lightning_lambdapo import AdapterConfig, PerformanceConfig, PolicyConfig, RolloutConfig, SamplingConfig
+    from lightning_lambdapo import AdapterConfig, PolicyConfig, RolloutConfig, SamplingConfig
+    from lightning_lambdapo.config import PerformanceConfig
     from lightning_lambdapo.data import PromptCollator, PromptTemplate
     from lightning_lambdapo.policy.loading import load_policy, load_tokenizer
     from lightning_lambdapo.policy.model import causal_lm
@@ -59,6 +60,7 @@ def measure(model: str, prompts: Path | None, name: str) -> Result:
             rollout = engine.generate(causal_lm(policy), batch, sampling=SamplingConfig(), uniforms=uniforms)
             tokens = int(rollout.lengths.sum())
         found = {"seconds": time.perf_counter() - start, "tokens": tokens, "threads": torch.get_num_threads()}
+    engine.close()
     return found
 
 
