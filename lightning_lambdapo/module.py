@@ -343,7 +343,7 @@ class LambdaPOModule(LightningModule):
         """Stop the rewards' workers and the engine."""
         for reward in self.rewards:
             reward.close()
-        if hasattr(self, "engine"):
+        if hasattr(self, "sampler"):
             self.sampler.ahead.drop()
             self.engine.close()
 
