@@ -43,6 +43,18 @@ def visibility(prompts: list[int], completions: list[list[int]], window: int | N
     return seen
 
 
+def assert_same(found: Tensor, expected: Tensor, states: list[Tensor]) -> None:
+    """The same values, and the same gradients of query, key and value."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    upstream = torch.randn_like(expected)
+    for one, other in zip(
+        torch.autograd.grad((found * upstream).sum(), states),
+        torch.autograd.grad((expected * upstream).sum(), states),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("softcap", [None, 0.7])
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
 @pytest.mark.parametrize(
@@ -62,14 +74,7 @@ def test_packed_row_is_attention_under_its_mask(
     found = row.attend(states[0], states[1], states[2], Layer(0, 0.4, window, softcap))
     visible = visibility(prompts, completions, window)
     expected = dense(states[0], states[1], states[2], visible, scaling=0.4, softcap=softcap)
-    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-12)
-    upstream = torch.randn_like(expected)
-    for one, other in zip(
-        torch.autograd.grad((found[0] * upstream).sum(), states),
-        torch.autograd.grad((expected * upstream).sum(), states),
-        strict=True,
-    ):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    assert_same(found[0], expected, states)
     positions = [
         place
         for prompt, lengths in zip(prompts, completions, strict=True)
@@ -110,14 +115,7 @@ def test_every_kernel_and_rounded_shapes_give_the_same(
     found = row.attend(states[0], states[1], states[2], Layer(0, 0.4, window, softcap))
     visible = visibility(prompts, completions, window)
     expected = dense(states[0], states[1], states[2], visible, scaling=0.4, softcap=softcap)
-    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-12)
-    upstream = torch.randn_like(expected)
-    for one, other in zip(
-        torch.autograd.grad((found[0] * upstream).sum(), states),
-        torch.autograd.grad((expected * upstream).sum(), states),
-        strict=True,
-    ):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    assert_same(found[0], expected, states)
     assert not any(size % multiple for size in sizes)
     kept = len(row._masks)
     assert kept == 0 if not mask and window in (None, 100) and softcap is None else kept > 0

@@ -12,7 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import save_torch_state_dict
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from peft import PeftModel
 from torch import Tensor
@@ -30,8 +29,8 @@ from lightning_lambdapo.rollout.vllm.weights import (
     adapter_rank,
     base_directory,
     check_servable,
-    checkpoint_tensors,
     write_adapter,
+    write_weights,
 )
 
 _AT_ONCE = 64
@@ -173,8 +172,7 @@ class VLLMServerEngine(RolloutEngine):
             write_adapter(policy, partial)
         else:
             partial.mkdir(parents=True)
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in checkpoint_tensors(policy)}
-            save_torch_state_dict(tensors, partial)
+            write_weights(policy, partial)
         partial.rename(self._directory)
         reached = 0
         for server in self.servers:

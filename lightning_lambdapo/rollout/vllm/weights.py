@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from lightning_lambdapo.config import PolicyConfig
+from lightning_lambdapo.distributed.fsdp1 import plain_name
 from lightning_lambdapo.policy.adapter_options import changes_base
 from lightning_lambdapo.policy.decoding import can_dequantize, dequantized, is_quantized
 from lightning_lambdapo.policy.loading import cached_directory, locate
 from lightning_lambdapo.policy.model import Policy, causal_lm
 
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 #: Ranks that vLLM has kernels for.
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -121,6 +121,11 @@ def checkpoint_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     yield from revert_weight_conversion(model, _base_tensors(model)).items()
 
 
+def write_weights(policy: Policy, directory: Path) -> None:
+    """Write :func:`checkpoint_tensors` to a directory."""
+    save_torch_state_dict({name: each.cpu().contiguous() for name, each in checkpoint_tensors(policy)}, directory)
+
+
 def pack_tied_head(model: Any) -> None:
     """Let vLLM's model on a CPU use the new weights of an output head that is the embedding.
 
@@ -139,8 +144,7 @@ def _write_base(model: PreTrainedModel, directory: Path) -> None:
         del config.quantization_config
     config.architectures = [type(model).__name__.removeprefix("FSDP")]
     config.save_pretrained(directory)
-    tensors = revert_weight_conversion(model, _base_tensors(model))
-    save_torch_state_dict({name: each.cpu().contiguous() for name, each in tensors.items()}, directory)
+    write_weights(model, directory)
 
 
 def _base_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -172,6 +176,7 @@ def _layers(policy: PeftModel) -> Iterator[tuple[str, Any]]:
 
 def _plain(name: str) -> str:
     """A name without what peft and strategies wrap around modules."""
-    for wrapper in (*_WRAPPERS, "base_layer."):
+    name = plain_name(name)
+    for wrapper in ("_checkpoint_wrapped_module.", "_orig_mod.", "base_layer."):
         name = name.replace(wrapper, "")
     return name
