@@ -37,6 +37,7 @@ _HOMES = {
     "SamplingConfig": "config",
     "Throughput": "callbacks",
     "TrainingConsole": "callbacks",
+    "UpdateNorm": "callbacks",
 }
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "SamplingConfig",
     "Throughput",
     "TrainingConsole",
+    "UpdateNorm",
 ]
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
         RolloutCheckpoint,
         Throughput,
         TrainingConsole,
+        UpdateNorm,
     )
     from lightning_lambdapo.config import (
         AdapterConfig,

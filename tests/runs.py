@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 from where import accelerator
 
-from lightning_lambdapo import AdapterConfig, CompletionsLogger, PolicyConfig, RolloutCheckpoint
+from lightning_lambdapo import AdapterConfig, CompletionsLogger, PolicyConfig, RolloutCheckpoint, UpdateNorm
 from lightning_lambdapo.callbacks.run import finished_rollouts
 from lightning_lambdapo.checkpointing import files as checkpoint_files
 from lightning_lambdapo.distributed import fsdp1, parallel
@@ -127,6 +127,7 @@ def train(
     model = module(base, **(defaults | settings))
     own: list[Callback] = [
         CompletionsLogger(),
+        UpdateNorm(),
         RolloutCheckpoint(every_n_rollouts=every, save_top_k=-1, save_on_exception=save_on_exception),
         *callbacks,
     ]

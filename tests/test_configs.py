@@ -84,14 +84,14 @@ def test_config_runs(file: Path, base: Path, tmp_path: Path) -> None:
     assert len(metrics) >= 3
     assert any("val/" in name for name in metrics[0].split(",")) == ("val_check_interval" in config["trainer"])
     assert (run / "config.yaml").exists()
-    assert (run / "reward.png").stat().st_size > 1000
-    exporting = any(callback["class_path"].endswith("PolicyExport") for callback in config["trainer"]["callbacks"])
-    assert (run / "export").is_dir() == exporting
+    names = {callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]}
+    assert (run / "reward.png").exists() == ("RewardPlot" in names)
+    assert (run / "export").is_dir() == ("PolicyExport" in names)
 
 
 def test_there_are_all_the_promised_configs() -> None:
     assert {path.stem for path in CONFIGS} >= {
         *("quickstart", "smollm2_gsm8k_cpu", "smollm2_gsm8k_qlora", "qlora_single_gpu"),
         *("lora_ddp", "full_fsdp", "qwen3_1_7b_math", "phi4_mini_math"),
-        *("sums", "chain", "sorting"),
+        *("sums", "chain", "sorting", "large_sums", "last_digits", "long_sorting", "misled"),
     }

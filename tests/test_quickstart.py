@@ -89,10 +89,48 @@ def test_rows_of_a_task() -> None:
         assert row["reference"].endswith(f"={sum(terms)};{sum(terms)}")
         assert steps_right([row["reference"]], [row["reference"]]) == [1.0]
     assert all(sorted(row["prompt"][:-1].split(",")) == row["answer"].split(",") for row in task_rows("sorting", 9))
-    with pytest.raises(ValueError, match="the tasks sums, sorting, chain; got 'chess'"):
+    with pytest.raises(ValueError, match=r"the tasks sums, sorting, chain, .*; got 'chess'"):
         task_rows("chess", 1)
     with pytest.raises(ValueError, match="fewer than 7000 different problems"):
         task_rows("sums", 7000)
+
+
+def test_tasks_that_are_hardly_ever_solved() -> None:
+    generator = random.Random(0)
+    for row in task_rows("last_digits", 20):
+        first, *rest = [int(digit) for digit in row["prompt"].rstrip("=").split("+")]
+        steps = row["answer"].split(",")
+        assert len(steps) == len(rest) == 6
+        for digit, step in zip(rest, steps, strict=True):
+            assert step == f"{first}+{digit}={(first + digit) % 10}"
+            first = (first + digit) % 10
+        assert row["reference"] == row["answer"]
+    right = 0
+    for _ in range(4000):
+        prompt, solution = TASKS["last_digits"].demonstration(generator)
+        digits = [int(digit) for digit in prompt.rstrip("=").split("+")]
+        steps = solution.split(",")
+        assert [int(step[2]) for step in steps] == digits[1:]
+        assert [step[0] for step in steps[1:]] == [step[-1] for step in steps[:-1]], "it goes on from its slip"
+        right += all((int(step[0]) + int(step[2])) % 10 == int(step[-1]) for step in steps)
+    assert abs(right / 4000 - 0.55**6) < 0.01
+    terms = {int(term) for row in task_rows("large_sums", 400) for term in row["prompt"].rstrip("=").split("+")}
+    assert terms == set(range(12, 37))
+    shown = [TASKS["large_sums"].demonstration(generator)[0] for _ in range(400)]
+    assert {int(term) for prompt in shown for term in prompt.rstrip("=").split("+")} == set(range(1, 20))
+    assert all(len(row["answer"].split(",")) == 10 for row in task_rows("long_sorting", 9))
+
+
+def test_a_misled_policy_sees_the_same_error_in_nine_of_ten() -> None:
+    generator = random.Random(0)
+    errors = []
+    for _ in range(4000):
+        prompt, solution = TASKS["misled"].demonstration(generator)
+        a, b, c = map(int, prompt.rstrip("=").split("+"))
+        assert solution.startswith(f"{a}+{b}={a + b},{a + b}+{c}=")
+        errors.append(int(solution.rpartition(";")[2]) - (a + b + c))
+    assert set(errors) == {0, 10}
+    assert abs(errors.count(10) / 4000 - 0.9) < 0.02
 
 
 def test_levels_count_steps_in_their_places() -> None:

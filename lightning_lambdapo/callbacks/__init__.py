@@ -9,6 +9,7 @@ from lightning_lambdapo.callbacks.plot import RewardPlot
 from lightning_lambdapo.callbacks.ray_report import RayReport
 from lightning_lambdapo.callbacks.run import finished_rollouts, run_directory
 from lightning_lambdapo.callbacks.throughput import Throughput
+from lightning_lambdapo.callbacks.update_norm import UpdateNorm
 
 __all__ = [
     "CompletionsLogger",
@@ -19,6 +20,7 @@ __all__ = [
     "RolloutCheckpoint",
     "Throughput",
     "TrainingConsole",
+    "UpdateNorm",
     "finished_rollouts",
     "run_directory",
 ]

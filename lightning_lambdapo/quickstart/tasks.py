@@ -43,12 +43,17 @@ def _share(steps: str, wanted: str) -> float:
     return sum(step == right for step, right in zip(steps.split(","), places, strict=False)) / len(places)
 
 
-def _sums(count: int, error_rate: float) -> Task:
-    def terms(generator: random.Random) -> list[int]:
-        return [generator.randint(1, 19) for _ in range(count)]
+def _sums(
+    *error_rates: float,
+    terms: range = range(1, 20),
+    shown: range = range(1, 20),
+    slips: Sequence[int] = (-3, -2, -1, 1, 2, 3),
+) -> Task:
+    """Sums with written-out steps, one for each error rate: problems of ``terms``, demonstrations of ``shown``."""
+    count = len(error_rates) + 1
 
     def problem(generator: random.Random) -> Row:
-        drawn = terms(generator)
+        drawn = [generator.randint(terms[0], terms[-1]) for _ in range(count)]
         return {
             "prompt": arithmetic_prompt(*drawn),
             "answer": str(sum(drawn)),
@@ -56,12 +61,38 @@ def _sums(count: int, error_rate: float) -> Task:
         }
 
     def demonstration(generator: random.Random) -> tuple[str, str]:
-        drawn = terms(generator)
+        drawn = [generator.randint(shown[0], shown[-1]) for _ in range(count)]
+
+        rates = iter(error_rates)
 
         def slip() -> int:
-            return generator.choice((-3, -2, -1, 1, 2, 3)) if generator.random() < error_rate else 0
+            return generator.choice(slips) if generator.random() < next(rates) else 0
 
         return arithmetic_prompt(*drawn), arithmetic_solution(*drawn, slip=slip)
+
+    return Task(problem, demonstration)
+
+
+def _last_digits(count: int, error_rate: float) -> Task:
+    """Sums of digits of which each step keeps the last digit, and the answer is all steps."""
+
+    def solution(digits: Sequence[int], slip: Callable[[], int] = lambda: 0) -> str:
+        steps, running = [], digits[0]
+        for digit in digits[1:]:
+            result = (running + digit + slip()) % 10
+            steps.append(f"{running}+{digit}={result}")
+            running = result
+        return ",".join(steps)
+
+    def problem(generator: random.Random) -> Row:
+        drawn = [generator.randint(0, 9) for _ in range(count)]
+        return {"prompt": arithmetic_prompt(*drawn), "answer": solution(drawn), "reference": solution(drawn)}
+
+    def demonstration(generator: random.Random) -> tuple[str, str]:
+        drawn = [generator.randint(0, 9) for _ in range(count)]
+        return arithmetic_prompt(*drawn), solution(
+            drawn, lambda: generator.randint(1, 9) if generator.random() < error_rate else 0
+        )
 
     return Task(problem, demonstration)
 
@@ -87,7 +118,18 @@ def _sorting(count: int, error_rate: float) -> Task:
 
 #: ``sums``: three terms, the task of the quickstart, right or wrong. ``sorting``: eight digits, for a dense reward such
 #: as :class:`~lightning_lambdapo.rewards.SemanticDensityReward`. ``chain``: four terms, for :func:`steps_right`.
-TASKS = {"sums": _sums(3, 0.35), "sorting": _sorting(8, 0.35), "chain": _sums(4, 0.3)}
+#: Three whose policies are hardly ever right: ``large_sums``: larger terms than the demonstrations have.
+#: ``last_digits``: six steps, all of which must be right. ``long_sorting``: ten digits, likewise.
+#: ``misled``: sums of which nine in ten demonstrations are wrong in the same way, so that the policy is sure and wrong.
+TASKS = {
+    "sums": _sums(0.35, 0.35),
+    "sorting": _sorting(8, 0.35),
+    "chain": _sums(0.3, 0.3, 0.3),
+    "large_sums": _sums(0.35, 0.35, terms=range(12, 37)),
+    "long_sorting": _sorting(10, 0.35),
+    "last_digits": _last_digits(7, 0.45),
+    "misled": _sums(0.0, 0.9, slips=(10,)),
+}
 
 
 def task_rows(name: str, count: int, *, seed: int = 0) -> list[Row]:

@@ -167,6 +167,8 @@ class AccuracyReward(Reward):
         option = _GOLD_LETTER.fullmatch(clean(gold)) if self.answer_format == "auto" else None
         if option:
             return option[1], final_letter(completion)
+        if self.answer_format == "auto" and completion.strip() == gold.strip():
+            return gold, gold  # also a list, of which the last number alone would be taken
         answer = final_answer(completion, self.answer_format)
         short = answer is not None and len(answer) <= _MAX_CHARACTERS
         return gold, without_approximation(gold, answer) if answer and short else answer

@@ -130,6 +130,7 @@ def test_clipping_sees_the_norm_over_all_shards(base: str, tmp_path: Path, how: 
     change = [start[name.removeprefix("policy.")].double() - value for name, value in saved_weights(two).items()]
     assert math.sqrt(sum(float(each.square().sum()) for each in change)) == pytest.approx(1e-3, rel=1e-3)
     assert runs.metrics(two)[0, "train/grad_norm"] > 2e-3
+    assert runs.metrics(two)[0, "train/update_norm"] == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_quantised_weights_are_sharded_too(base: str, tmp_path: Path) -> None:

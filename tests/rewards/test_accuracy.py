@@ -88,6 +88,15 @@ def test_gold_answers_may_be_worked_solutions(reward: AccuracyReward) -> None:
     assert reward(rows(["#### 18"] * 3 + ["#### 3"] * 3, golds * 2)) == [1.0] * 3 + [0.0] * 3
 
 
+def test_a_completion_that_is_the_answer_and_nothing_else(reward: AccuracyReward) -> None:
+    """The last number of a list is not its answer."""
+    gold = "1,2,2,3,7"
+    completions = ["1,2,2,3,7", " 1,2,2,3,7\n", "2,1,2,3,7", "1,2,3,7", "7", "1,2,2,3,7,7", "3+4=7,7+1=8", "8"]
+    golds = [gold] * 6 + ["3+4=7,7+1=8"] * 2
+    assert reward(rows(completions, golds)) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+    assert AccuracyReward(answer_format="boxed")(rows([gold], [gold])) == [0.0]
+
+
 def test_letters(reward: AccuracyReward) -> None:
     completions = ["The answer is (C) 15.", r"\boxed{B}", "C", "#### 3", "The answer is c) 15"]
     assert reward(rows(completions, ["C", "C", "(C)", "C", "C"])) == [1.0, 0.0, 1.0, 0.0, 1.0]

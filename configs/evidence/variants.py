@@ -1,0 +1,117 @@
+"""Advantages that were tried against LambdaPO and GRPO, and an optimizer whose updates have one length.
+
+Each is a function of rewards, confidence and valid rows, ``(B, G)`` each, as ``algorithm.estimator`` takes it:
+
+    PYTHONPATH=configs/evidence lambdapo compare --estimators lambda,grpo,variants.win_rate ...
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lambdapo.functional import pairwise_weights
+
+
+def pairwise(rewards: Tensor, weights: Tensor, valid: Tensor) -> Tensor:
+    """``A_i = 1/(G-1) * sum over j of w_ij (R_i - R_j)`` over valid peers. ``weights`` is ``(B, G, G)``."""
+    differences = rewards.unsqueeze(2) - rewards.unsqueeze(1)
+    pairs = valid.unsqueeze(2) & valid.unsqueeze(1)
+    return (weights * differences * pairs).sum(2) / (valid.sum(1, keepdim=True) - 1).clamp(min=1)
+
+
+def confidence_weights(confidence: Tensor, valid: Tensor) -> Tensor:
+    """``sigmoid(d_ij)``: the policy's probability that i is preferred to j."""
+    return pairwise_weights(
+        torch.zeros_like(confidence), confidence, weighting="confidence", temperature="group_std", valid=valid
+    )
+
+
+def win_rate(rewards: Tensor, confidence: Tensor, valid: Tensor) -> Tensor:
+    """Share of peers that a row beats, minus the share that beat it: the size of a difference does not count."""
+    signs = (rewards.unsqueeze(2) - rewards.unsqueeze(1)).sign()
+    pairs = valid.unsqueeze(2) & valid.unsqueeze(1)
+    return (signs * pairs).sum(2) / (valid.sum(1, keepdim=True) - 1).clamp(min=1)
+
+
+def rank_gap(rewards: Tensor, confidence: Tensor, valid: Tensor) -> Tensor:
+    """A pair counts by the distance of its ranks: ``w_ij = |rank_i - rank_j| / (G-1)``, ties at their mean rank."""
+    below = ((rewards.unsqueeze(2) > rewards.unsqueeze(1)) & valid.unsqueeze(1)).sum(2)
+    level = ((rewards.unsqueeze(2) == rewards.unsqueeze(1)) & valid.unsqueeze(1)).sum(2)
+    rank = below + level / 2
+    gap = (rank.unsqueeze(2) - rank.unsqueeze(1)).abs()
+    return pairwise(rewards, gap / (rewards.shape[1] - 1), valid)
+
+
+def undecided(rewards: Tensor, confidence: Tensor, valid: Tensor) -> Tensor:
+    """A pair counts by the policy's doubt about it: ``w_ij = 4 p_ij (1 - p_ij)`` with ``p_ij = sigmoid(d_ij)``."""
+    share = confidence_weights(confidence, valid)
+    return pairwise(rewards, 4 * share * (1 - share), valid)
+
+
+def optimistic(rewards: Tensor, confidence: Tensor, valid: Tensor) -> Tensor:
+    """Wins weighted by confidence, losses by half: what is likely and better rises more than what is worse falls."""
+    differences = rewards.unsqueeze(2) - rewards.unsqueeze(1)
+    weights = confidence_weights(confidence, valid).where(differences > 0, 0.5)
+    return pairwise(rewards, weights, valid)
+
+
+def rare_first(rewards: Tensor, confidence: Tensor, valid: Tensor) -> Tensor:
+    """RLOO in which a row counts by how unlikely it is in its group: ``A_i = (1 - q_i) * RLOO_i``.
+
+    ``q`` is the softmax of the confidence in units of its standard deviation, as in ``group_std``.
+    """
+    spread = torch.stack([c[v].std(correction=0) for c, v in zip(confidence, valid, strict=True)]).clamp(min=1e-6)
+    share = (confidence / spread[:, None]).masked_fill(~valid, -torch.inf).softmax(1)
+    return (1 - share) * pairwise(rewards, torch.ones_like(valid.unsqueeze(2) & valid.unsqueeze(1)).float(), valid)
+
+
+def best_peer(rewards: Tensor, confidence: Tensor, valid: Tensor) -> Tensor:
+    """What a row adds to the best of its group: ``max(R) - max of the others``, and nothing for all but the best."""
+    filled = rewards.masked_fill(~valid, -torch.inf)
+    best, second = filled.topk(2, dim=1).values.unsqueeze(2).unbind(1)
+    several = valid.sum(1, keepdim=True) > 1
+    return torch.where((filled == best) & valid & several, best - second, 0.0)
+
+
+class Annealed:
+    """Confidence weights at first, uniform ones of the same mean after ``steps`` calls.
+
+    ``w = (1 - a) sigmoid(d) + a / 2`` with ``a = min(1, calls / steps)``. A resumed run begins anew.
+    """
+
+    def __init__(self, steps: int = 60) -> None:
+        self.steps = steps
+        self.calls = 0
+
+    def __call__(self, rewards: Tensor, confidence: Tensor, valid: Tensor) -> Tensor:
+        """Advantages of one step."""
+        share = min(1.0, self.calls / self.steps)
+        self.calls += 1
+        return pairwise(rewards, (1 - share) * confidence_weights(confidence, valid) + share / 2, valid)
+
+
+class FixedNormAdamW(torch.optim.AdamW):
+    """AdamW whose every update is scaled to the length ``norm``, so that all estimators move equally far.
+
+    The learning rate then matters only by its schedule: an update has the length ``norm * lr / initial_lr``.
+    """
+
+    def __init__(self, params: Any, norm: float, **settings: Any) -> None:
+        super().__init__(params, **settings)
+        self.norm = norm
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
+        """One update."""
+        weights = [weight for group in self.param_groups for weight in group["params"]]
+        before = [weight.clone() for weight in weights]
+        loss = super().step(closure)
+        length = torch.stack([(new - old).double().square().sum() for new, old in zip(weights, before, strict=True)])
+        group = self.param_groups[0]
+        wanted = self.norm * group["lr"] / group.get("initial_lr", group["lr"])
+        scale = wanted / length.sum().sqrt() if length.any() else 0.0
+        for new, old in zip(weights, before, strict=True):
+            new.copy_(old + (new - old) * scale)
+        return loss
