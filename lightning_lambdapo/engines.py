@@ -11,6 +11,10 @@ from lightning_lambdapo.functional.ranges import check_real, check_whole, path_t
 Engine = Literal["grouped", "hf", "vllm", "vllm_server"]
 
 
+class EngineStartError(RuntimeError):
+    """An engine cannot start with these settings. The sentence says why, and what to change."""
+
+
 @dataclass(frozen=True)
 class VLLMConfig:
     """A vLLM engine inside the training process, on the same device: ``rollout.engine: vllm``.

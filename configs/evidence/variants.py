@@ -1,6 +1,6 @@
-"""Advantages that were tried against LambdaPO and GRPO, and an optimizer whose updates have one length.
+"""What was tried against LambdaPO and GRPO: advantages, a schedule of density, and an optimizer of equal updates.
 
-Each is a function of rewards, confidence and valid rows, ``(B, G)`` each, as ``algorithm.estimator`` takes it:
+Each advantage is a function of rewards, confidence and valid rows, ``(B, G)`` each, as ``algorithm.estimator`` takes:
 
     PYTHONPATH=configs/evidence lambdapo compare --estimators lambda,grpo,variants.win_rate ...
 """
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_lambdapo.functional import pairwise_weights
@@ -90,6 +91,27 @@ class Annealed:
         share = min(1.0, self.calls / self.steps)
         self.calls += 1
         return pairwise(rewards, (1 - share) * confidence_weights(confidence, valid) + share / 2, valid)
+
+
+class WeightSchedule(Callback):
+    """Changes a reward's weight from ``start`` to ``end``, in equal parts over ``steps`` rollouts.
+
+    Args:
+        reward: the reward's name.
+        start: its weight in the first rollout.
+        end: its weight after ``steps`` rollouts.
+        steps: how many.
+    """
+
+    def __init__(self, reward: str = "semantic_density", start: float = 1.0, end: float = 0.0, steps: int = 60) -> None:
+        self.reward, self.start, self.end, self.steps = reward, start, end, steps
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Set the weight of this rollout."""
+        share = min(1.0, trainer.global_step / self.steps)
+        rewards: Any = pl_module.rewards
+        (chosen,) = (each for each in rewards if each.name == self.reward)
+        chosen.weight = self.start + share * (self.end - self.start)
 
 
 class FixedNormAdamW(torch.optim.AdamW):

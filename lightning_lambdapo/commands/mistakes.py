@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_lambdapo.engines import EngineStartError
+
 DEBUG = "LAMBDAPO_DEBUG"
 _HINT = "(--debug, or LAMBDAPO_DEBUG=1, shows the traceback.)"
 
@@ -89,8 +91,11 @@ def is_about_settings(error: BaseException) -> bool:
     """Whether somebody wrote the error's sentence for a mistake in the settings.
 
     It is one that this package, or a library that reads settings, raises by a ``raise`` of its own before the first
-    batch. A bug raises elsewhere (in torch, say), without a ``raise``, or while batches are computed.
+    batch. A bug raises elsewhere (in torch, say), without a ``raise``, or while batches are computed. An engine starts
+    with the first batch.
     """
+    if isinstance(error, EngineStartError):
+        return True
     place = error.__traceback__
     if place is None:
         return False

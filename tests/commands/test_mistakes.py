@@ -57,6 +57,10 @@ SENTENCES = [
     ("--trainer.gradient_clip_val=1", "Trainer(gradient_clip_val=1) has no effect under manual optimisation, so set"),
     ("--trainer.strategy=sideways", "You selected an invalid strategy name: `strategy='sideways'`."),
     ("--model.updates_per_rollout=64", "`updates_per_rollout` / `epochs_per_rollout` asks for 64 mini-batches"),
+    (
+        "--model.rollout={engine: vllm_server, servers: {urls: ['http://127.0.0.1:9'], deadline: 0.1}}",
+        "http://127.0.0.1:9 does not answer within `rollout.servers.deadline` (0.1 s). Start it with: VLLM_SERVER_DEV_",
+    ),
     ("--nothing=3", "unrecognized arguments: --nothing=3"),
     ("--config=nothing.yaml", "`config`: File does not exist: "),
 ]

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from peft import LoraConfig, get_peft_model
 
 from lightning_lambdapo import PolicyConfig, RolloutConfig, SamplingConfig
-from lightning_lambdapo.engines import VLLMConfig, VLLMServerConfig
+from lightning_lambdapo.engines import EngineStartError, VLLMConfig, VLLMServerConfig
+from lightning_lambdapo.policy.model import causal_lm
 from lightning_lambdapo.rollout.vllm.requests import Request, requests_for, row_seeds
 from lightning_lambdapo.rollout.vllm.server_client import OtherWeightsError, Server, ServerGoneError
 from lightning_lambdapo.rollout.vllm.servers import VLLMServerEngine
@@ -262,15 +265,29 @@ def test_answers_of_other_weights_are_not_taken(stubs: list[Stub]) -> None:
     [
         ({"model_config": {"logprobs_mode": "raw_logprobs", "generation_config": "vllm"}}, "--logprobs-mode"),
         ({"model_config": {"logprobs_mode": "processed_logprobs", "generation_config": "auto"}}, "--generation-config"),
-        ({"lora_config": None}, "--enable-lora"),
+        ({"lora_config": None}, "takes no adapters"),
+        ({"lora_config": {"max_lora_rank": 1}}, "takes adapters up to rank 1 "),
     ],
 )
-def test_a_server_with_other_settings_is_refused(stubs: list[Stub], settings: Any, message: str) -> None:
-    server = Server(stubs[0].url)
-    server.check(adapter=True)
-    stubs[0].settings = SETTINGS | settings
-    with pytest.raises(RuntimeError, match=rf"cannot serve this run.*{message}.*Start it with: VLLM_SERVER_DEV_MODE=1"):
-        server.check(adapter=True)
+def test_a_server_with_other_settings_is_refused(
+    stubs: list[Stub], tmp_path: Path, settings: Any, message: str
+) -> None:
+    """The error has the command line that would do, with this run's base, rank and dtype."""
+    policy = get_peft_model(tiny.model(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    causal_lm(policy).config.name_or_path = str(tmp_path)
+    made = engine(stubs)
+    made.policy_config = PolicyConfig(str(tmp_path))
+    assert made.servers[1].misfits(8) == []
+    assert "rank 8" in made.servers[1].misfits(16)[0]
+    stubs[1].settings = SETTINGS | settings
+    command = f"vllm serve {tmp_path} .*--enable-lora --max-lora-rank 8 --dtype float32"
+    with pytest.raises(EngineStartError, match=rf"{made.servers[1].url} cannot serve this run.*{message}.*{command}"):
+        made.sync(policy, 1)
+    stubs[1].settings = SETTINGS
+    stubs[0].stop()
+    made.config = replace(made.config, deadline=0.2)
+    with pytest.raises(EngineStartError, match=rf"{made.servers[0].url} does not answer within .*{command}"):
+        made.sync(policy, 1)
 
 
 @pytest.mark.parametrize(

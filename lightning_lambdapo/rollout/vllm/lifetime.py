@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import distributed
 
 from lightning_lambdapo.distributed.parallel import rank, world_size
+from lightning_lambdapo.engines import EngineStartError
 
 _live: dict[str, Any] = {}
 
@@ -54,7 +55,7 @@ def start_engine(settings: dict[str, Any]) -> Any:
                 cleanup_dist_env_and_memory()  # else no later engine could start
             if not isinstance(error, Exception):
                 raise
-            raise RuntimeError(
+            raise EngineStartError(
                 f"vLLM does not start with {settings['model']}: {type(error).__name__}: {error}. Change `rollout.vllm` "
                 "or `policy`, or set `rollout.engine: grouped`."
             ) from error

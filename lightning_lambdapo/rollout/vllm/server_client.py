@@ -11,11 +11,14 @@ from urllib.parse import urlsplit
 
 from lightning_lambdapo.rollout.vllm.requests import Answer, Request
 
-#: What a server has to be started with, besides its model.
-SERVE = (
-    "VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-scale-out "
-    "--logprobs-mode processed_logprobs --generation-config vllm"
-)
+
+def start_command(model: str, adapter_rank: int | None, dtype: str) -> str:
+    """The command line that starts a server. ``adapter_rank`` is None where all weights are trained."""
+    lora = "" if adapter_rank is None else f" --enable-lora --max-lora-rank {adapter_rank}"
+    return (
+        f"VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve {model} --enable-scale-out "
+        f"--logprobs-mode processed_logprobs --generation-config vllm{lora} --dtype {dtype}"
+    )
 
 
 class ServerGoneError(ConnectionError):
@@ -57,26 +60,26 @@ class Server:
             return False
         return True
 
-    def check(self, *, adapter: bool) -> None:
-        """Refuse a server whose settings would give other log-probabilities or take no weights.
+    def misfits(self, adapter_rank: int | None) -> list[str]:
+        """What is wrong with its settings: they would give other log-probabilities, or take no weights.
 
-        Raises:
-            RuntimeError: saying with what to start it instead.
+        Args:
+            adapter_rank: the rank that it must take, or None where all weights are trained.
         """
         try:
-            found = self._call("GET", "/server_info?config_format=json", timeout=60.0)
+            config = self._call("GET", "/server_info?config_format=json", timeout=60.0)["vllm_config"]
         except RuntimeError as error:
-            raise RuntimeError(f"{self.url} does not tell its settings ({error}). Start it with: {SERVE}") from error
-        config = found["vllm_config"]
+            return [f"it does not tell its settings ({error})"]
         wrong = []
         if config["model_config"]["logprobs_mode"] != "processed_logprobs":
             wrong.append("its log-probabilities are those before the temperature (--logprobs-mode)")
         if config["model_config"].get("generation_config") != "vllm":
             wrong.append("it uses the sampling settings of the model's authors (--generation-config)")
-        if adapter and not config.get("lora_config"):
-            wrong.append("it takes no adapters (--enable-lora --max-lora-rank RANK)")
-        if wrong:
-            raise RuntimeError(f"{self.url} cannot serve this run: {'; '.join(wrong)}. Start it with: {SERVE}")
+        taken = (config.get("lora_config") or {}).get("max_lora_rank", 0)
+        if adapter_rank is not None and taken < adapter_rank:
+            what = f"adapters up to rank {taken}" if taken else "no adapters"
+            wrong.append(f"it takes {what} (--enable-lora --max-lora-rank)")
+        return wrong
 
     def deliver(self, name: str, directory: Path, *, adapter: bool, timeout: float) -> None:
         """Load the weights in a directory that the server sees, and let answers carry their name."""

@@ -20,11 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_lambdapo.config import PolicyConfig, SamplingConfig
 from lightning_lambdapo.datatypes import PromptBatch, Rollout
 from lightning_lambdapo.distributed.parallel import gather_objects, rank
-from lightning_lambdapo.engines import VLLMServerConfig
+from lightning_lambdapo.engines import EngineStartError, VLLMServerConfig
 from lightning_lambdapo.policy.model import Policy
 from lightning_lambdapo.rollout.engine import RolloutEngine
 from lightning_lambdapo.rollout.vllm.requests import Answer, Request, requests_for, rollout_of
-from lightning_lambdapo.rollout.vllm.server_client import SERVE, OtherWeightsError, Server, ServerGoneError
+from lightning_lambdapo.rollout.vllm.server_client import OtherWeightsError, Server, ServerGoneError, start_command
 from lightning_lambdapo.rollout.vllm.weights import (
     adapter_rank,
     base_directory,
@@ -147,24 +147,29 @@ class VLLMServerEngine(RolloutEngine):
         end = time.monotonic() + self.config.deadline
         missing = [server for server in self.servers if not server.is_ready()]
         if missing:
-            place, _ = base_directory(policy, self.policy_config)
-            lora = f" --enable-lora --max-lora-rank {adapter_rank(policy)}" if isinstance(policy, PeftModel) else ""
-            dtype = f" --dtype {self.policy_config.dtype}"
             rank_zero_info(
                 f"Waiting for {', '.join(server.url for server in missing)}. If it is not starting yet, start it with: "
-                f"{SERVE.replace('MODEL', place)}{lora}{dtype}"
+                f"{self._command(policy)}"
             )
         while missing:
             if time.monotonic() > end:
-                raise RuntimeError(
+                raise EngineStartError(
                     f"{missing[0].url} does not answer within `rollout.servers.deadline` ({self.config.deadline:g} s). "
-                    f"Start it with: {SERVE}"
+                    f"Start it with: {self._command(policy)}"
                 )
             time.sleep(_POLL_SECONDS)
             missing = [server for server in missing if not server.is_ready()]
         for server in self.servers:
-            server.check(adapter=self._adapter)
+            wrong = server.misfits(_rank_needed(policy))
+            if wrong:
+                raise EngineStartError(
+                    f"{server.url} cannot serve this run: {'; '.join(wrong)}. Start it with: {self._command(policy)}"
+                )
         self._checked = True
+
+    def _command(self, policy: Policy) -> str:
+        place, _ = base_directory(policy, self.policy_config)
+        return start_command(place, _rank_needed(policy), self.policy_config.dtype)
 
     def _deliver(self, policy: Policy, old_name: str, old_directory: Path) -> None:
         partial = self._directory.with_suffix(".partial")
@@ -270,6 +275,10 @@ class VLLMServerEngine(RolloutEngine):
             return False
         server.alive = True
         return True
+
+
+def _rank_needed(policy: Policy) -> int | None:
+    return adapter_rank(policy) if isinstance(policy, PeftModel) else None
 
 
 def _quietly(call: Callable[..., None], *arguments: Any, **settings: Any) -> None:
