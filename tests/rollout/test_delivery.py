@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_lambdapo import AdapterConfig, PolicyConfig, RolloutConfig
 from lightning_lambdapo.policy.versions import fingerprint, other_weights, trained_tensors
+from lightning_lambdapo.rollout import delivery
 from lightning_lambdapo.rollout.delivery import Delivery, DeliveryError, Evidence
 
 
@@ -88,6 +89,32 @@ def test_small_updates_under_much_noise_are_found_by_and_by(base: str, tmp_path:
 def test_an_engine_with_another_model(base: str, tmp_path: Path) -> None:
     with pytest.raises(DeliveryError, match="It computes another model"):
         run(base, tmp_path, noise=0.1)
+
+
+def test_a_rank_with_fewer_rows_makes_as_many_passes(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With sharded weights every pass is a collective. The passes that are made up do not count."""
+    counts, evidence = [], []
+    complete, gather = delivery._completion, delivery.gather_objects
+    for more in (0, 3):
+        passes: list[int] = []
+
+        def counted(*arguments: Any, passes: list[int] = passes) -> Tensor:
+            passes.append(1)
+            return complete(*arguments)
+
+        def gathered(value: Any, more: int = more) -> list[Any]:
+            return [value, value + more] if type(value) is int else gather(value)
+
+        monkeypatch.setattr(delivery, "_completion", counted)
+        monkeypatch.setattr(delivery, "gather_objects", gathered)
+        model = run(base, tmp_path / str(more), lora=AdapterConfig(r=4))
+        counts.append(len(passes))
+        evidence.append(model.sampler.delivery.evidence)
+    # Of 8 versions each is scored as current and as the base, and all but the first as the one before.
+    assert counts[1] - counts[0] == 3 * (8 + 8 + 7)
+    assert evidence[0] == evidence[1]
 
 
 def test_evidence_by_hand() -> None:

@@ -3,6 +3,7 @@
 Those of vLLM itself are in ``vllm/test_servers.py``.
 """
 
+import gc
 import json
 import threading
 import time
@@ -288,6 +289,21 @@ def test_a_server_with_other_settings_is_refused(
     made.config = replace(made.config, deadline=0.2)
     with pytest.raises(EngineStartError, match=rf"{made.servers[0].url} does not answer within .*{command}"):
         made.sync(policy, 1)
+
+
+def test_files_go_with_the_engine_also_without_a_close(stubs: list[Stub], tmp_path: Path) -> None:
+    """As when a run ends by an exception."""
+    policy = get_peft_model(tiny.model(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    made = engine(stubs, directory=str(tmp_path / "shared"))
+    for version in (1, 2):
+        made.sync(policy, version)
+    root = made._root
+    assert root is not None
+    assert [each.name for each in root.iterdir()] == [f"{made._run}-2"], "the version before is gone"
+    del made
+    gc.collect()
+    assert not root.exists()
+    assert (tmp_path / "shared").is_dir(), "the user's own"
 
 
 @pytest.mark.parametrize(
