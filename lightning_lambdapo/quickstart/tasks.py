@@ -23,6 +23,19 @@ class Task:
     demonstration: Callable[[random.Random], tuple[str, str]]
 
 
+def accuracy(completions: Sequence[str], answers: Sequence[str | None], **columns: Any) -> list[float | None]:
+    """1 where the completion is the answer, character by character. For answers that are no mathematics.
+
+    Example:
+        >>> accuracy(["1,2,2", "2,1,2", "2"], ["1,2,2", "1,2,2", None])
+        [1.0, 0.0, None]
+    """
+    return [
+        None if answer is None else float(completion == answer)
+        for completion, answer in zip(completions, answers, strict=True)
+    ]
+
+
 def steps_right(completions: Sequence[str], references: Sequence[str | None], **columns: Any) -> list[float | None]:
     """Reward of a few levels: the share of the reference's steps that the completion has in the same places.
 
@@ -47,16 +60,18 @@ def _sums(
     *error_rates: float,
     terms: range = range(1, 20),
     slips: Sequence[int] = (-3, -2, -1, 1, 2, 3),
+    all_steps: bool = False,
 ) -> Task:
-    """Sums with written-out steps, one for each error rate."""
+    """Sums with written-out steps, one for each error rate. The answer is the sum, or ``all_steps``."""
     count = len(error_rates) + 1
 
     def problem(generator: random.Random) -> Row:
         drawn = [generator.randint(terms[0], terms[-1]) for _ in range(count)]
+        solution = arithmetic_solution(*drawn)
         return {
             "prompt": arithmetic_prompt(*drawn),
-            "answer": str(sum(drawn)),
-            "reference": arithmetic_solution(*drawn),
+            "answer": solution if all_steps else str(sum(drawn)),
+            "reference": solution,
         }
 
     def demonstration(generator: random.Random) -> tuple[str, str]:
@@ -73,15 +88,14 @@ def _sums(
 
 
 def _last_digits(count: int, error_rate: float) -> Task:
-    """Sums of digits of which each step keeps the last digit, and the answer is all steps."""
+    """Sums of digits of which each step keeps the last digit: ``7+5=2+9=1``. The answer is all steps."""
 
     def solution(digits: Sequence[int], slip: Callable[[], int] = lambda: 0) -> str:
-        steps, running = [], digits[0]
+        text, running = str(digits[0]), digits[0]
         for digit in digits[1:]:
-            result = (running + digit + slip()) % 10
-            steps.append(f"{running}+{digit}={result}")
-            running = result
-        return ",".join(steps)
+            running = (running + digit + slip()) % 10
+            text += f"+{digit}={running}"
+        return text
 
     def problem(generator: random.Random) -> Row:
         drawn = [generator.randint(0, 9) for _ in range(count)]
@@ -117,14 +131,14 @@ def _sorting(count: int, error_rate: float) -> Task:
 
 #: ``sums``: three terms, the task of the quickstart, right or wrong. ``sorting``: eight digits, for a dense reward such
 #: as :class:`~lightning_lambdapo.rewards.SemanticDensityReward`. ``chain``: four terms, for :func:`steps_right`.
-#: Three whose policies are hardly ever right: ``large_sums``: terms from 10 to 30, three in four results wrong.
-#: ``last_digits``: six steps, all of which must be right. ``long_sorting``: ten digits, likewise.
+#: Three whose policies are hardly ever right, with :func:`accuracy`: ``large_sums``: terms from 10 to 30, and both steps
+#: must be right. ``last_digits``: six steps, likewise. ``long_sorting``: ten digits.
 #: ``misled``: sums of which nine in ten demonstrations are wrong in the same way, so that the policy is sure and wrong.
 TASKS = {
     "sums": _sums(0.35, 0.35),
     "sorting": _sorting(8, 0.35),
     "chain": _sums(0.3, 0.3, 0.3),
-    "large_sums": _sums(0.78, 0.78, terms=range(10, 31)),
+    "large_sums": _sums(0.78, 0.78, terms=range(10, 31), all_steps=True),
     "long_sorting": _sorting(10, 0.35),
     "last_digits": _last_digits(7, 0.45),
     "misled": _sums(0.0, 0.9, slips=(10,)),
