@@ -131,8 +131,8 @@ def _sorting(count: int, error_rate: float) -> Task:
 
 #: ``sums``: three terms, the task of the quickstart, right or wrong. ``sorting``: eight digits, for a dense reward such
 #: as :class:`~lightning_lambdapo.rewards.SemanticDensityReward`. ``chain``: four terms, for :func:`steps_right`.
-#: Three whose policies are hardly ever right, with :func:`accuracy`: ``large_sums``: terms from 10 to 30, and both steps
-#: must be right. ``last_digits``: six steps, likewise. ``long_sorting``: ten digits.
+#: Three whose policies are hardly ever right, with :func:`accuracy`: ``large_sums``: terms from 10 to 30, right if both
+#: steps are. ``last_digits``: six steps, likewise. ``long_sorting``: ten digits.
 #: ``misled``: sums of which nine in ten demonstrations are wrong in the same way, so that the policy is sure and wrong.
 TASKS = {
     "sums": _sums(0.35, 0.35),
