@@ -119,12 +119,8 @@ def test_tasks_that_are_hardly_ever_solved() -> None:
     terms = {int(term) for row in task_rows("large_sums", 400) for term in row["prompt"].rstrip("=").split("+")}
     assert terms == set(range(10, 31))
     assert all(row["answer"] == row["reference"] for row in task_rows("large_sums", 9))
-    right = 0
-    for _ in range(4000):
-        prompt, solution = TASKS["large_sums"].demonstration(generator)
-        a, b, c = map(int, prompt.rstrip("=").split("+"))
-        right += solution == f"{a}+{b}={a + b},{a + b}+{c}={a + b + c};{a + b + c}"
-    assert abs(right / 4000 - 0.22**2) < 0.01
+    shown = [TASKS["large_sums"].demonstration(generator)[0] for _ in range(400)]
+    assert {int(term) for prompt in shown for term in prompt.rstrip("=").split("+")} == set(range(1, 20))
     assert all(len(row["answer"].split(",")) == 10 for row in task_rows("long_sorting", 9))
 
 

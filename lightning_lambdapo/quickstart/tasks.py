@@ -59,10 +59,14 @@ def _share(steps: str, wanted: str) -> float:
 def _sums(
     *error_rates: float,
     terms: range = range(1, 20),
+    shown: range = range(1, 20),
     slips: Sequence[int] = (-3, -2, -1, 1, 2, 3),
     all_steps: bool = False,
 ) -> Task:
-    """Sums with written-out steps, one for each error rate. The answer is the sum, or ``all_steps``."""
+    """Sums of ``terms`` with written-out steps, one for each error rate. Demonstrations are of the terms ``shown``.
+
+    The answer is the sum, or ``all_steps``.
+    """
     count = len(error_rates) + 1
 
     def problem(generator: random.Random) -> Row:
@@ -75,7 +79,7 @@ def _sums(
         }
 
     def demonstration(generator: random.Random) -> tuple[str, str]:
-        drawn = [generator.randint(terms[0], terms[-1]) for _ in range(count)]
+        drawn = [generator.randint(shown[0], shown[-1]) for _ in range(count)]
 
         rates = iter(error_rates)
 
@@ -131,14 +135,14 @@ def _sorting(count: int, error_rate: float) -> Task:
 
 #: ``sums``: three terms, the task of the quickstart, right or wrong. ``sorting``: eight digits, for a dense reward such
 #: as :class:`~lightning_lambdapo.rewards.SemanticDensityReward`. ``chain``: four terms, for :func:`steps_right`.
-#: Three whose policies are hardly ever right, with :func:`accuracy`: ``large_sums``: terms from 10 to 30, right if both
-#: steps are. ``last_digits``: six steps, likewise. ``long_sorting``: ten digits.
+#: Three whose policies are hardly ever right, with :func:`accuracy`: ``large_sums``: larger terms than those of the
+#: demonstrations, right if both steps are. ``last_digits``: six steps, likewise. ``long_sorting``: ten digits.
 #: ``misled``: sums of which nine in ten demonstrations are wrong in the same way, so that the policy is sure and wrong.
 TASKS = {
     "sums": _sums(0.35, 0.35),
     "sorting": _sorting(8, 0.35),
     "chain": _sums(0.3, 0.3, 0.3),
-    "large_sums": _sums(0.78, 0.78, terms=range(10, 31), all_steps=True),
+    "large_sums": _sums(0.35, 0.35, terms=range(10, 31), all_steps=True),
     "long_sorting": _sorting(10, 0.35),
     "last_digits": _last_digits(7, 0.45),
     "misled": _sums(0.0, 0.9, slips=(10,)),
