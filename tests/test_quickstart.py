@@ -115,7 +115,7 @@ def test_tasks_that_are_hardly_ever_solved() -> None:
         assert running[0] == digits[0]
         assert len(running) == 9
         right += sum((a + b) % 10 == c for a, b, c in zip(running, digits[1:], running[1:], strict=False))
-    assert abs(right / (4000 * 8) - 0.4) < 0.02
+    assert abs(right / (4000 * 8) - 0.55) < 0.02
     terms = {int(term) for row in task_rows("large_sums", 400) for term in row["prompt"].rstrip("=").split("+")}
     assert terms == set(range(10, 31))
     assert all(row["answer"] == row["reference"] for row in task_rows("large_sums", 9))

@@ -146,7 +146,7 @@ TASKS = {
     "large_sums": _sums(0.35, 0.35, terms=range(10, 31), all_steps=True),
     "rough_sums": _sums(0.8, 0.8, 0.8, terms=range(1, 10), shown=range(1, 10), all_steps=True),
     "long_sorting": _sorting(10, 0.55),
-    "last_digits": _last_digits(9, 0.6),
+    "last_digits": _last_digits(9, 0.45),
     "misled": _sums(0.0, 0.9, slips=(10,)),
 }
 
