@@ -99,7 +99,7 @@ def test_tasks_that_are_hardly_ever_solved() -> None:
     generator = random.Random(0)
     for row in task_rows("last_digits", 20):
         first, *rest = [int(digit) for digit in row["prompt"].rstrip("=").split("+")]
-        assert len(rest) == 8
+        assert len(rest) == 6
         wanted = str(first)
         for digit in rest:
             first = (first + digit) % 10
@@ -113,9 +113,9 @@ def test_tasks_that_are_hardly_ever_solved() -> None:
         assert [int(digit) for digit in solution[2::4]] == digits[1:]
         running = [int(digit) for digit in solution[::4]]
         assert running[0] == digits[0]
-        assert len(running) == 9
+        assert len(running) == 7
         right += sum((a + b) % 10 == c for a, b, c in zip(running, digits[1:], running[1:], strict=False))
-    assert abs(right / (4000 * 8) - 0.55) < 0.02
+    assert abs(right / (4000 * 6) - 0.55) < 0.02
     terms = {int(term) for row in task_rows("large_sums", 400) for term in row["prompt"].rstrip("=").split("+")}
     assert terms == set(range(10, 31))
     assert all(row["answer"] == row["reference"] for row in task_rows("large_sums", 9))

@@ -1,4 +1,4 @@
-"""Make a tiny policy: ``python -m lightning_lambdapo.quickstart DIRECTORY [--task sums|sorting|chain]``.
+"""Make a tiny policy: ``python -m lightning_lambdapo.quickstart DIRECTORY [--task TASK]``.
 
 Supervised training on demonstrations with slips. The built-in policy is that of the task ``sums``: three-term sums in
 which each of the two results is wrong with probability 0.35. The policy gets about 0.65 squared of them right.

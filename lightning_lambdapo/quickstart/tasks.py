@@ -135,9 +135,9 @@ def _sorting(count: int, error_rate: float) -> Task:
 
 #: ``sums``: three terms, the task of the quickstart, right or wrong. ``sorting``: eight digits, for a dense reward such
 #: as :class:`~lightning_lambdapo.rewards.SemanticDensityReward`. ``chain``: four terms, for :func:`steps_right`.
-#: Four whose policies are hardly ever right, with :func:`accuracy`: ``rough_sums``: four digits, right if all three
-#: steps are. ``last_digits``: eight steps, likewise. ``long_sorting``: ten digits. ``large_sums``: larger terms than
-#: those of the demonstrations.
+#: Three whose policies are hardly ever right, with :func:`accuracy`: ``rough_sums``: four digits, right if all three
+#: steps are. ``last_digits``: six steps, likewise. ``long_sorting``: ten digits.
+#: ``large_sums``: larger terms than those of the demonstrations, which the policy often copies wrongly.
 #: ``misled``: sums of which nine in ten demonstrations are wrong in the same way, so that the policy is sure and wrong.
 TASKS = {
     "sums": _sums(0.35, 0.35),
@@ -146,7 +146,7 @@ TASKS = {
     "large_sums": _sums(0.35, 0.35, terms=range(10, 31), all_steps=True),
     "rough_sums": _sums(0.8, 0.8, 0.8, terms=range(1, 10), shown=range(1, 10), all_steps=True),
     "long_sorting": _sorting(10, 0.55),
-    "last_digits": _last_digits(9, 0.45),
+    "last_digits": _last_digits(7, 0.45),
     "misled": _sums(0.0, 0.9, slips=(10,)),
 }
 
