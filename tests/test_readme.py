@@ -196,7 +196,7 @@ def test_files_that_are_named_exist(name: str) -> None:
         if not path.startswith(MADE):
             assert any((start / path).exists() for start in starts), path
     for path in set(re.findall(r"(?<![\w./-])\w+\.py\b", text)):
-        assert list(ROOT.glob(f"tests/**/{path}")) or list(ROOT.glob(f"lightning_lambdapo/**/{path}")), path
+        assert any(any(ROOT.glob(f"{top}/**/{path}")) for top in ("tests", "lightning_lambdapo", "configs")), path
     for path in set(re.findall(r"`((?:\w+/)+)`", text)):
         if not path.startswith(("lightning_logs", "checkpoints", "export", "val", "test", "train")):
             assert any((start / path).is_dir() for start in starts), path

@@ -15,6 +15,7 @@ from small import Rows, module, trainer
 from torch import Tensor, nn
 
 from lightning_lambdapo import AdapterConfig, PolicyConfig, RolloutConfig
+from lightning_lambdapo.distributed.parallel import gather_objects
 from lightning_lambdapo.policy.versions import fingerprint, other_weights, trained_tensors
 from lightning_lambdapo.rollout import delivery
 from lightning_lambdapo.rollout.delivery import Delivery, DeliveryError, Evidence
@@ -96,7 +97,7 @@ def test_a_rank_with_fewer_rows_makes_as_many_passes(
 ) -> None:
     """With sharded weights every pass is a collective. The passes that are made up do not count."""
     counts, evidence = [], []
-    complete, gather = delivery._completion, delivery.gather_objects
+    complete, gather = delivery._completion, gather_objects
     for more in (0, 3):
         passes: list[int] = []
 
