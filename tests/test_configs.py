@@ -85,7 +85,8 @@ def test_config_runs(file: Path, base: Path, tmp_path: Path) -> None:
     assert any("val/" in name for name in metrics[0].split(",")) == ("val_check_interval" in config["trainer"])
     assert (run / "config.yaml").exists()
     names = {callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]}
-    assert (run / "reward.png").exists() == ("RewardPlot" in names)
+    picture = run / "reward.png"
+    assert picture.stat().st_size > 1000 if "RewardPlot" in names else not picture.exists()
     assert (run / "export").is_dir() == ("PolicyExport" in names)
 
 

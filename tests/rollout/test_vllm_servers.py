@@ -109,6 +109,11 @@ def engine(stubs: list[Stub], **settings: Any) -> VLLMServerEngine:
     return made
 
 
+def adapted() -> Any:
+    """A policy whose adapter has rank 2."""
+    return get_peft_model(tiny.model(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
 def sampled(made: VLLMServerEngine, rows: int = 24) -> Any:
     batch = tiny.batch(tiny.ragged_prompts(4))
     uniforms = torch.rand(rows, 9, dtype=torch.float64)
@@ -274,14 +279,15 @@ def test_a_server_with_other_settings_is_refused(
     stubs: list[Stub], tmp_path: Path, settings: Any, message: str
 ) -> None:
     """The error has the command line that would do, with this run's base, rank and dtype."""
-    policy = get_peft_model(tiny.model(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    policy = adapted()
     causal_lm(policy).config.name_or_path = str(tmp_path)
     made = engine(stubs)
     made.policy_config = PolicyConfig(str(tmp_path))
     assert made.servers[1].misfits(8) == []
     assert "rank 8" in made.servers[1].misfits(16)[0]
     stubs[1].settings = SETTINGS | settings
-    command = f"vllm serve {tmp_path} .*--enable-lora --max-lora-rank 8 --dtype float32"
+    flags = "--enable-lora --max-lora-rank 8 --dtype float32"
+    command = f"Start it with: VLLM_SERVER_DEV_MODE=1 .*vllm serve {tmp_path} .*{flags}"
     with pytest.raises(EngineStartError, match=rf"{made.servers[1].url} cannot serve this run.*{message}.*{command}"):
         made.sync(policy, 1)
     stubs[1].settings = SETTINGS
@@ -293,7 +299,7 @@ def test_a_server_with_other_settings_is_refused(
 
 def test_files_go_with_the_engine_also_without_a_close(stubs: list[Stub], tmp_path: Path) -> None:
     """As when a run ends by an exception."""
-    policy = get_peft_model(tiny.model(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    policy = adapted()
     made = engine(stubs, directory=str(tmp_path / "shared"))
     for version in (1, 2):
         made.sync(policy, version)
