@@ -12,28 +12,28 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_lambdapo.functional import pairwise_weights
+from lightning_lambdapo.functional import group_advantages, lambda_advantages, pairwise_weights
 
 
-def pairwise(rewards: Tensor, weights: Tensor, valid: Tensor) -> Tensor:
-    """``A_i = 1/(G-1) * sum over j of w_ij (R_i - R_j)`` over valid peers. ``weights`` is ``(B, G, G)``."""
-    differences = rewards.unsqueeze(2) - rewards.unsqueeze(1)
-    pairs = valid.unsqueeze(2) & valid.unsqueeze(1)
-    return (weights * differences * pairs).sum(2) / (valid.sum(1, keepdim=True) - 1).clamp(min=1)
+def differences(rewards: Tensor) -> Tensor:
+    """``R_i - R_j``, ``(B, G, G)``."""
+    return rewards.unsqueeze(2) - rewards.unsqueeze(1)
+
+
+def mean_over_peers(pairs: Tensor, valid: Tensor) -> Tensor:
+    """``1/(G-1) * sum over j`` of ``(B, G, G)`` over valid peers. The diagonal must be 0."""
+    both = valid.unsqueeze(2) & valid.unsqueeze(1)
+    return (pairs * both).sum(2) / (valid.sum(1, keepdim=True) - 1).clamp(min=1)
 
 
 def confidence_weights(confidence: Tensor, valid: Tensor) -> Tensor:
     """``sigmoid(d_ij)``: the policy's probability that i is preferred to j."""
-    return pairwise_weights(
-        torch.zeros_like(confidence), confidence, weighting="confidence", temperature="group_std", valid=valid
-    )
+    return pairwise_weights(torch.zeros_like(confidence), confidence, valid=valid)
 
 
 def win_rate(rewards: Tensor, confidence: Tensor, valid: Tensor) -> Tensor:
     """Share of peers that a row beats, minus the share that beat it: the size of a difference does not count."""
-    signs = (rewards.unsqueeze(2) - rewards.unsqueeze(1)).sign()
-    pairs = valid.unsqueeze(2) & valid.unsqueeze(1)
-    return (signs * pairs).sum(2) / (valid.sum(1, keepdim=True) - 1).clamp(min=1)
+    return mean_over_peers(differences(rewards).sign(), valid)
 
 
 def rank_gap(rewards: Tensor, confidence: Tensor, valid: Tensor) -> Tensor:
@@ -42,20 +42,19 @@ def rank_gap(rewards: Tensor, confidence: Tensor, valid: Tensor) -> Tensor:
     level = ((rewards.unsqueeze(2) == rewards.unsqueeze(1)) & valid.unsqueeze(1)).sum(2)
     rank = below + level / 2
     gap = (rank.unsqueeze(2) - rank.unsqueeze(1)).abs()
-    return pairwise(rewards, gap / (rewards.shape[1] - 1), valid)
+    return mean_over_peers(gap / (rewards.shape[1] - 1) * differences(rewards), valid)
 
 
 def undecided(rewards: Tensor, confidence: Tensor, valid: Tensor) -> Tensor:
     """A pair counts by the policy's doubt about it: ``w_ij = 4 p_ij (1 - p_ij)`` with ``p_ij = sigmoid(d_ij)``."""
     share = confidence_weights(confidence, valid)
-    return pairwise(rewards, 4 * share * (1 - share), valid)
+    return mean_over_peers(4 * share * (1 - share) * differences(rewards), valid)
 
 
 def optimistic(rewards: Tensor, confidence: Tensor, valid: Tensor) -> Tensor:
     """Wins weighted by confidence, losses by half: what is likely and better rises more than what is worse falls."""
-    differences = rewards.unsqueeze(2) - rewards.unsqueeze(1)
-    weights = confidence_weights(confidence, valid).where(differences > 0, 0.5)
-    return pairwise(rewards, weights, valid)
+    gains = differences(rewards)
+    return mean_over_peers(confidence_weights(confidence, valid).where(gains > 0, 0.5) * gains, valid)
 
 
 def rare_first(rewards: Tensor, confidence: Tensor, valid: Tensor) -> Tensor:
@@ -65,7 +64,7 @@ def rare_first(rewards: Tensor, confidence: Tensor, valid: Tensor) -> Tensor:
     """
     spread = torch.stack([c[v].std(correction=0) for c, v in zip(confidence, valid, strict=True)]).clamp(min=1e-6)
     share = (confidence / spread[:, None]).masked_fill(~valid, -torch.inf).softmax(1)
-    return (1 - share) * pairwise(rewards, torch.ones_like(valid.unsqueeze(2) & valid.unsqueeze(1)).float(), valid)
+    return (1 - share) * group_advantages(rewards, estimator="rloo", valid=valid)
 
 
 def best_peer(rewards: Tensor, confidence: Tensor, valid: Tensor) -> Tensor:
@@ -90,7 +89,8 @@ class Annealed:
         """Advantages of one step."""
         share = min(1.0, self.calls / self.steps)
         self.calls += 1
-        return pairwise(rewards, (1 - share) * confidence_weights(confidence, valid) + share / 2, valid)
+        confident = lambda_advantages(rewards, confidence, valid=valid)
+        return (1 - share) * confident + share / 2 * group_advantages(rewards, estimator="rloo", valid=valid)
 
 
 class WeightSchedule(Callback):

@@ -80,7 +80,6 @@ def _sums(
 
     def demonstration(generator: random.Random) -> tuple[str, str]:
         drawn = [generator.randint(shown[0], shown[-1]) for _ in range(count)]
-
         rates = iter(error_rates)
 
         def slip() -> int:
@@ -94,22 +93,25 @@ def _sums(
 def _last_digits(count: int, error_rate: float) -> Task:
     """Sums of digits of which each step keeps the last digit: ``7+5=2+9=1``. The answer is all steps."""
 
-    def solution(digits: Sequence[int], slip: Callable[[], int] = lambda: 0) -> str:
-        text, running = str(digits[0]), digits[0]
-        for digit in digits[1:]:
+    def digits(generator: random.Random) -> list[int]:
+        return [generator.randint(0, 9) for _ in range(count)]
+
+    def solution(drawn: Sequence[int], slip: Callable[[], int] = lambda: 0) -> str:
+        text, running = str(drawn[0]), drawn[0]
+        for digit in drawn[1:]:
             running = (running + digit + slip()) % 10
             text += f"+{digit}={running}"
         return text
 
     def problem(generator: random.Random) -> Row:
-        drawn = [generator.randint(0, 9) for _ in range(count)]
-        return {"prompt": arithmetic_prompt(*drawn), "answer": solution(drawn), "reference": solution(drawn)}
+        drawn = digits(generator)
+        right = solution(drawn)
+        return {"prompt": arithmetic_prompt(*drawn), "answer": right, "reference": right}
 
     def demonstration(generator: random.Random) -> tuple[str, str]:
-        drawn = [generator.randint(0, 9) for _ in range(count)]
-        return arithmetic_prompt(*drawn), solution(
-            drawn, lambda: generator.randint(1, 9) if generator.random() < error_rate else 0
-        )
+        drawn = digits(generator)
+        slipped = solution(drawn, lambda: generator.randint(1, 9) if generator.random() < error_rate else 0)
+        return arithmetic_prompt(*drawn), slipped
 
     return Task(problem, demonstration)
 

@@ -159,8 +159,9 @@ class VLLMServerEngine(RolloutEngine):
                 )
             time.sleep(_POLL_SECONDS)
             missing = [server for server in missing if not server.is_ready()]
+        needed_rank = _rank_needed(policy)
         for server in self.servers:
-            wrong = server.misfits(_rank_needed(policy))
+            wrong = server.misfits(needed_rank)
             if wrong:
                 raise EngineStartError(
                     f"{server.url} cannot serve this run: {'; '.join(wrong)}. Start it with: {self._command(policy)}"
