@@ -19,6 +19,12 @@ from lightning_lambdapo.quickstart.tasks import TASKS, steps_right, task_rows
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
 
+def demonstration(task: str, generator: random.Random) -> tuple[str, str]:
+    draw = TASKS[task].demonstration
+    assert draw is not None
+    return draw(generator)
+
+
 def curve(path: Path, column: str) -> list[float]:
     arguments = ["--trainer.max_steps=30", "--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false"]
     main(["fit", f"--config={CONFIG}", f"--trainer.default_root_dir={path}", *arguments])
@@ -54,7 +60,7 @@ def test_demonstrations_are_wrong_as_often_as_they_say() -> None:
     generator = random.Random(0)
     right = 0
     for _ in range(4000):
-        prompt, solution = TASKS["sums"].demonstration(generator)
+        prompt, solution = demonstration("sums", generator)
         steps, total = solution.split(";")
         a, b, c = map(int, prompt.rstrip("=").split("+"))
         assert steps.startswith(f"{a}+{b}=")
@@ -67,12 +73,12 @@ def test_the_other_tasks_slip_as_often_as_they_say() -> None:
     generator = random.Random(0)
     chains, places = 0, 0
     for _ in range(2000):
-        prompt, solution = TASKS["chain"].demonstration(generator)
+        prompt, solution = demonstration("chain", generator)
         terms = [int(term) for term in prompt.rstrip("=").split("+")]
         totals = [sum(terms[: count + 1]) for count in range(len(terms))]
         steps = [f"{totals[at]}+{terms[at + 1]}={totals[at + 1]}" for at in range(3)]
         chains += solution == f"{','.join(steps)};{totals[-1]}"
-        prompt, solution = TASKS["sorting"].demonstration(generator)
+        prompt, solution = demonstration("sorting", generator)
         right = sorted(prompt.rstrip("=").split(","))
         places += sum(map(str.__eq__, solution.split(","), right))
     assert chains / 2000 == pytest.approx(0.7**3, abs=0.03)
@@ -89,7 +95,7 @@ def test_rows_of_a_task() -> None:
         assert row["reference"].endswith(f"={sum(terms)};{sum(terms)}")
         assert steps_right([row["reference"]], [row["reference"]]) == [1.0]
     assert all(sorted(row["prompt"][:-1].split(",")) == row["answer"].split(",") for row in task_rows("sorting", 9))
-    names = "sums, sorting, chain, large_sums, rough_sums, long_sorting, last_digits, misled"
+    names = "sums, sorting, chain, large_sums, rough_sums, long_sorting, last_digits, misled, short_sums"
     with pytest.raises(ValueError, match=f"the tasks {names}; got 'chess'"):
         task_rows("chess", 1)
     with pytest.raises(ValueError, match="fewer than 7000 different problems"):
@@ -109,7 +115,7 @@ def test_tasks_that_are_hardly_ever_solved() -> None:
         assert row["reference"] == row["answer"]
     right = 0
     for _ in range(4000):
-        prompt, solution = TASKS["last_digits"].demonstration(generator)
+        prompt, solution = demonstration("last_digits", generator)
         digits = [int(digit) for digit in prompt.rstrip("=").split("+")]
         assert [int(digit) for digit in solution[2::4]] == digits[1:]
         running = [int(digit) for digit in solution[::4]]
@@ -120,9 +126,9 @@ def test_tasks_that_are_hardly_ever_solved() -> None:
     terms = {int(term) for row in task_rows("large_sums", 400) for term in row["prompt"].rstrip("=").split("+")}
     assert terms == set(range(10, 31))
     assert all(row["answer"] == row["reference"] for row in task_rows("large_sums", 9))
-    shown = [TASKS["large_sums"].demonstration(generator)[0] for _ in range(400)]
+    shown = [demonstration("large_sums", generator)[0] for _ in range(400)]
     assert {int(term) for prompt in shown for term in prompt.rstrip("=").split("+")} == set(range(1, 20))
-    rough = [solution for _ in range(4000) for _, solution in [TASKS["rough_sums"].demonstration(generator)]]
+    rough = [solution for _ in range(4000) for _, solution in [demonstration("rough_sums", generator)]]
     steps = [step for solution in rough for step in solution.partition(";")[0].split(",")]
     right = sum(int(a) + int(b) == int(c) for a, b, c in (step.replace("=", "+").split("+") for step in steps))
     assert abs(right / (4000 * 3) - 0.2) < 0.02
@@ -133,7 +139,7 @@ def test_a_misled_policy_sees_the_same_error_in_nine_of_ten() -> None:
     generator = random.Random(0)
     errors = []
     for _ in range(4000):
-        prompt, solution = TASKS["misled"].demonstration(generator)
+        prompt, solution = demonstration("misled", generator)
         a, b, c = map(int, prompt.rstrip("=").split("+"))
         assert solution.startswith(f"{a}+{b}={a + b},{a + b}+{c}=")
         errors.append(int(solution.rpartition(";")[2]) - (a + b + c))
@@ -176,3 +182,18 @@ def test_the_maker_writes_policy_and_problems(tmp_path: Path, monkeypatch: pytes
     assert {name: len(part) for name, part in rows.items()} == {"train": 5000, "test": 600}
     assert not {row["prompt"] for row in rows["train"]} & {row["prompt"] for row in rows["test"]}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "new").config.hidden_size == 96
+
+
+def test_problems_for_a_model_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["quickstart", str(tmp_path / "new"), "--task", "short_sums"])
+    maker.main()
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["test.jsonl", "train.jsonl"]
+    rows = [json.loads(line) for line in (tmp_path / "new" / "test.jsonl").read_text().splitlines()]
+    assert len(rows) == 600
+    for row in rows:
+        a, b, c = map(int, row["prompt"].removesuffix("=").split("+"))
+        assert {a, b, c} <= set(range(5, 31))
+        assert (row["reference"], row["answer"]) == (f"{a + b}, {a + b + c}", str(a + b + c))
+    assert {int(term) for row in rows for term in row["prompt"][:-1].split("+")} == set(range(5, 31))
+    with pytest.raises(ValueError, match="short_sums has problems alone"):
+        maker.train("short_sums", steps=1)

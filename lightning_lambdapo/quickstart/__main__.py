@@ -2,6 +2,7 @@
 
 Supervised training on demonstrations with slips. The built-in policy is that of the task ``sums``: three-term sums in
 which each of the two results is wrong with probability 0.35. The policy gets about 0.65 squared of them right.
+For the task ``short_sums`` there are only problems, because its policy is a model that exists already.
 """
 
 import argparse
@@ -37,7 +38,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def train(
     task: str = "sums", *, steps: int = 1500, rows: int = 96, lr: float = 3e-3, seed: int = 0
 ) -> LlamaForCausalLM:
-    """Train the tiny Llama from scratch on ``steps`` batches of fresh demonstrations."""
+    """Train the tiny Llama from scratch on ``steps`` batches of fresh demonstrations.
+
+    Raises:
+        ValueError: the task has no demonstrations.
+    """
+    demonstration = TASKS[task].demonstration
+    if demonstration is None:
+        raise ValueError(f"The task {task} has problems alone, and no demonstrations to train a policy on.")
     tokenizer = build_tokenizer()
     generator = random.Random(seed)  # noqa: S311
     torch.manual_seed(seed)
@@ -59,7 +67,7 @@ def train(
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 50) * (1 + math.cos(math.pi * step / steps)) / 2
         ids, labels = [], []
-        for prompt, solution in (TASKS[task].demonstration(generator) for _ in range(rows)):
+        for prompt, solution in (demonstration(generator) for _ in range(rows)):
             head, tail = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, solution))
             ids.append(torch.tensor([*head, *tail, tokenizer.eos_token_id]))
             labels.append(torch.tensor([*[-100] * len(head), *tail, tokenizer.eos_token_id]))
@@ -77,7 +85,7 @@ def train(
 
 
 def main() -> None:
-    """Train and save a policy, with problems for training and test as JSONL."""
+    """Train and save a policy where the task has demonstrations, and problems for training and test as JSONL."""
     parser = argparse.ArgumentParser(prog="python -m lightning_lambdapo.quickstart", description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--task", choices=TASKS, default="sums")
@@ -85,9 +93,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.directory.exists() and any(arguments.directory.iterdir()):
         parser.error(f"{arguments.directory} is not empty, and nothing is overwritten; choose another directory.")
-    model = train(arguments.task, seed=arguments.seed)
-    model.save_pretrained(arguments.directory)
-    build_tokenizer().save_pretrained(arguments.directory)
+    arguments.directory.mkdir(parents=True, exist_ok=True)
+    if TASKS[arguments.task].demonstration is not None:
+        train(arguments.task, seed=arguments.seed).save_pretrained(arguments.directory)
+        build_tokenizer().save_pretrained(arguments.directory)
     rows = task_rows(arguments.task, TRAIN_ROWS + TEST_ROWS, seed=arguments.seed)
     for name, part in (("train", rows[TEST_ROWS:]), ("test", rows[:TEST_ROWS])):
         lines = "".join(json.dumps(row) + "\n" for row in part)
