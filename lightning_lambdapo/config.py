@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
 import torch
 
-from lightning_lambdapo.engines import Engine, VLLMConfig, VLLMServerConfig, check_engine
+from lightning_lambdapo.engine_settings import Engine, VLLMConfig, VLLMServerConfig, check_engine
 from lightning_lambdapo.functional.advantages import Reduction, Scale, Score, Temperature, Weighting, check_weighting
 from lightning_lambdapo.functional.importance import CorrectionLevel, check_cap
 from lightning_lambdapo.functional.losses import Aggregation, KLEstimator, Level, check_clipping

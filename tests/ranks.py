@@ -25,7 +25,7 @@ _HERE = Path(__file__).parent
 
 def _start_server() -> None:
     """Start the server that imports everything once; it finds modules by its environment alone."""
-    forkserver.set_forkserver_preload(["runs"])
+    forkserver.set_forkserver_preload(["fitting"])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (_HERE, _HERE.parent)))
     try:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import fitting
 import numpy as np
 import pytest
-import runs
 import torch
 import yaml
 from lightning.pytorch import Callback
@@ -33,16 +33,16 @@ def test_twice_the_same_bits(base: str, tmp_path: Path, kind: str) -> None:
         random.seed(name)
         np.random.seed(len(name))
         torch.manual_seed(len(name))
-        model = runs.train(tmp_path / name, base, kind=kind, rewards=[Dice()], trainer={"max_epochs": 1})
-        found.append((weights(model), runs.completions(tmp_path / name), runs.metrics(tmp_path / name)))
+        model = fitting.train(tmp_path / name, base, kind=kind, rewards=[Dice()], trainer={"max_epochs": 1})
+        found.append((weights(model), fitting.completions(tmp_path / name), fitting.metrics(tmp_path / name)))
     assert equal(found[0][0], found[1][0])
     assert found[0][1:] == found[1][1:]
 
 
 def test_another_seed_is_another_run(base: str, tmp_path: Path) -> None:
     for seed in (3, 4):
-        runs.train(tmp_path / str(seed), base, seed=seed, trainer={"max_epochs": 1})
-    first, second = (runs.completions(tmp_path / str(seed)) for seed in (3, 4))
+        fitting.train(tmp_path / str(seed), base, seed=seed, trainer={"max_epochs": 1})
+    first, second = (fitting.completions(tmp_path / str(seed)) for seed in (3, 4))
     assert [record["completion"] for record in first] != [record["completion"] for record in second]
 
 
@@ -53,7 +53,7 @@ def test_deterministic_algorithms_are_enough(base: str, tmp_path: Path) -> None:
 
     seen: list[bool] = []
     try:
-        runs.train(tmp_path, base, trainer={"max_epochs": 1, "deterministic": True}, callbacks=[Looks()])
+        fitting.train(tmp_path, base, trainer={"max_epochs": 1, "deterministic": True}, callbacks=[Looks()])
     finally:
         torch.use_deterministic_algorithms(False)
     assert seen == [True] * 4
@@ -93,7 +93,7 @@ def test_ranks_draw_different_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_seed_is_in_the_log(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PL_GLOBAL_SEED", "11")
     data = LambdaPODataModule(train=DataSource(preset="arithmetic", size=16, seed=5), batch_size=4, seed=9)
-    runs.train(tmp_path, base, data=data, validate=False, seed=None, trainer={"max_steps": 2})
-    logged = yaml.safe_load((runs.version(tmp_path) / "hparams.yaml").read_text())
+    fitting.train(tmp_path, base, data=data, validate=False, seed=None, trainer={"max_steps": 2})
+    logged = yaml.safe_load((fitting.version(tmp_path) / "hparams.yaml").read_text())
     seeds = {name: value for name, value in logged.items() if name.startswith("seed/")}
     assert seeds == {"seed/global": 11, "seed/sampling": 11, "seed/data_order": 9, "seed/data_train": 5}

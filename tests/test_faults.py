@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import fitting
 import pytest
-import runs
 import tiny
 import torch
 from comparing import assert_same_run
@@ -36,7 +36,7 @@ pytestmark = [
 ]
 
 
-class Trouble(runs.Noisy):
+class Trouble(fitting.Noisy):
     """:class:`runs.Noisy`, until a call (counted from 1), on one rank or on all."""
 
     def __init__(self, kind: str, call: int, rank: int | None = None) -> None:
@@ -76,14 +76,14 @@ MESSAGES = {
 def test_a_faulty_reward_stops_the_run_and_nothing_is_lost(base: str, tmp_path: Path, kind: str) -> None:
     """Saved inside the step, before its first update: the step is done again from its start."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    runs.train(whole, base, validate=False)
+    fitting.train(whole, base, validate=False)
     start = time.monotonic()
     with pytest.raises((RuntimeError, ValueError), match=MESSAGES[kind]):
-        runs.train(broken, base, validate=False, save_on_exception=True, rewards=[Trouble(kind, 8)])
+        fitting.train(broken, base, validate=False, save_on_exception=True, rewards=[Trouble(kind, 8)])
     assert time.monotonic() - start < 60
-    held = torch.load(runs.checkpoint(broken), weights_only=True)["lambdapo"]
+    held = torch.load(fitting.checkpoint(broken), weights_only=True)["lambdapo"]
     assert (held["rollout_step"], held["updates_in_unfinished_step"]) == (7, 0)
-    runs.train(broken, base, validate=False, resume="last")
+    fitting.train(broken, base, validate=False, resume="last")
     assert_same_run(whole, broken, 7)
 
 
@@ -92,13 +92,20 @@ def test_a_faulty_reward_stops_the_run_and_nothing_is_lost(base: str, tmp_path: 
 def test_a_faulty_reward_on_one_rank_ends_both(base: str, tmp_path: Path, kind: str) -> None:
     options: dict[str, Any] = {"how": "ddp", "validate": False, "save_on_exception": True}
     ended = on_ranks(
-        2, runs.train, tmp_path, base, rewards=[Trouble(kind, 6, rank=1)], logs=tmp_path / "logs", timeout=25, **options
+        2,
+        fitting.train,
+        tmp_path,
+        base,
+        rewards=[Trouble(kind, 6, rank=1)],
+        logs=tmp_path / "logs",
+        timeout=25,
+        **options,
     )
     assert all(each.code != 0 for each in ended)
     if kind != "kill":
         assert MESSAGES[kind] in ended[1].log
-    assert torch.load(runs.checkpoint(tmp_path), weights_only=True)["lambdapo"]["rollout_step"] == 4
-    succeed(on_ranks(2, runs.train, tmp_path, base, resume="last", logs=tmp_path / "resumed", **options))
+    assert torch.load(fitting.checkpoint(tmp_path), weights_only=True)["lambdapo"]["rollout_step"] == 4
+    succeed(on_ranks(2, fitting.train, tmp_path, base, resume="last", logs=tmp_path / "resumed", **options))
 
 
 @pytest.mark.parametrize(("moment", "rollout_step", "begun"), [("update", 2, 2), ("report", 3, 2)])
@@ -120,11 +127,11 @@ def test_a_checkpoint_from_inside_a_step_is_marked_and_warned_of(
 
     monkeypatch.setattr(TrainingLog, "finish", report)
     with pytest.raises(RuntimeError, match="in the middle"):
-        runs.train(tmp_path, base, validate=False, save_on_exception=True, callbacks=[Fails()])
-    held = torch.load(runs.checkpoint(tmp_path), weights_only=True)["lambdapo"]
+        fitting.train(tmp_path, base, validate=False, save_on_exception=True, callbacks=[Fails()])
+    held = torch.load(fitting.checkpoint(tmp_path), weights_only=True)["lambdapo"]
     assert (held["rollout_step"], held["updates_in_unfinished_step"]) == (rollout_step, begun)
     with pytest.warns(UserWarning, match="saved inside a training step, when 2 of its updates had begun"):
-        runs.train(tmp_path, base, validate=False, resume="last")
+        fitting.train(tmp_path, base, validate=False, resume="last")
 
 
 class Poison(Callback):
@@ -283,16 +290,20 @@ def test_a_data_file_that_changes_between_epochs(base: str, tmp_path: Path) -> N
     def run(name: str, callbacks: list[Callback], **options: Any) -> Path:
         file.write_text(rows)
         data = LambdaPODataModule(train=DataSource(path=str(file)), batch_size=4)
-        runs.train(tmp_path / name, base, validate=False, data=data, callbacks=callbacks, **options)
+        fitting.train(tmp_path / name, base, validate=False, data=data, callbacks=callbacks, **options)
         return tmp_path / name
 
     still, changed = run("still", []), run("changed", [Changes()])
-    assert runs.completions(still) == runs.completions(changed)
+    assert fitting.completions(still) == fitting.completions(changed)
     file.write_text(rows.replace("0+0=", "9+9="))
     data = LambdaPODataModule(train=DataSource(path=str(file)), batch_size=4)
     with pytest.warns(UserWarning, match="The training data is not that of the checkpoint"):
-        runs.train(
-            tmp_path / "other", base, validate=False, data=data, resume=str(runs.checkpoint(still, "rollout-step=10"))
+        fitting.train(
+            tmp_path / "other",
+            base,
+            validate=False,
+            data=data,
+            resume=str(fitting.checkpoint(still, "rollout-step=10")),
         )
 
 

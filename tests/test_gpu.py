@@ -5,12 +5,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any, cast
 
+import fitting
 import pytest
-import runs
 import tiny
 import torch
+from fitting import train
 from gradients import gradient
-from runs import train
 from small import equal, fit, module, weights
 from torch import Tensor
 
@@ -79,7 +79,7 @@ def test_resumed_bit_for_bit(base: str, tmp_path: Path, kind: str) -> None:
     gpu: dict[str, Any] = {"accelerator": "gpu", "deterministic": True, "max_epochs": 1}
     try:
         whole = train(tmp_path / "whole", base, trainer=gpu, **settings)
-        checkpoint = runs.checkpoint(tmp_path / "whole", "rollout-step=2")
+        checkpoint = fitting.checkpoint(tmp_path / "whole", "rollout-step=2")
         again = train(tmp_path / "again", base, trainer=gpu, resume=str(checkpoint), **settings)
     finally:
         torch.use_deterministic_algorithms(False)

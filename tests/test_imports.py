@@ -1,6 +1,8 @@
 """Imports point one way between rooms; few files may name strategies or reach into what Lightning keeps private."""
 
 import ast
+import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 #: The rooms from the ground up. A room imports from earlier lines alone, and from none beside it.
 ROOMS = [
     {"functional"},
-    {"engines"},
+    {"engine_settings"},
     {"config", "datatypes"},
     {"distributed", "rewards"},
     {"policy", "checks", "checkpointing", "data"},
@@ -112,10 +114,7 @@ LIGHTNINGS = {
 
 
 def reaches(tree: ast.AST) -> Iterator[str]:
-    """What Lightning keeps private, and code uses.
-
-    Methods that a subclass may call are not meant: ``RolloutCheckpoint`` and ``LambdaPOCLI`` call them on themselves.
-    """
+    """What Lightning keeps private, and code uses. Methods that a class inherits are :func:`inherited`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning."):
             yield from (each.name for each in node.names if each.name.startswith("_"))
@@ -144,3 +143,24 @@ def test_one_file_reaches_into_lightning() -> None:
     for path in FILES:
         found = list(reaches(ast.parse(path.read_text())))
         assert bool(found) == (path.name == "lightning_internals.py"), (path, found)
+
+
+def inherited(path: Path) -> set[str]:
+    """Private methods of Lightning's classes that subclasses in a file call on themselves or override."""
+    dotted = ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ClassDef):
+            parents = getattr(importlib.import_module(dotted), node.name).__mro__
+            lightnings = {name for each in parents if each.__module__.startswith("lightning.") for name in vars(each)}
+            used = {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute)}
+            used |= {each.name for each in node.body if isinstance(each, ast.FunctionDef)}
+            found |= {name for name in used & lightnings if name.startswith("_") and not name.startswith("__")}
+    return found
+
+
+def test_inherited_private_methods_are_listed() -> None:
+    found = set().union(*(inherited(path) for path in FILES if path.name not in ("__main__.py", "ray_train.py")))
+    listed = ast.get_docstring(ast.parse((ROOT / "distributed" / "lightning_internals.py").read_text()))
+    assert listed is not None
+    assert found == set(re.findall(r"``(_\w+)``", listed))

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_lambdapo.engines import EngineStartError
+from lightning_lambdapo.engine_settings import EngineStartError
 
 DEBUG = "LAMBDAPO_DEBUG"
 _HINT = "(--debug, or LAMBDAPO_DEBUG=1, shows the traceback.)"

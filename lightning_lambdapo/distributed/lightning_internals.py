@@ -1,6 +1,16 @@
 """Every use of Lightning's private parts, with its reason. All were checked against Lightning 2.6.6.
 
 Lightning has no public way to do these. The tests named below fail if a release changes one of them.
+
+Two classes inherit from Lightning's and use private methods of their parents:
+
+- ``RolloutCheckpoint`` saves when rollouts are counted, which no setting of the parent does. It calls
+  ``_should_skip_saving_checkpoint``, ``_save_topk_checkpoint`` and ``_save_last_checkpoint``. It overrides
+  ``_monitor_candidates``, because ``step`` in a file's name counts rollouts, and ``_find_last_checkpoints``, because
+  the last checkpoint may lie in the directory of the logger's earlier run (callbacks/test_checkpoint).
+- ``LambdaPOCLI`` reads settings with ``_get``. It overrides ``_prepare_subcommand_kwargs``, because earlier files must
+  be kept before a run starts, ``_parse_ckpt_path``, because a checkpoint's settings must not override the command line,
+  and ``_run_subcommand``, because a rehearsal runs nothing (commands/test_main).
 """
 
 import os

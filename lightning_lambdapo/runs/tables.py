@@ -29,12 +29,13 @@ def shorten(text: str, limit: int) -> str:
 
 
 def telling_group(records: Sequence[Record]) -> list[Record]:
-    """A step's completions of the first prompt whose rewards differ, or else of the first prompt."""
+    """A step's completions of the first prompt whose valid rewards differ, or else of the first prompt."""
     prompts: dict[int, list[Record]] = {}
     for record in records:
         prompts.setdefault(record["prompt_id"], []).append(record)
     groups = list(prompts.values())
-    return next((group for group in groups if len({record["total"] for record in group}) > 1), groups[0])
+    telling = (group for group in groups if len({record["total"] for record in group if record["valid"]}) > 1)
+    return next(telling, groups[0])
 
 
 def group_table(records: Sequence[Record], *, width: int) -> Table:

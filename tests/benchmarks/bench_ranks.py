@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import runs
+import fitting
 import torch
 from measuring import Result, options, report
 from ranks import on_ranks, succeed
@@ -27,12 +27,12 @@ def no_learning(parameters: Any) -> torch.optim.Optimizer:
 def sample(directory: Path, model: str, dtype: Any, prompts: int, steps: int) -> None:
     """Sample ``steps`` batches of ``prompts`` x 8 completions, over all ranks."""
     data = LambdaPODataModule(
-        train=DataSource(preset="arithmetic"), batch_size=prompts // runs.parallel_ranks(), max_prompt_length=64
+        train=DataSource(preset="arithmetic"), batch_size=prompts // fitting.parallel_ranks(), max_prompt_length=64
     )
-    runs.train(
+    fitting.train(
         directory,
         model,
-        how="ddp" if runs.parallel_ranks() > 1 else "one",
+        how="ddp" if fitting.parallel_ranks() > 1 else "one",
         data=data,
         every=10**6,
         validate=False,
@@ -55,7 +55,7 @@ def flips(model: str, dtype: str, prompts: int, steps: int) -> Result:
             directory = Path(scratch) / str(count)
             arguments = (directory, model, dtype, prompts, steps)
             succeed(on_ranks(count, sample, *arguments, logs=directory / "logs", timeout=3000))
-            found.append([record["completion"] for record in runs.completions(directory)])
+            found.append([record["completion"] for record in fitting.completions(directory)])
     differing = sum(first != second for first, second in zip(*found, strict=True))
     return {"model": Path(model).name, "dtype": dtype, "rows": len(found[0]), "other tokens": differing}
 

@@ -17,7 +17,7 @@ from small import Rows, adamw, json_lines, module, trainer
 from lightning_lambdapo import CompletionsLogger, RolloutCheckpoint
 from lightning_lambdapo.callbacks.console import TrainingConsole
 from lightning_lambdapo.commands.main import main
-from lightning_lambdapo.runs.tables import group_table, markdown_group, telling_group
+from lightning_lambdapo.runs.tables import markdown_group
 
 
 def number(pattern: str, text: str) -> float:
@@ -163,56 +163,10 @@ def test_a_bad_setting() -> None:
         TrainingConsole(every_n_rollouts=0)
 
 
-RECORDS: list[dict[str, Any]] = [
-    {
-        "prompt_id": 7,
-        "sample": sample,
-        "prompt": "what|is\n2+2?",
-        "completion": text,
-        "truncated": sample == 1,
-        "rewards": {"accuracy": float(sample == 0), "format": None},
-        "total": 1.0,
-        "score": -0.25,
-        "advantage": 0.5 - sample,
-        "valid": True,
-    }
-    for sample, text in enumerate(["four *is* `it`", "[red]no[/red] <b>"])
-]
-
-
 def telling(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The first group of four whose rewards are not all the same."""
     groups = [records[start : start + 4] for start in range(0, len(records), 4)]
     return next(group for group in groups if any(record["total"] != group[0]["total"] for record in group))
-
-
-def test_the_group_that_is_shown() -> None:
-    same = [record | {"prompt_id": 3} for record in RECORDS]
-    differing = [record | {"prompt_id": 9, "total": float(record["sample"])} for record in RECORDS]
-    assert telling_group(same + differing + RECORDS) == differing
-    assert telling_group(same + RECORDS) == same
-
-
-@pytest.mark.parametrize("width", [80, 100])
-def test_the_printed_table(width: int) -> None:
-    screen = io.StringIO()
-    Console(file=screen, width=width).print(group_table(RECORDS, width=width))
-    lines = screen.getvalue().splitlines()
-    assert max(map(len, lines)) <= width
-    header = next(line for line in lines if "completion" in line)
-    assert header.split() == ["#", "completion", "accuracy", "format", "total", "score", "advantage"]
-    row = next(line for line in lines if "four" in line)
-    assert row.split()[-5:] == ["1.000", "-", "1.000", "-0.250", "+0.500"]
-    assert "[red]no[/red] <b>" in screen.getvalue()  # not taken for markup
-    assert "[truncated]" in screen.getvalue()
-
-
-def test_the_markdown_table() -> None:
-    lines = markdown_group(RECORDS).splitlines()
-    assert lines[0] == r"**prompt 7**: what\|is↵ 2+2?"
-    assert lines[2] == "| sample | completion | accuracy | format | total | score | advantage | truncated | valid |"
-    assert lines[4] == r"| 0 | four \*is\* \`it\` | 1.000 | - | 1.000 | -0.250 | 0.500 | no | yes |"
-    assert lines[5].startswith(r"| 1 | \[red\]no\[/red\] \<b\> |")
 
 
 def test_tables_reach_tensorboard(base: str, tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import fitting
 import pytest
-import runs
 from lightning.pytorch import Trainer
 from ranks import on_ranks, succeed
 from small import ROWS, Digits, Rows, module, trainer
@@ -102,9 +102,9 @@ def test_a_step_that_returns_nothing_is_said(base: str, tmp_path: Path) -> None:
 
 
 def evaluate_and_predict(base: str, path: Path, how: str, batch_size: int) -> None:
-    settings = runs.strategy(how) | {"callbacks": [EvaluationReport(), CompletionsLogger()]}
+    settings = fitting.strategy(how) | {"callbacks": [EvaluationReport(), CompletionsLogger()]}
     kind = "full" if how == "fsdp1" else "full64"
-    model = module(base, rewards=[FirstLetter()], validation=SAMPLED, **runs.policy_settings(base, kind))
+    model = module(base, rewards=[FirstLetter()], validation=SAMPLED, **fitting.policy_settings(base, kind))
     run = trainer(path, **settings)
     data = Subjects(batch_size=batch_size)
     logged = run.test(model, data, verbose=False)[0]

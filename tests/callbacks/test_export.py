@@ -5,8 +5,8 @@ from typing import cast
 
 import pytest
 import torch
+from fitting import FSDP1
 from lightning.pytorch.strategies import ModelParallelStrategy
-from runs import FSDP1
 from safetensors.torch import load_file
 from small import Rows, module, trainer
 from torch.distributed.tensor import DTensor

@@ -8,8 +8,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import fitting
 import pytest
-import runs
 import torch
 from comparing import assert_same_run, same
 from fsspec.implementations.local import LocalFileOpener
@@ -237,12 +237,12 @@ def limited(directory: Path, base: str) -> None:
 
     class Limit(Callback):
         def on_train_batch_end(self, *_: Any) -> None:
-            size = (runs.checkpoint(directory)).stat().st_size if runs.checkpoint(directory).exists() else 0
+            size = (fitting.checkpoint(directory)).stat().st_size if fitting.checkpoint(directory).exists() else 0
             if size:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
 
-    runs.train(directory, base, callbacks=[Limit()])
+    fitting.train(directory, base, callbacks=[Limit()])
 
 
 @pytest.mark.slow
@@ -250,7 +250,7 @@ def test_a_file_size_limit_leaves_the_previous_one(base: str, tmp_path: Path) ->
     (ended,) = on_ranks(1, limited, tmp_path, base, logs=tmp_path)
     assert ended.code != 0
     assert "could not be written" in ended.log
-    assert torch.load(runs.checkpoint(tmp_path), weights_only=True)["lambdapo"]["rollout_step"] == 2
+    assert torch.load(fitting.checkpoint(tmp_path), weights_only=True)["lambdapo"]["rollout_step"] == 2
 
 
 @pytest.mark.slow
@@ -261,34 +261,34 @@ def test_a_file_size_limit_leaves_the_previous_one(base: str, tmp_path: Path) ->
 def test_killed_while_writing(base: str, tmp_path: Path, how: str, death: str) -> None:
     """The previous checkpoint is found by "last", and going on from it is going on exactly."""
     start: dict[str, Any] = {"how": how, "every": 2}
-    succeed(on_ranks(1, runs.train, tmp_path / "whole", base, logs=tmp_path / "logs", **start))
+    succeed(on_ranks(1, fitting.train, tmp_path / "whole", base, logs=tmp_path / "logs", **start))
     broken = tmp_path / "broken"
-    (ended,) = on_ranks(1, runs.train, broken, base, death=death, logs=tmp_path / "killed", **start)
+    (ended,) = on_ranks(1, fitting.train, broken, base, death=death, logs=tmp_path / "killed", **start)
     assert ended.code == -signal.SIGKILL
-    last = [path for path in runs.checkpoint(broken).parent.glob("last*.ckpt") if not path.name.startswith(".")]
+    last = [path for path in fitting.checkpoint(broken).parent.glob("last*.ckpt") if not path.name.startswith(".")]
     assert len(last) == 1
     entries, _ = read_header(last[0])
     swapped = death.startswith("swapping")
     assert last[0].name == ("last-previous.ckpt" if swapped else "last.ckpt")
     assert entries["lambdapo"]["rollout_step"] == 4
-    succeed(on_ranks(1, runs.train, broken, base, resume="last", logs=tmp_path / "resumed", **start))
+    succeed(on_ranks(1, fitting.train, broken, base, resume="last", logs=tmp_path / "resumed", **start))
     if how == "one":
         assert_same_run(tmp_path / "whole", broken, 4)
     weights_of = [torch.load(path / "weights.pt", weights_only=True) for path in (tmp_path / "whole", broken)]
     assert same(*weights_of)
-    assert {record["step"] for record in runs.completions(broken, 1)} == set(range(5, 13))
+    assert {record["step"] for record in fitting.completions(broken, 1)} == set(range(5, 13))
 
 
 def test_last_is_looked_for_in_earlier_versions(base: str, tmp_path: Path) -> None:
-    runs.train(tmp_path, base, trainer={"max_steps": 4})
-    model = runs.train(tmp_path, base, resume="last", trainer={"max_steps": 8})
+    fitting.train(tmp_path, base, trainer={"max_steps": 4})
+    model = fitting.train(tmp_path, base, resume="last", trainer={"max_steps": 8})
     assert model.rollout_step == 4  # two updates each
-    assert {record["step"] for record in runs.completions(tmp_path, 1)} == {3, 4}
+    assert {record["step"] for record in fitting.completions(tmp_path, 1)} == {3, 4}
 
 
 def test_last_without_any_starts_anew(base: str, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="there is no last checkpoint available"):
-        model = runs.train(tmp_path, base, resume="last", trainer={"max_steps": 4})
+        model = fitting.train(tmp_path, base, resume="last", trainer={"max_steps": 4})
     assert model.rollout_step == 2
 
 

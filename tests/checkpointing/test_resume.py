@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import fitting
 import pytest
-import runs
 import torch
 from comparing import assert_same_run, same
 from ranks import on_ranks, succeed
@@ -23,7 +23,7 @@ def whole(base: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
             directory = tmp_path_factory.mktemp(f"{how}-{kind}")
             count = 1 if how == "one" else 2
             options: dict[str, Any] = {"how": how, "kind": kind, "trainer": VALIDATES}
-            succeed(on_ranks(count, runs.train, directory, base, logs=directory / "logs", **options))
+            succeed(on_ranks(count, fitting.train, directory, base, logs=directory / "logs", **options))
             made[how, kind] = directory
         return made[how, kind]
 
@@ -53,20 +53,20 @@ def test_killed_and_resumed_is_the_uninterrupted_run(
 ) -> None:
     count = 1 if how == "one" else 2
     start: dict[str, Any] = {"how": how, "kind": kind, "trainer": VALIDATES}
-    ended = on_ranks(count, runs.train, tmp_path, base, death=death, logs=tmp_path / "killed", **start)
+    ended = on_ranks(count, fitting.train, tmp_path, base, death=death, logs=tmp_path / "killed", **start)
     killed = [each for each in ended if each.code == -9]
     assert len(killed) == (count if "SIGKILL" not in death else 1), [each.log[-2000:] for each in ended]
     assert all(each.code != 0 for each in ended)
-    assert runs.checkpoint(tmp_path).exists()
+    assert fitting.checkpoint(tmp_path).exists()
     shards = how in ("shards", "fsdp1")
-    assert runs.checkpoint(tmp_path).is_dir() == shards
+    assert fitting.checkpoint(tmp_path).is_dir() == shards
     if not shards:
-        held = torch.load(runs.checkpoint(tmp_path), weights_only=True)
+        held = torch.load(fitting.checkpoint(tmp_path), weights_only=True)
         assert held["lambdapo"]["rollout_step"] == last
-    succeed(on_ranks(count, runs.train, tmp_path, base, resume="last", logs=tmp_path / "resumed", **start))
+    succeed(on_ranks(count, fitting.train, tmp_path, base, resume="last", logs=tmp_path / "resumed", **start))
     if shards:  # the state is the same if what is made of it is
         uninterrupted = whole("fsdp" if how == "shards" else how, kind)
-        expected, found = runs.completions(uninterrupted), runs.completions(tmp_path, 1)
+        expected, found = fitting.completions(uninterrupted), fitting.completions(tmp_path, 1)
         assert found == [record for record in expected if record["step"] > last]
         assert same(*(torch.load(path / "weights.pt", weights_only=True) for path in (uninterrupted, tmp_path)))
     else:
@@ -75,12 +75,12 @@ def test_killed_and_resumed_is_the_uninterrupted_run(
 
 def test_killed_in_the_last_validation(whole: Any, base: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"trainer": VALIDATES}
-    (ended,) = on_ranks(1, runs.train, tmp_path, base, death="validation 12", logs=tmp_path / "killed", **options)
+    (ended,) = on_ranks(1, fitting.train, tmp_path, base, death="validation 12", logs=tmp_path / "killed", **options)
     assert ended.code == -9
-    succeed(on_ranks(1, runs.train, tmp_path, base, resume="last", logs=tmp_path / "resumed", **options))
-    known = runs.metrics(whole("one", "dropout"))
+    succeed(on_ranks(1, fitting.train, tmp_path, base, resume="last", logs=tmp_path / "resumed", **options))
+    known = fitting.metrics(whole("one", "dropout"))
     last = {key: value for key, value in known.items() if key[0] == 11 and not key[1].startswith("train/")}
-    assert runs.metrics(tmp_path, 1) == last
+    assert fitting.metrics(tmp_path, 1) == last
     assert "val/reward" in {name for _, name in last}
 
 
@@ -94,11 +94,11 @@ def test_sigterm_saves_at_the_end_of_the_step(
     """In validation, and in an epoch's last step, at the end of a validation batch; all of it is made again."""
     options: dict[str, Any] = {"every": 12, "trainer": VALIDATES | limit}
     start: dict[str, Any] = {"death": f"{moment} SIGTERM", "save_on_exception": True} | options
-    (ended,) = on_ranks(1, runs.train, tmp_path, base, logs=tmp_path / "killed", **start)
+    (ended,) = on_ranks(1, fitting.train, tmp_path, base, logs=tmp_path / "killed", **start)
     assert ended.code != 0
     assert "SIGTERMException" in ended.log
-    assert torch.load(runs.checkpoint(tmp_path), weights_only=True)["lambdapo"]["rollout_step"] == saved
-    succeed(on_ranks(1, runs.train, tmp_path, base, resume="last", logs=tmp_path / "resumed", timeout=60, **options))
+    assert torch.load(fitting.checkpoint(tmp_path), weights_only=True)["lambdapo"]["rollout_step"] == saved
+    succeed(on_ranks(1, fitting.train, tmp_path, base, resume="last", logs=tmp_path / "resumed", timeout=60, **options))
     assert_same_run(whole("one", "dropout"), tmp_path, saved)
 
 
@@ -109,9 +109,9 @@ def test_sigterm_ends_both_ranks_after_the_same_step(
 ) -> None:
     death: dict[str, Any] = {"death": f"rollout 7 SIGTERM {rank}", "save_on_exception": save}
     options: dict[str, Any] = {"how": "ddp", "trainer": VALIDATES}
-    ended = on_ranks(2, runs.train, tmp_path, base, logs=tmp_path / "killed", timeout=25, **options, **death)
+    ended = on_ranks(2, fitting.train, tmp_path, base, logs=tmp_path / "killed", timeout=25, **options, **death)
     assert all("SIGTERMException" in each.log for each in ended), [each.log[-2000:] for each in ended]
-    held = torch.load(runs.checkpoint(tmp_path), weights_only=True)
+    held = torch.load(fitting.checkpoint(tmp_path), weights_only=True)
     assert held["lambdapo"]["rollout_step"] == (7 if save else 6)
-    succeed(on_ranks(2, runs.train, tmp_path, base, resume="last", logs=tmp_path / "resumed", **options))
+    succeed(on_ranks(2, fitting.train, tmp_path, base, resume="last", logs=tmp_path / "resumed", **options))
     assert_same_run(whole("ddp", "dropout"), tmp_path, 7 if save else 6)

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import fitting
 import pytest
-import runs
 import torch
 from comparing import same
 from lightning.pytorch import Callback
@@ -35,15 +35,15 @@ class Stop(Callback):
 def whole(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three epochs of four steps, without a stop."""
     directory = tmp_path_factory.mktemp("whole")
-    runs.train(directory, base, trainer=VALIDATES)
+    fitting.train(directory, base, trainer=VALIDATES)
     return directory
 
 
 def assert_continues(whole: Path, resumed: Path, number: int, first: int) -> None:
     """A resumed run has the rollouts, the metrics and the end of the uninterrupted one, from a step on."""
-    expected = [record for record in runs.completions(whole) if record["step"] > first]
-    assert runs.completions(resumed, number) == expected
-    known, found = runs.metrics(whole), runs.metrics(resumed, number)
+    expected = [record for record in fitting.completions(whole) if record["step"] > first]
+    assert fitting.completions(resumed, number) == expected
+    known, found = fitting.metrics(whole), fitting.metrics(resumed, number)
     assert {key: value for key, value in known.items() if key[0] >= first} == found
     assert same(*(torch.load(path / "weights.pt", weights_only=True) for path in (whole, resumed)))
 
@@ -53,10 +53,10 @@ def assert_continues(whole: Path, resumed: Path, number: int, first: int) -> Non
 def test_more_steps_than_before(whole: Path, base: str, tmp_path: Path, step: int, saved_by: str) -> None:
     """Saved when training ends, or when the epoch ends. Steps 2 and 6 end with a validation, and 4 with the epoch."""
     plain = ModelCheckpoint(dirpath=tmp_path / "plain", filename="end", save_on_train_epoch_end=True)
-    runs.train(tmp_path, base, every=100, callbacks=[plain], trainer=VALIDATES | {"max_steps": step * UPDATES})
-    file = {"RolloutCheckpoint": runs.checkpoint(tmp_path), "ModelCheckpoint": tmp_path / "plain" / "end.ckpt"}
+    fitting.train(tmp_path, base, every=100, callbacks=[plain], trainer=VALIDATES | {"max_steps": step * UPDATES})
+    file = {"RolloutCheckpoint": fitting.checkpoint(tmp_path), "ModelCheckpoint": tmp_path / "plain" / "end.ckpt"}
     assert torch.load(file[saved_by], weights_only=True)["global_step"] == step * UPDATES
-    runs.train(tmp_path, base, every=100, resume=str(file[saved_by]), trainer=VALIDATES)
+    fitting.train(tmp_path, base, every=100, resume=str(file[saved_by]), trainer=VALIDATES)
     assert_continues(whole, tmp_path, 1, step)
 
 
@@ -64,23 +64,23 @@ def test_two_stops_in_one_epoch(whole: Path, base: str, tmp_path: Path) -> None:
     for number, step in enumerate((5, 6, 7)):
         stop: dict[str, Any] = {"callbacks": [Stop(step)]} if step == 6 else {}
         limit = {} if step == 6 else {"max_steps": step * UPDATES}
-        resume = str(runs.checkpoint(tmp_path, number=number - 1)) if number else None
-        runs.train(tmp_path, base, every=100, resume=resume, trainer=VALIDATES | limit, **stop)
-    runs.train(tmp_path, base, every=100, resume=str(runs.checkpoint(tmp_path, number=2)), trainer=VALIDATES)
+        resume = str(fitting.checkpoint(tmp_path, number=number - 1)) if number else None
+        fitting.train(tmp_path, base, every=100, resume=resume, trainer=VALIDATES | limit, **stop)
+    fitting.train(tmp_path, base, every=100, resume=str(fitting.checkpoint(tmp_path, number=2)), trainer=VALIDATES)
     assert_continues(whole, tmp_path, 3, 7)
 
 
 def test_the_same_end_trains_nothing(base: str, tmp_path: Path) -> None:
     limit = {"max_steps": 3 * UPDATES}
-    runs.train(tmp_path, base, every=100, validate=False, trainer=limit)
-    model = runs.train(tmp_path, base, every=100, validate=False, resume="last", trainer=limit)
+    fitting.train(tmp_path, base, every=100, validate=False, trainer=limit)
+    model = fitting.train(tmp_path, base, every=100, validate=False, resume="last", trainer=limit)
     assert model.rollout_step == 3
 
 
 def test_other_checkpoints_stay_as_they_are(base: str, tmp_path: Path) -> None:
     """Those of a step, and those of an epoch's end."""
-    runs.train(tmp_path, base, every=1, trainer={"max_steps": 4 * UPDATES}, validate=False)
-    files = list((runs.version(tmp_path) / "checkpoints").glob("rollout-*.ckpt"))
+    fitting.train(tmp_path, base, every=1, trainer={"max_steps": 4 * UPDATES}, validate=False)
+    files = list((fitting.version(tmp_path) / "checkpoints").glob("rollout-*.ckpt"))
     assert len(files) == 4
     for file in files:
         held = torch.load(file, weights_only=True)

@@ -5,8 +5,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
+import fitting
 import pytest
-import runs
 import tiny
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
@@ -173,10 +173,10 @@ def test_a_sharded_run_in_mixed_precision(base: str, tmp_path: Path, kind: str) 
     """Rollouts and learning agree to rounding, nothing falls back, and what is trained stays in float32."""
     options: dict[str, Any] = {"how": "fsdp", "kind": kind, "validate": False}
     options["trainer"] = {"max_epochs": 1, "precision": "bf16-mixed"}
-    ended = on_ranks(2, runs.train, tmp_path, base, logs=tmp_path / "logs", **options)
+    ended = on_ranks(2, fitting.train, tmp_path, base, logs=tmp_path / "logs", **options)
     succeed(ended)
     assert not any("cannot" in each.log for each in ended)
-    logged = runs.metrics(tmp_path)
+    logged = fitting.metrics(tmp_path)
     assert 0 < logged[3, "train/sampling_drift"] < 0.05
     assert logged[3, "train/skipped_updates"] == 0
     assert logged[3, "train/grad_norm"] > 0

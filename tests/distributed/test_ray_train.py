@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fitting
 import pytest
-import runs
 import torch
 from comparing import assert_same, assert_same_run
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -65,7 +65,7 @@ def loop(config: dict[str, Any]) -> None:
             death = None
         elif death is not None:
             callbacks.append(Registered(int(death.split()[1])))
-        runs.train(
+        fitting.train(
             Path(config["directory"]),
             config["base"],
             how="ddp",
@@ -110,7 +110,7 @@ def whole(ray: Any, base: str, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 def test_two_workers_train_the_run_of_one_process(whole: tuple[Path, Any], base: str, tmp_path: Path) -> None:
     directory, result = whole
-    one = runs.train_on_ranks(tmp_path / "one", base, 1, how="one", kind="lora64", rewards=[Digits()])
+    one = fitting.train_on_ranks(tmp_path / "one", base, 1, how="one", kind="lora64", rewards=[Digits()])
     assert_same(one, directory, tolerance=1e-6)
     assert result.error is None
 
@@ -118,10 +118,10 @@ def test_two_workers_train_the_run_of_one_process(whole: tuple[Path, Any], base:
 def test_every_second_rollout_is_reported(whole: tuple[Path, Any]) -> None:
     directory, result = whole
     assert sorted(reported(result)) == [2, 4, 6, 8, 10, 12]
-    logged = runs.metrics(directory)
+    logged = fitting.metrics(directory)
     for _, metrics in result.best_checkpoints:
         assert metrics["train/reward"] == pytest.approx(logged[metrics["step"] - 1, "train/reward"])
-        assert metrics["epoch"] == (metrics["step"] - 1) // runs.STEPS_PER_EPOCH
+        assert metrics["epoch"] == (metrics["step"] - 1) // fitting.STEPS_PER_EPOCH
     for step, path in reported(result).items():
         entries = torch.load(path, weights_only=True)
         assert entries["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"] == step
@@ -143,15 +143,15 @@ def test_a_stopped_run_is_resumed(whole: tuple[Path, Any], base: str, tmp_path: 
 
 
 def test_shards_are_reported_whole_and_resumed(ray: Any, base: str, tmp_path: Path) -> None:
-    one = runs.train_on_ranks(tmp_path / "one", base, 1, how="one", kind="lora64", rewards=[Digits()])
+    one = fitting.train_on_ranks(tmp_path / "one", base, 1, how="one", kind="lora64", rewards=[Digits()])
     two = tmp_path / "two"
     result = train(two, base, strategy="shards", every=3, failures=1, death="learning 8 SIGKILL 1")
     assert sorted(reported(result)) == [3, 6, 9, 12]
     for path in reported(result).values():
         assert {file.name for file in path.iterdir()} == {".metadata", "meta.pt", "__0_0.distcp", "__1_0.distcp"}
-    found = runs.completions(two, 1)
+    found = fitting.completions(two, 1)
     assert {record["step"] for record in found} == set(range(7, 13))
-    expected = [record["completion"] for record in runs.completions(one) if record["step"] > 6]
+    expected = [record["completion"] for record in fitting.completions(one) if record["step"] > 6]
     assert [record["completion"] for record in found] == expected
     weights = torch.load(two / "weights.pt", weights_only=True)
     for name, value in torch.load(one / "weights.pt", weights_only=True).items():

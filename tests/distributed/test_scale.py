@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import fitting
 import pytest
-import runs
 import tiny
 import torch
 from comparing import assert_same, saved_weights
@@ -76,8 +76,8 @@ def test_two_ranks_train_the_run_of_one(base: str, tmp_path: Path, how: str, kin
         "max_tokens_per_micro_batch": 40,
         "algorithm": AlgorithmConfig(kl_coef=0.1 if reference else 0.0),
     }
-    one = runs.train_on_ranks(tmp_path / "one", base, 1, how="one", **options)
-    two = runs.train_on_ranks(tmp_path / "two", base, 2, how=how, **options)
+    one = fitting.train_on_ranks(tmp_path / "one", base, 1, how="one", **options)
+    two = fitting.train_on_ranks(tmp_path / "two", base, 2, how=how, **options)
     assert_same(one, two, tolerance=1e-6 if kind.endswith("64") else 1e-4)
     each = [counts(two, rank)["micro_batches"] for rank in range(2)]
     together = list(zip(*each, strict=True)) if len(each[0]) == len(each[1]) else []
@@ -86,7 +86,7 @@ def test_two_ranks_train_the_run_of_one(base: str, tmp_path: Path, how: str, kin
         if not reference:  # a KL term wants all rows
             assert any(0 in pair and max(pair) > 0 for pair in together), "a rank without rows never came up"
             assert any(first != second for first, second in together)
-        updates = [value for (_, name), value in runs.metrics(two).items() if name == "train/empty_updates"]
+        updates = [value for (_, name), value in fitting.metrics(two).items() if name == "train/empty_updates"]
         learned = round(sum(2 * (1 - value) for value in updates))
         assert [counts(two, rank)["synced"] for rank in range(2)] == [learned, learned]
         assert sum(each[0]) > learned, "there were several micro-batches per update"
@@ -98,16 +98,18 @@ def test_two_ranks_train_the_run_of_one(base: str, tmp_path: Path, how: str, kin
 @pytest.mark.parametrize(("ranks", "nodes", "how"), [(4, 1, "ddp"), (2, 2, "ddp"), (2, 2, "fsdp")])
 def test_more_ranks_and_more_machines(base: str, tmp_path: Path, ranks: int, nodes: int, how: str) -> None:
     options: dict[str, Any] = {"kind": "lora64", "rewards": [Digits()], "trainer": {"max_epochs": 1}}
-    one = runs.train_on_ranks(tmp_path / "one", base, 1, how="one", **options)
-    more = runs.train_on_ranks(tmp_path / "more", base, ranks, how=how, nodes=nodes, updates_per_rollout=2, **options)
+    one = fitting.train_on_ranks(tmp_path / "one", base, 1, how="one", **options)
+    more = fitting.train_on_ranks(
+        tmp_path / "more", base, ranks, how=how, nodes=nodes, updates_per_rollout=2, **options
+    )
     assert_same(one, more, tolerance=1e-6)
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_the_gradient_is_that_of_one_process(base: str, tmp_path: Path, how: str) -> None:
     options = one_step(max_grad_norm=None)
-    one = runs.train_on_ranks(tmp_path / "one", base, 1, how="one", **options)
-    two = runs.train_on_ranks(tmp_path / "two", base, 2, how=how, **options)
+    one = fitting.train_on_ranks(tmp_path / "one", base, 1, how="one", **options)
+    two = fitting.train_on_ranks(tmp_path / "two", base, 2, how=how, **options)
     start = {name: value.double() for name, value in tiny_weights(base).items()}
     for name, value in saved_weights(one).items():
         before = start[name.removeprefix("policy.")]
@@ -125,18 +127,18 @@ def tiny_weights(base: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("how", ["fsdp", "fsdp1"])
 def test_clipping_sees_the_norm_over_all_shards(base: str, tmp_path: Path, how: str) -> None:
     options = one_step(max_grad_norm=1e-3)
-    two = runs.train_on_ranks(tmp_path, base, 2, how=how, **options)
+    two = fitting.train_on_ranks(tmp_path, base, 2, how=how, **options)
     start = tiny_weights(base)
     change = [start[name.removeprefix("policy.")].double() - value for name, value in saved_weights(two).items()]
     assert math.sqrt(sum(float(each.square().sum()) for each in change)) == pytest.approx(1e-3, rel=1e-3)
-    assert runs.metrics(two)[0, "train/grad_norm"] > 2e-3
-    assert runs.metrics(two)[0, "train/update_norm"] == pytest.approx(1e-3, rel=1e-3)
+    assert fitting.metrics(two)[0, "train/grad_norm"] > 2e-3
+    assert fitting.metrics(two)[0, "train/update_norm"] == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_quantised_weights_are_sharded_too(base: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"kind": "nf4", "rewards": [Digits()]}
-    one = runs.train_on_ranks(tmp_path / "one", base, 1, how="one", **options)
-    two = runs.train_on_ranks(tmp_path / "two", base, 2, how="fsdp", **options)
+    one = fitting.train_on_ranks(tmp_path / "one", base, 1, how="one", **options)
+    two = fitting.train_on_ranks(tmp_path / "two", base, 2, how="fsdp", **options)
     assert_same(one, two, tolerance=1e-4)  # float32
     assert set(counts(two, 0)["gathers"]) == {3}
 
@@ -145,8 +147,8 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     tiny.model("qwen3").save_pretrained(tmp_path / "base")
     tiny.tokenizer().save_pretrained(tmp_path / "base")
     options: dict[str, Any] = {"kind": "full64", "rewards": [Digits()], "trainer": {"max_epochs": 1}}
-    one = runs.train_on_ranks(tmp_path / "one", str(tmp_path / "base"), 1, how="one", **options)
-    two = runs.train_on_ranks(tmp_path / "two", str(tmp_path / "base"), 2, how="fsdp", **options)
+    one = fitting.train_on_ranks(tmp_path / "one", str(tmp_path / "base"), 1, how="one", **options)
+    two = fitting.train_on_ranks(tmp_path / "two", str(tmp_path / "base"), 2, how="fsdp", **options)
     assert not any("lm_head" in name for name in saved_weights(two))
     assert_same(one, two, tolerance=1e-6)
 
@@ -159,14 +161,14 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(
     base: str, tmp_path: Path, kind: str, first: str, then: str
 ) -> None:
     options: dict[str, Any] = {"kind": kind, "rewards": [Digits()]}
-    whole = runs.train_on_ranks(tmp_path / "whole", base, 1, how="one", **options)
+    whole = fitting.train_on_ranks(tmp_path / "whole", base, 1, how="one", **options)
     split = tmp_path / "split"
     six_rollouts = {"max_steps": 12}
-    runs.train_on_ranks(split, base, 1 if first == "one" else 2, how=first, trainer=six_rollouts, **options)
-    checkpoint = runs.checkpoint(split)
+    fitting.train_on_ranks(split, base, 1 if first == "one" else 2, how=first, trainer=six_rollouts, **options)
+    checkpoint = fitting.checkpoint(split)
     assert checkpoint.is_dir() == (first == "shards")
     ranks = 1 if then in ("one", "shards-one") else 2
-    runs.train_on_ranks(
+    fitting.train_on_ranks(
         split,
         base,
         ranks,
@@ -174,9 +176,9 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(
         resume=str(checkpoint),
         **options,
     )
-    found = runs.completions(split, 1)
+    found = fitting.completions(split, 1)
     assert {record["step"] for record in found} == set(range(7, 13))
-    expected = [record for record in runs.completions(whole) if record["step"] > 6]
+    expected = [record for record in fitting.completions(whole) if record["step"] > 6]
     assert [record["completion"] for record in found] == [record["completion"] for record in expected]
     for name, value in saved_weights(whole).items():
         torch.testing.assert_close(saved_weights(split)[name], value, rtol=0, atol=1e-6)
@@ -215,11 +217,11 @@ data:
 """
     )
     succeed(on_ranks(2, fit_from_the_command_line, [f"--config={file}"], logs=tmp_path / "logs"))
-    assert (runs.checkpoint(tmp_path) / ".metadata").exists()
-    assert "train/reward" in (runs.version(tmp_path) / "metrics.csv").read_text()
+    assert (fitting.checkpoint(tmp_path) / ".metadata").exists()
+    assert "train/reward" in (fitting.version(tmp_path) / "metrics.csv").read_text()
 
 
 def test_quantised_weights_cannot_be_flattened(base: str, tmp_path: Path) -> None:
-    settings = runs.policy_settings(base, "nf4")
+    settings = fitting.policy_settings(base, "nf4")
     with pytest.raises(ValueError, match="FSDP1 flattens parameters, which quantised weights do not allow"):
-        trainer(tmp_path, strategy=runs.FSDP1()).fit(module(base, **settings), Rows(batch_size=4))
+        trainer(tmp_path, strategy=fitting.FSDP1()).fit(module(base, **settings), Rows(batch_size=4))

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fitting
 import pytest
-import runs
 import tiny
 import torch
 from comparing import assert_same
@@ -282,8 +282,8 @@ def test_a_biased_sampler_is_seen_and_corrected(base: str, tmp_path: Path) -> No
 
 def train_biased(directory: Path, base: str, **options: Any) -> None:
     """A run whose engine records log-probabilities that are off."""
-    runs.wrap(GroupedEngine, "generate", lambda original, *given, **named: biased(original(*given, **named)))
-    runs.train(directory, base, **options)
+    fitting.wrap(GroupedEngine, "generate", lambda original, *given, **named: biased(original(*given, **named)))
+    fitting.train(directory, base, **options)
 
 
 @pytest.mark.slow
@@ -302,7 +302,7 @@ def test_two_ranks_correct_as_one(base: str, tmp_path: Path, correction: Any, le
         started = on_ranks(ranks, train_biased, tmp_path / how, base, logs=tmp_path / how / "logs", how=how, **options)
         succeed(started)
     assert_same(tmp_path / "one", tmp_path / "ddp", tolerance=1e-6)
-    logged = runs.metrics(tmp_path / "ddp")
+    logged = fitting.metrics(tmp_path / "ddp")
     assert {f"train/{name}" for name in KEYS} <= {name for _, name in logged}
     shares = [value for (_, name), value in logged.items() if name == "train/importance_ess"]
     assert max(shares) > 0, "not everything is masked"

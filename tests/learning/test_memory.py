@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import fitting
 import pytest
-import runs
 import torch
 from ranks import on_ranks, succeed
 from small import Digits, Rows, finite_fit, module, trainer, weights
@@ -84,19 +84,19 @@ def test_a_row_that_does_not_fit_alone(base: str, tmp_path: Path, monkeypatch: p
 
 def train_scarcely(directory: Path, base: str, **options: Any) -> None:
     """A run whose rank 1 is short of memory."""
-    runs.wrap(Learner, "_loss", Scarce(25, "backward", rank=1))
-    runs.train(directory, base, **options)
+    fitting.wrap(Learner, "_loss", Scarce(25, "backward", rank=1))
+    fitting.train(directory, base, **options)
 
 
 @pytest.mark.slow
 def test_one_rank_that_is_short_of_memory_starts_over_by_itself(base: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"how": "ddp", "kind": "lora64", "validate": False, "rewards": [Digits()]}
     options["max_tokens_per_micro_batch"] = 200
-    for name, function in (("ample", runs.train), ("scarce", train_scarcely)):
+    for name, function in (("ample", fitting.train), ("scarce", train_scarcely)):
         succeed(on_ranks(2, function, tmp_path / name, base, logs=tmp_path / f"{name}-logs", **options))
-    assert runs.metrics(tmp_path / "scarce")[11, "train/memory_retries"] >= 1
-    assert runs.metrics(tmp_path / "ample")[11, "train/memory_retries"] == 0
-    first, second = runs.completions(tmp_path / "ample"), runs.completions(tmp_path / "scarce")
+    assert fitting.metrics(tmp_path / "scarce")[11, "train/memory_retries"] >= 1
+    assert fitting.metrics(tmp_path / "ample")[11, "train/memory_retries"] == 0
+    first, second = fitting.completions(tmp_path / "ample"), fitting.completions(tmp_path / "scarce")
     assert [record["completion"] for record in first] == [record["completion"] for record in second]
     both = [torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("ample", "scarce")]
     for name, value in both[0].items():

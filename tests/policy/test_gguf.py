@@ -29,6 +29,7 @@ def test_weights_and_tokenizer_are_read(gguf_file: Path, tmp_path: Path) -> None
     assert tokenizer.bos_token_id == 2
     save_policy(policy, tokenizer, tmp_path / "export")  # transformers refuses models that remember a GGUF origin
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    assert all(torch.equal(value, policy.state_dict()[name]) for name, value in again.state_dict().items())
     torch.testing.assert_close(logits(again), logits(policy), rtol=1e-5, atol=1e-5)
 
 

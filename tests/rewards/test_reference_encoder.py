@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any, cast
 
+import fitting
 import pytest
 import reference
-import runs
 import tiny
 import torch
 import yaml
@@ -178,7 +178,7 @@ def test_shards_are_refused_before_anything_is_loaded(base: str, tmp_path: Path)
     with pytest.raises(
         ValueError, match=r"'semantic_density' needs.*ModelParallelStrategy.*Set the reward's `encoder`"
     ):
-        trainer(tmp_path, **runs.strategy("fsdp")).fit(model, Rows(batch_size=4))
+        trainer(tmp_path, **fitting.strategy("fsdp")).fit(model, Rows(batch_size=4))
     assert not hasattr(model, "policy")
 
 
@@ -222,7 +222,7 @@ def test_ranks_judge_as_one(base: str, tmp_path: Path, how: str, kind: str, own:
     def options() -> dict[str, Any]:
         return {"kind": kind, "rewards": [Digits(), density(encoder=base if own else None)]}
 
-    one = runs.train_on_ranks(tmp_path / "one", base, 1, how="one", **options())
-    two = runs.train_on_ranks(tmp_path / "two", base, 2, how=how, **options())
-    assert any("semantic_density" in name for _, name in runs.metrics(one))
+    one = fitting.train_on_ranks(tmp_path / "one", base, 1, how="one", **options())
+    two = fitting.train_on_ranks(tmp_path / "two", base, 2, how=how, **options())
+    assert any("semantic_density" in name for _, name in fitting.metrics(one))
     assert_same(one, two, tolerance=1e-6)

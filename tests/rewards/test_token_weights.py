@@ -5,8 +5,8 @@ import math
 from pathlib import Path
 from typing import Any, cast
 
+import fitting
 import pytest
-import runs
 import torch
 from comparing import assert_same
 from hypothesis import given, settings
@@ -262,7 +262,7 @@ def test_plain_loaders_need_a_call(base: str, tmp_path: Path) -> None:
 def test_ranks_judge_as_one(base: str, tmp_path: Path) -> None:
     """Each rank trains on half of the prompts, and weighs by all of them."""
     options: dict[str, Any] = {"kind": "lora64", "rewards": [Digits(), idf(kind="token")]}
-    one = runs.train_on_ranks(tmp_path / "one", base, 1, how="one", **options)
-    two = runs.train_on_ranks(tmp_path / "two", base, 2, how="ddp", **options)
-    assert any("semantic_density" in name for _, name in runs.metrics(one))
+    one = fitting.train_on_ranks(tmp_path / "one", base, 1, how="one", **options)
+    two = fitting.train_on_ranks(tmp_path / "two", base, 2, how="ddp", **options)
+    assert any("semantic_density" in name for _, name in fitting.metrics(one))
     assert_same(one, two, tolerance=1e-6)

@@ -4,8 +4,8 @@ import threading
 from pathlib import Path
 from typing import Any, cast
 
+import fitting
 import pytest
-import runs
 import torch
 from copies import CopyEngine, CopyModule
 from small import ROWS, Digits, Rows, module, trainer
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from lightning_lambdapo import AdapterConfig, CompletionsLogger, PromptCollator, RolloutConfig
-from lightning_lambdapo.engines import VLLMServerConfig
+from lightning_lambdapo.engine_settings import VLLMServerConfig
 from lightning_lambdapo.learning.learner import Learner
 from lightning_lambdapo.rollout.delivery import DeliveryError
 
@@ -55,7 +55,7 @@ def fit(path: Path, model: AheadModule, **settings: Any) -> list[dict[str, Any]]
 
     settings = {"max_epochs": 2, "logger": CSVLogger(path), "callbacks": [CompletionsLogger()]} | settings
     trainer(path, **settings).fit(model, Rows(batch_size=4))
-    return runs.completions(path)
+    return fitting.completions(path)
 
 
 def test_each_rollout_comes_from_the_weights_before_the_last_update(base: str, tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from fitting import completions, metrics, train, wrap
 from ranks import on_ranks, succeed
-from runs import completions, metrics, train, wrap
 from small import Digits, finite_fit, module
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel

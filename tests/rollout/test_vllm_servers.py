@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from lightning_lambdapo import PolicyConfig, RolloutConfig, SamplingConfig
-from lightning_lambdapo.engines import EngineStartError, VLLMConfig, VLLMServerConfig
+from lightning_lambdapo.engine_settings import EngineStartError, VLLMConfig, VLLMServerConfig
 from lightning_lambdapo.policy.model import causal_lm
 from lightning_lambdapo.rollout.vllm.requests import Request, requests_for, row_seeds
 from lightning_lambdapo.rollout.vllm.server_client import OtherWeightsError, Server, ServerGoneError

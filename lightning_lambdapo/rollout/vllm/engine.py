@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_lambdapo.config import PolicyConfig, SamplingConfig
 from lightning_lambdapo.datatypes import PromptBatch, Rollout
-from lightning_lambdapo.engines import VLLMConfig
+from lightning_lambdapo.engine_settings import VLLMConfig
 from lightning_lambdapo.policy.model import Policy
 from lightning_lambdapo.rollout.engine import RolloutEngine
 from lightning_lambdapo.rollout.vllm.lifetime import live_engine, require_vllm, start_engine, stop_engine

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import distributed
 
 from lightning_lambdapo.distributed.parallel import rank, world_size
-from lightning_lambdapo.engines import EngineStartError
+from lightning_lambdapo.engine_settings import EngineStartError
 
 _live: dict[str, Any] = {}
 

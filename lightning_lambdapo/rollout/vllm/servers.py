@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_lambdapo.config import PolicyConfig, SamplingConfig
 from lightning_lambdapo.datatypes import PromptBatch, Rollout
 from lightning_lambdapo.distributed.parallel import gather_objects, rank
-from lightning_lambdapo.engines import EngineStartError, VLLMServerConfig
+from lightning_lambdapo.engine_settings import EngineStartError, VLLMServerConfig
 from lightning_lambdapo.policy.model import Policy
 from lightning_lambdapo.rollout.engine import RolloutEngine
 from lightning_lambdapo.rollout.vllm.requests import Answer, Request, requests_for, rollout_of

@@ -8,7 +8,7 @@ from served import write_model
 from small import ROWS, Rows, module, trainer
 
 from lightning_lambdapo import AdapterConfig, LambdaPOModule, RolloutConfig
-from lightning_lambdapo.engines import VLLMConfig
+from lightning_lambdapo.engine_settings import VLLMConfig
 from lightning_lambdapo.rollout.delivery import DeliveryError
 from lightning_lambdapo.rollout.vllm.engine import VLLMEngine
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_lambdapo import AdapterConfig, PolicyConfig, RolloutConfig, SamplingConfig
 from lightning_lambdapo.datatypes import PromptBatch, Rollout
-from lightning_lambdapo.engines import VLLMConfig
+from lightning_lambdapo.engine_settings import VLLMConfig
 from lightning_lambdapo.functional import logprobs_from_logits
 from lightning_lambdapo.policy.loading import load_policy
 from lightning_lambdapo.policy.model import Policy, causal_lm

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import fitting
 import pytest
-import runs
 from comparing import assert_same, saved_weights
 from ranks import on_ranks, succeed
 from small import Digits
@@ -31,7 +31,9 @@ def one(served: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
         if kind not in made:
             made[kind] = tmp_path_factory.mktemp(kind)
             succeed(
-                on_ranks(1, runs.train, made[kind], served, kind=kind, logs=made[kind] / "logs", timeout=200, **OPTIONS)
+                on_ranks(
+                    1, fitting.train, made[kind], served, kind=kind, logs=made[kind] / "logs", timeout=200, **OPTIONS
+                )
             )
         return made[kind]
 
@@ -42,10 +44,10 @@ def one(served: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_two_ranks_train_the_run_of_one(one: Any, served: str, tmp_path: Path, how: str, kind: str) -> None:
     """The same tokens. Each rank has an engine, which gets whole weights also where ranks hold shards."""
     succeed(
-        on_ranks(2, runs.train, tmp_path, served, how=how, kind=kind, logs=tmp_path / "logs", timeout=300, **OPTIONS)
+        on_ranks(2, fitting.train, tmp_path, served, how=how, kind=kind, logs=tmp_path / "logs", timeout=300, **OPTIONS)
     )
     assert_same(one(kind), tmp_path, tolerance=2e-4)
-    drift = [value for (_, name), value in runs.metrics(tmp_path).items() if name == "train/sampling_drift"]
+    drift = [value for (_, name), value in fitting.metrics(tmp_path).items() if name == "train/sampling_drift"]
     assert len(drift) == 8
     assert max(drift) < 1e-4
 
@@ -53,11 +55,11 @@ def test_two_ranks_train_the_run_of_one(one: Any, served: str, tmp_path: Path, h
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_killed_and_resumed_is_the_uninterrupted_run(one: Any, served: str, tmp_path: Path, kind: str) -> None:
     start: dict[str, Any] = {"kind": kind, "timeout": 200, **OPTIONS}
-    (ended,) = on_ranks(1, runs.train, tmp_path, served, death="learning 6", logs=tmp_path / "killed", **start)
+    (ended,) = on_ranks(1, fitting.train, tmp_path, served, death="learning 6", logs=tmp_path / "killed", **start)
     assert ended.code == -9, ended.log[-3000:]
-    succeed(on_ranks(1, runs.train, tmp_path, served, resume="last", logs=tmp_path / "resumed", **start))
-    expected = [record for record in runs.completions(one(kind)) if record["step"] > 4]
-    found = runs.completions(tmp_path, 1)
+    succeed(on_ranks(1, fitting.train, tmp_path, served, resume="last", logs=tmp_path / "resumed", **start))
+    expected = [record for record in fitting.completions(one(kind)) if record["step"] > 4]
+    found = fitting.completions(tmp_path, 1)
     assert [record["completion"] for record in found] == [record["completion"] for record in expected]
     for name, weight in saved_weights(one(kind)).items():
         assert_close(saved_weights(tmp_path)[name], weight, rtol=0, atol=2e-4)

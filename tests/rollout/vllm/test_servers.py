@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 from small import Recorder, Rows, module, trainer
 
 from lightning_lambdapo import AdapterConfig, LambdaPOModule, RolloutConfig
-from lightning_lambdapo.engines import VLLMServerConfig
+from lightning_lambdapo.engine_settings import VLLMServerConfig
 from lightning_lambdapo.rollout.delivery import DeliveryError
 from lightning_lambdapo.rollout.vllm.server_client import Server
 from lightning_lambdapo.rollout.vllm.servers import VLLMServerEngine

@@ -16,7 +16,7 @@ from lightning_lambdapo.learning import estimating
 from lightning_lambdapo.quickstart import __main__ as maker
 from lightning_lambdapo.quickstart.tasks import TASKS, steps_right, task_rows
 
-CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 
 def demonstration(task: str, generator: random.Random) -> tuple[str, str]:
