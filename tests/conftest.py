@@ -17,8 +17,7 @@ import pytest
 import tiny
 import tiny_gguf
 from small import ROWS
-from torch import cuda, device, distributed
-from where import DEVICE
+from torch import cuda, distributed
 
 pytest.register_assert_rewrite("comparing")  # it compares runs on behalf of tests, and its failures should say how
 
@@ -29,12 +28,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-@pytest.fixture(scope="session", name="device")
-def device_of_tests() -> device:
-    """Where models and batches of the tests are: ``LAMBDAPO_TEST_DEVICE``, by default the CPU."""
-    return DEVICE
 
 
 @pytest.fixture(autouse=True)

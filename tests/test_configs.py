@@ -95,5 +95,5 @@ def test_there_are_all_the_promised_configs() -> None:
         *("quickstart", "smollm2_gsm8k_cpu", "smollm2_gsm8k_qlora", "qlora_single_gpu"),
         *("lora_ddp", "full_fsdp", "qwen3_1_7b_math", "phi4_mini_math"),
         *("sums", "chain", "sorting", "large_sums", "rough_sums", "last_digits", "long_sorting", "misled"),
-        "short_sums",
+        "short_sorting",
     }

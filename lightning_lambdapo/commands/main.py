@@ -161,7 +161,7 @@ def main(args: ArgsType = None) -> None:
 
 
 def _main(args: ArgsType) -> None:
-    _grow_segments()
+    grow_segments()
     given = args
     if isinstance(given, list) and given and given[0] in COMMANDS:
         _silence()
@@ -208,7 +208,7 @@ def _run(cli: type[LambdaPOCLI], args: ArgsType) -> None:
         raise SystemExit(128 + signal.SIGTERM) from stop
 
 
-def _grow_segments() -> None:
+def grow_segments() -> None:
     """Let CUDA memory grow in place, because micro-batches of many sizes would leave holes. A user's setting stays.
 
     Torch reads the variable when CUDA starts. All releases from 2.6 read this name, and later ones the shorter one too.

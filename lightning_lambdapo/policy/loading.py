@@ -1,6 +1,7 @@
 """Loading the policy: any causal language model, LoRA, QLoRA, existing adapters."""
 
 import hashlib
+import logging
 import math
 import os
 import shutil
@@ -266,6 +267,7 @@ def _load_base(config: PolicyConfig) -> PreTrainedModel:
     if options.pop("gguf_file", None) is not None:
         location = str(unpack_gguf(Path(config.model).expanduser()))
     if config.quantization == "int8":
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_note_of_a_cast)
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     else:
         quantization = BitsAndBytesConfig(
@@ -283,6 +285,11 @@ def _load_base(config: PolicyConfig) -> PreTrainedModel:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
     return model
+
+
+def _is_no_note_of_a_cast(record: logging.LogRecord) -> bool:
+    """False for what bitsandbytes logs at every product of 8-bit weights with activations that are not float16."""
+    return "inputs will be cast from" not in record.msg
 
 
 def unpack_gguf(path: Path) -> Path:

@@ -2,7 +2,7 @@
 
 Supervised training on demonstrations with slips. The built-in policy is that of the task ``sums``: three-term sums in
 which each of the two results is wrong with probability 0.35. The policy gets about 0.65 squared of them right.
-For the task ``short_sums`` there are only problems, because its policy is a model that exists already.
+For the task ``short_sorting`` there are only problems, because its policy is a model that exists already.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_lambdapo.data.sources import arithmetic_prompt, arithmetic_solution
@@ -135,24 +135,13 @@ def _sorting(count: int, error_rate: float) -> Task:
     return Task(problem, demonstration)
 
 
-def _short_sums(terms: range) -> Task:
-    """Sums of three ``terms``, of which the reference has the two results: ``17+29+18=`` and ``46, 64``."""
-
-    def problem(generator: random.Random) -> Row:
-        drawn = [generator.randint(terms[0], terms[-1]) for _ in range(3)]
-        first, total = sum(drawn[:2]), sum(drawn)
-        return {"prompt": arithmetic_prompt(*drawn), "answer": str(total), "reference": f"{first}, {total}"}
-
-    return Task(problem, None)
-
-
 #: ``sums``: three terms, the task of the quickstart, right or wrong. ``sorting``: eight digits, for a dense reward such
 #: as :class:`~lightning_lambdapo.rewards.SemanticDensityReward`. ``chain``: four terms, for :func:`steps_right`.
 #: Three whose policies are hardly ever right, with :func:`accuracy`: ``rough_sums``: four digits, right if all three
 #: steps are. ``last_digits``: six steps, likewise. ``long_sorting``: ten digits.
 #: ``large_sums``: larger terms than those of the demonstrations, which the policy often copies wrongly.
 #: ``misled``: sums of which nine in ten demonstrations are wrong in the same way, so that the policy is sure and wrong.
-#: ``short_sums``: problems alone, for a small language model.
+#: ``short_sorting``: four digits. Problems alone, for a small language model.
 TASKS = {
     "sums": _sums(0.35, 0.35),
     "sorting": _sorting(8, 0.35),
@@ -162,7 +151,7 @@ TASKS = {
     "long_sorting": _sorting(10, 0.55),
     "last_digits": _last_digits(7, 0.45),
     "misled": _sums(0.0, 0.9, slips=(10,)),
-    "short_sums": _short_sums(range(5, 31)),
+    "short_sorting": replace(_sorting(4, 0.0), demonstration=None),
 }
 
 

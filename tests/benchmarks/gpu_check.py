@@ -22,11 +22,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
-# Before CUDA starts: memory grows in place, and products can be deterministic. torch reads the second once, at the
-# first product, and not when deterministic=True comes later. The size is Hopper's default.
+# Products can be deterministic. torch reads this once, at the first product, and not when deterministic=True comes
+# later. The size is Hopper's default.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import gpu_runs
@@ -38,6 +37,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_lambdapo.commands.main import grow_segments
 from lightning_lambdapo.config import PerformanceConfig, RolloutConfig, SamplingConfig
 from lightning_lambdapo.datatypes import PromptBatch, Rollout
 from lightning_lambdapo.learning.packing import MicroBatch
@@ -62,6 +62,10 @@ def environment(bench: Bench) -> None:
     device = torch.cuda.get_device_name() if bench.cuda else "cpu"
     cudnn = torch.backends.cudnn.version() if bench.cuda else None
     bench.say("environment", device=device, cudnn=cudnn, python=platform.python_version(), **found)
+    if bench.cuda:
+        with bench.attempt("environment", what="memory grows in place, as the command line asks for"):
+            settings = torch.cuda.memory._snapshot()["allocator_settings"]
+            bench.say("environment", expandable_segments=bool(settings["expandable_segments"]))
 
 
 def attention(bench: Bench) -> None:
@@ -298,6 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = options.output or Path(os.environ.get("OUT") or tempfile.mkdtemp())
     output.mkdir(parents=True, exist_ok=True)
     bench = Bench(cuda=not options.tiny, report=output / "report.jsonl")
+    grow_segments()
     faulthandler.dump_traceback_later(options.seconds + 60, exit=True)  # shows where it hangs
     try:
         check(bench, names, options.seconds)

@@ -18,6 +18,7 @@ from ranks import on_ranks, succeed
 from small import Digits, equal, fit, module, weights
 from torch import Tensor
 from transformers import PreTrainedModel
+from where import DEVICE
 
 from lightning_lambdapo import AlgorithmConfig, LambdaPOModule, PolicyConfig, RolloutConfig
 from lightning_lambdapo.config import SamplingConfig
@@ -64,8 +65,8 @@ class BiasedModule(LambdaPOModule):
 
 
 def strategy(precision: str) -> SingleDeviceStrategy:
-    plugin = MixedPrecision(precision, "cpu") if precision == "bf16-mixed" else None  # type: ignore[arg-type]
-    return SingleDeviceStrategy("cpu", precision_plugin=plugin)
+    plugin = MixedPrecision(precision, DEVICE.type) if precision == "bf16-mixed" else None  # type: ignore[arg-type]
+    return SingleDeviceStrategy(DEVICE, precision_plugin=plugin)
 
 
 @pytest.mark.parametrize(

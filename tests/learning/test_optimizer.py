@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from small import Recorder, Rows, equal, module, trainer, weights
 from torch import Tensor
+from where import DEVICE
 
 Optimizers = dict[str, Callable[[Any], torch.optim.Optimizer]]
 
@@ -25,7 +26,7 @@ class ScaledFloat32(MixedPrecision):
     """``16-mixed`` of which only the gradient scaling is left, so that a run is that of float32 to the bit."""
 
     def __init__(self, scale: float) -> None:
-        super().__init__("16-mixed", device="cpu", scaler=torch.amp.GradScaler("cpu", init_scale=scale))
+        super().__init__("16-mixed", device=DEVICE.type, scaler=torch.amp.GradScaler(DEVICE.type, init_scale=scale))
         self.precision = "32-true"  # so nothing corrects for rounded products
 
     @contextmanager
@@ -103,7 +104,7 @@ def test_gradients_that_are_never_finite_are_an_error(base: str, tmp_path: Path,
 
 def test_float16_itself_ends_at_gradients_that_are_never_finite(base: str, tmp_path: Path) -> None:
     """The real plugin with its own scale of 65536: 16 halvings, then four more."""
-    plugin = MixedPrecision("16-mixed", device="cpu", scaler=torch.amp.GradScaler("cpu"))
+    plugin = MixedPrecision("16-mixed", device=DEVICE.type, scaler=torch.amp.GradScaler(DEVICE.type))
     model = module(base)
     model.configure_model()
     broken(model, lambda _: True)
@@ -141,7 +142,9 @@ def test_float16_autocast_clips_to_the_norm(base: str, tmp_path: Path) -> None:
         model = module(base, optimizer=OPTIMIZERS["fused SGD"], max_grad_norm=1e-3)
         model.configure_model()
         before, recorder = weights(model), Recorder()
-        plugin = MixedPrecision("16-mixed", device="cpu", scaler=torch.amp.GradScaler("cpu", init_scale=scale))
+        plugin = MixedPrecision(
+            "16-mixed", device=DEVICE.type, scaler=torch.amp.GradScaler(DEVICE.type, init_scale=scale)
+        )
         trainer(tmp_path, plugins=plugin, callbacks=[recorder], enable_checkpointing=True, limit_train_batches=1).fit(
             model, Rows(batch_size=4)
         )

@@ -13,6 +13,7 @@ from gradients import IDS
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
+from where import DEVICE
 
 from lightning_lambdapo.config import AdapterConfig, PerformanceConfig, PolicyConfig, SamplingConfig
 from lightning_lambdapo.policy.decoding import decoding_weights
@@ -25,7 +26,7 @@ from lightning_lambdapo.rollout.sampling import row_uniforms
 
 
 def autocast() -> AbstractContextManager[Any]:
-    return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
+    return torch.autocast(DEVICE.type, dtype=torch.bfloat16, cache_enabled=False)
 
 
 def decoding(policy: nn.Module, merge: bool | None = None, gigabytes: float | None = None) -> Any:
@@ -101,7 +102,7 @@ def test_merging_rounds_once(dtype: torch.dtype) -> None:
             found = layer.get_base_layer().weight
             assert found.dtype == torch.bfloat16
             assert up.dtype == torch.float32
-            with torch.autocast("cpu", enabled=False):
+            with torch.autocast(DEVICE.type, enabled=False):
                 update = layer.scaling["default"] * up.double() @ down.double()
             layer.expected = update, found.detach().clone()
     for layer in lora_layers(policy):

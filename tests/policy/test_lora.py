@@ -7,6 +7,7 @@ import torch
 from gradients import IDS, logits_and_gradients
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from where import DEVICE
 
 from lightning_lambdapo.policy.kernels import OneDNNLinear
 from lightning_lambdapo.policy.lora import FusedLoraLinear, fast_linears
@@ -69,7 +70,7 @@ def test_fused_adapter_in_16_bits(
         with monkeypatch.context() as patch:
             calls = fused_calls(fused, patch)
             logits, gradients = logits_and_gradients(exact)
-            with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None, cache_enabled=False):
+            with torch.autocast(DEVICE.type, dtype=autocast, enabled=autocast is not None, cache_enabled=False):
                 peft, ours = logits_and_gradients(plain), logits_and_gradients(fused)
         assert len(calls) == 14
         errors = []
@@ -120,7 +121,7 @@ def test_switched_off_merged_and_doubled_adapters(monkeypatch: pytest.MonkeyPatc
     model.merge_adapter()
     torch.testing.assert_close(model(IDS).logits, with_adapter, rtol=0, atol=1e-8)
     assert not calls
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         model.unmerge_adapter()
         model(IDS)
     assert not calls

@@ -15,6 +15,7 @@ import torch
 from small import fit
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedModel, Qwen3Config
+from where import DEVICE
 
 from lightning_lambdapo.learning import scoring
 from lightning_lambdapo.learning.scoring import CompletionScorer
@@ -38,7 +39,7 @@ def tf32() -> Iterator[None]:
 
 
 def autocast() -> AbstractContextManager[Any]:
-    return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
+    return torch.autocast(DEVICE.type, dtype=torch.bfloat16, cache_enabled=False)
 
 
 #: The type of the weights, and the context of the run.

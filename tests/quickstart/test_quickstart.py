@@ -95,7 +95,7 @@ def test_rows_of_a_task() -> None:
         assert row["reference"].endswith(f"={sum(terms)};{sum(terms)}")
         assert steps_right([row["reference"]], [row["reference"]]) == [1.0]
     assert all(sorted(row["prompt"][:-1].split(",")) == row["answer"].split(",") for row in task_rows("sorting", 9))
-    names = "sums, sorting, chain, large_sums, rough_sums, long_sorting, last_digits, misled, short_sums"
+    names = "sums, sorting, chain, large_sums, rough_sums, long_sorting, last_digits, misled, short_sorting"
     with pytest.raises(ValueError, match=f"the tasks {names}; got 'chess'"):
         task_rows("chess", 1)
     with pytest.raises(ValueError, match="fewer than 7000 different problems"):
@@ -185,15 +185,15 @@ def test_the_maker_writes_policy_and_problems(tmp_path: Path, monkeypatch: pytes
 
 
 def test_problems_for_a_model_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["quickstart", str(tmp_path / "new"), "--task", "short_sums"])
+    monkeypatch.setattr("sys.argv", ["quickstart", str(tmp_path / "new"), "--task", "short_sorting"])
     maker.main()
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["test.jsonl", "train.jsonl"]
     rows = [json.loads(line) for line in (tmp_path / "new" / "test.jsonl").read_text().splitlines()]
     assert len(rows) == 600
     for row in rows:
-        a, b, c = map(int, row["prompt"].removesuffix("=").split("+"))
-        assert {a, b, c} <= set(range(5, 31))
-        assert (row["reference"], row["answer"]) == (f"{a + b}, {a + b + c}", str(a + b + c))
-    assert {int(term) for row in rows for term in row["prompt"][:-1].split("+")} == set(range(5, 31))
-    with pytest.raises(ValueError, match="short_sums has problems alone"):
-        maker.train("short_sums", steps=1)
+        digits = row["prompt"].removesuffix("=").split(",")
+        assert len(digits) == 4
+        assert row["reference"] == row["answer"] == ",".join(sorted(digits))
+    assert {digit for row in rows for digit in row["answer"].split(",")} == set("0123456789")
+    with pytest.raises(ValueError, match="short_sorting has problems alone"):
+        maker.train("short_sorting", steps=1)
