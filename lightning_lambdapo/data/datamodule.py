@@ -123,7 +123,7 @@ class LambdaPODataModule(LightningDataModule):
         if stage == "fit" and self.train_rows and not self._fingerprint:
             self._fingerprint = _fingerprint(self.train_rows)
         if required not in self._rows:
-            raise ValueError(f"There is no data to {stage} on; set `data.{required}`.")
+            raise ValueError(f"There is no data to {stage} on. Set `data.{required}`.")
 
     def train_dataloader(self) -> DataLoader[PromptBatch]:
         """Batches of training prompts. A resumed run continues at its checkpoint's position."""
@@ -186,12 +186,12 @@ class LambdaPODataModule(LightningDataModule):
         if not kept:
             raise ValueError(
                 f"All {len(rows)} prompts of {source.name} have more than max_prompt_length = "
-                f"{self.max_prompt_length} tokens; raise it."
+                f"{self.max_prompt_length} tokens. Raise it."
             )
         if self.dropped[split]:
             rank_zero_warn(
                 f"{self.dropped[split]} of {len(rows)} prompts of {source.name} ({split}) have more than "
-                f"max_prompt_length = {self.max_prompt_length} tokens and are left out."
+                f"max_prompt_length = {self.max_prompt_length} tokens and are omitted."
             )
         return kept
 

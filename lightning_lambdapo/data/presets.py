@@ -65,7 +65,7 @@ def text_of(value: object) -> str | None:
         try:
             return str(int(value)) if value == int(value) else str(value)
         except ValueError as error:  # Python prints no integer of more than 4300 digits
-            raise RowError("an answer or reference is a number with thousands of digits; write it as text") from error
+            raise RowError("an answer or reference is a number with thousands of digits. Write it as text") from error
     raise RowError(f"an answer or reference must be text or a number, got {reprlib.repr(value)}")
 
 

@@ -80,7 +80,7 @@ class PromptTemplate:
         has_template = getattr(tokenizer, "chat_template", None) is not None
         if self.chat and not has_template:
             raise ValueError(
-                "`template.chat` is true and the tokenizer has no chat template; set it to null for a plain prompt, or "
+                "`template.chat` is true and the tokenizer has no chat template. Set it to null for a plain prompt, or "
                 "choose an instruction-tuned model."
             )
         return has_template if self.chat is None else self.chat

@@ -100,9 +100,9 @@ def estimate(
     numerators = np.asarray(sums, dtype=np.float64)
     denominators = np.ones_like(numerators) if counts is None else np.asarray(counts, dtype=np.float64)
     if numerators.ndim != 1 or numerators.shape != denominators.shape:
-        raise ValueError(f"{numerators.shape} sums have {denominators.shape} counts; give one of each per prompt.")
+        raise ValueError(f"{numerators.shape} sums have {denominators.shape} counts. Give one of each per prompt.")
     if not (np.isfinite(numerators).all() and np.isfinite(denominators).all()):
-        raise ValueError("The values of all prompts must be finite; omit the prompts that have none.")
+        raise ValueError("The values of all prompts must be finite. Omit the prompts that have none.")
     numerators, denominators = numerators[denominators > 0], denominators[denominators > 0]
     prompts = len(numerators)
     if not prompts:

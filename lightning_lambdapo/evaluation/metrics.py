@@ -95,7 +95,7 @@ class SemanticDensity(_ExactSums):
     def update(self, generated: Sequence[str], references: Sequence[str | None]) -> None:
         """Add texts and their references, one each. A row whose reference is None is skipped."""
         if len(generated) != len(references):
-            raise ValueError(f"{len(generated)} generated texts have {len(references)} references; give one each.")
+            raise ValueError(f"{len(generated)} generated texts have {len(references)} references. Give one each.")
         # Rows of a group share their reference, which is tokenised once.
         tokens = {text: self.tokenizer(reasoning_trace(text)) for text in {*references} if text is not None}
         scores = [

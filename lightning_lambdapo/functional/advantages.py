@@ -234,7 +234,9 @@ def prepare_groups(rewards: Tensor, scores: Tensor, valid: Tensor | None) -> tup
     if rewards.ndim != 2:
         raise ValueError(f"`rewards` must have shape (B, G), got {tuple(rewards.shape)}.")
     if rewards.shape[1] < 2:
-        raise ValueError(f"`group_size` must be at least 2, got {rewards.shape[1]}; a pairwise advantage needs a peer.")
+        raise ValueError(
+            f"`group_size` must be at least 2, got {rewards.shape[1]}, because a pairwise advantage needs a peer."
+        )
     dtype = torch.float64 if torch.float64 in (rewards.dtype, scores.dtype) else torch.float32
     valid = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid.bool()
     largest = torch.finfo(dtype).max ** 0.5 / 1000  # standard deviations sum squares over a batch
@@ -246,11 +248,11 @@ def prepare_groups(rewards: Tensor, scores: Tensor, valid: Tensor | None) -> tup
             place = tuple(bad.nonzero()[0].tolist())
             value = kept[place].item()
             advice = (
-                f"its square does not fit {dtype}, keep it below {largest:.0e}"
+                f"Its square does not fit {dtype}: keep it below {largest:.0e}"
                 if math.isfinite(value)
-                else "mark a row that has none as invalid"
+                else "Mark a row that has none as invalid"
             )
-            raise ValueError(f"`{name}` must be finite where valid, got {value} at {place}; {advice}.")
+            raise ValueError(f"`{name}` must be finite where valid, got {value} at {place}. {advice}.")
         prepared.append(kept)
     return prepared[0], prepared[1], valid
 

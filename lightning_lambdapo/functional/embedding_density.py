@@ -114,7 +114,7 @@ def _check_shapes(generated: Tensor, generated_mask: Tensor, reference: Tensor, 
         shapes = [tuple(tensor.shape) for tensor in (generated, generated_mask, reference, reference_mask)]
         raise ValueError(
             "`generated`, `generated_mask`, `reference`, `reference_mask` must have shapes (N, S, D), (N, S), "
-            f"(N, R, D), (N, R); got {', '.join(map(str, shapes))}."
+            f"(N, R, D), (N, R), got {', '.join(map(str, shapes))}."
         )
     if generated_mask.dtype != torch.bool or reference_mask.dtype != torch.bool:
         raise ValueError(f"The masks must be bool, got {generated_mask.dtype} and {reference_mask.dtype}.")

@@ -125,8 +125,8 @@ def policy_loss(
     tokens_per_row = max_new_tokens if aggregation == "constant" else 1
     if tokens_per_row is None or tokens_per_row < 1:
         raise ValueError(
-            f'`max_new_tokens` must be at least 1 with aggregation="constant", because it is in the denominator; got '
-            f"{max_new_tokens}."
+            f'`max_new_tokens` must be at least 1 with aggregation="constant", got {max_new_tokens}, because it is '
+            "in the denominator."
         )
     check_clipping(clip_low, clip_high)
     if kl_coef and ref_logprobs is None:

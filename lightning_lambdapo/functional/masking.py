@@ -28,7 +28,7 @@ def completion_mask(completion_ids: Tensor, eos_ids: int | Sequence[int]) -> Ten
     """
     ids = [eos_ids] if isinstance(eos_ids, int) else list(eos_ids)
     if not ids:
-        raise ValueError("`eos_ids` is empty; give at least one end-of-sequence id.")
+        raise ValueError("`eos_ids` is empty. Give at least one end-of-sequence id.")
     if completion_ids.ndim != 2:
         raise ValueError(f"`completion_ids` must have shape (N, T), got {tuple(completion_ids.shape)}.")
     ends = torch.isin(completion_ids, torch.tensor(ids, device=completion_ids.device))
@@ -80,7 +80,7 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise ``ValueError`` unless ``value`` is one of the ``allowed`` names."""
     if value not in allowed:
-        raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {value!r}.")
+        raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
 
 
 def at_least_float32(values: Tensor) -> Tensor:

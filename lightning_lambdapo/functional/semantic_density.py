@@ -114,9 +114,9 @@ def semantic_density(
 def check_density_settings(*, kind: Kind, n: int, beta: float) -> None:
     """Raise ``ValueError`` for settings that :func:`semantic_density` refuses."""
     if kind not in ("token", "rouge_l"):
-        raise ValueError(f"`kind` must be one of token, rouge_l; got {kind!r}.")
+        raise ValueError(f"`kind` must be one of token, rouge_l, got {kind!r}.")
     if n < 1 or (kind == "rouge_l" and n != 1):
-        raise ValueError(f"`n` must be at least 1, and 1 with kind='rouge_l', got {n}; n-grams need kind='token'.")
+        raise ValueError(f"`n` must be at least 1, and 1 with kind='rouge_l', got {n}. N-grams need kind='token'.")
     check_beta(beta)
 
 

@@ -92,7 +92,7 @@ class AccuracyReward(Reward):
         super().__init__(weight, name)
         if answer_format not in get_args(AnswerFormat):
             raise ValueError(
-                f"`answer_format` must be one of {', '.join(get_args(AnswerFormat))}; got {answer_format!r}."
+                f"`answer_format` must be one of {', '.join(get_args(AnswerFormat))}, got {answer_format!r}."
             )
         check_whole("workers", workers, 1)
         if not 0 < max_failure_rate <= 1:
@@ -191,7 +191,7 @@ class AccuracyReward(Reward):
         if self._verified >= _MIN_VERIFICATIONS and self._failed > self.max_failure_rate * self._verified:
             raise RuntimeError(
                 f"math-verify failed, timed out or stayed undecided on {self._failed} of {self._verified} answers, "
-                f"more than `max_failure_rate` = {self.max_failure_rate} allows; look at the gold answers, or raise "
+                f"more than `max_failure_rate` = {self.max_failure_rate} allows. Look at the gold answers, or raise "
                 f"`deadline` ({self.verifier.deadline} s) or `max_failure_rate`."
             )
 

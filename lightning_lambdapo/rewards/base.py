@@ -157,10 +157,10 @@ class FunctionReward(Reward):
         if not callable(function) or isinstance(function, type):
             raise TypeError(f"A reward must be a Reward object or a function, got {function!r}.")
         if inspect.iscoroutinefunction(function):
-            raise TypeError(f"The reward function {function!r} is asynchronous; wrap it in a function that runs it.")
+            raise TypeError(f"The reward function {function!r} is asynchronous. Wrap it in a function that runs it.")
         name = name or getattr(function, "__name__", "")
         if not name or name == "<lambda>":
-            raise ValueError(f"{function!r} has no name of its own to log it under; use FunctionReward(..., name=...).")
+            raise ValueError(f"{function!r} has no name of its own to log it under. Use FunctionReward(..., name=...).")
         if timeout is not None and not timeout > 0:
             raise ValueError(f"The timeout of the reward {name!r} must be above 0 seconds, got {timeout}.")
         super().__init__(weight, name)
@@ -170,7 +170,7 @@ class FunctionReward(Reward):
         positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
         if positional:
             raise TypeError(
-                f"The reward function {name!r} must take its arguments by name; {positional} are positional-only."
+                f"The reward function {name!r} must take its arguments by name. {positional} are positional-only."
             )
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         keywords = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -188,12 +188,12 @@ class FunctionReward(Reward):
         taken = [name for name in columns if name in arguments]
         if taken:
             raise ValueError(
-                f"The data has columns named {taken}, but these are arguments of every reward function; rename them."
+                f"The data has columns named {taken}, but these are arguments of every reward function. Rename them."
             )
         missing = self._needs - arguments.keys() - set(columns)
         if missing:
             raise TypeError(
-                f"The reward function {self.name!r} takes {sorted(missing)}, which is no column of the data; there are "
+                f"The reward function {self.name!r} takes {sorted(missing)}, which is no column of the data. There are "
                 f"{[*arguments, *columns]}."
             )
         arguments |= {name: [row.get(name) for row in inputs.columns] for name in columns}
@@ -225,14 +225,14 @@ def as_rewards(rewards: Sequence[RewardLike]) -> list[Reward]:
         [('short', 1.0), ('again', 0.5)]
     """
     if isinstance(rewards, Reward) or callable(rewards) or isinstance(rewards, str):
-        raise TypeError(f"`rewards` must be a list of rewards, got {rewards!r}; put it in a list.")
+        raise TypeError(f"`rewards` must be a list of rewards, got {rewards!r}. Put it in a list.")
     wrapped = [reward if isinstance(reward, Reward) else FunctionReward(reward) for reward in rewards]
     if not wrapped:
-        raise ValueError("`rewards` is empty; give at least one reward.")
+        raise ValueError("`rewards` is empty. Give at least one reward.")
     names = [reward.name for reward in wrapped]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"Rewards need unique names, but several are called {twice}; give each its own `name`.")
+        raise ValueError(f"Rewards need unique names, but several are called {twice}. Give each its own `name`.")
     for reward in wrapped:
         if not isinstance(reward.weight, Real) or not math.isfinite(reward.weight):
             raise ValueError(

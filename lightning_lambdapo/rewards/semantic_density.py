@@ -97,18 +97,18 @@ class SemanticDensityReward(Reward):
         if kind == "embedding":
             check_beta(beta)
             if n != 1:
-                raise ValueError(f"`n` must be 1 with kind='embedding', got {n}; n-grams need kind='token'.")
+                raise ValueError(f"`n` must be 1 with kind='embedding', got {n}. N-grams need kind='token'.")
             if tokenizer is not tokenize:
                 raise ValueError(
-                    f"`tokenizer` is {tokenizer!r} with kind='embedding', but the encoder uses its own tokenizer; "
-                    "omit `tokenizer`."
+                    f"`tokenizer` is {tokenizer!r} with kind='embedding', but the encoder uses its own tokenizer. "
+                    "Omit `tokenizer`."
                 )
         else:
             check_density_settings(kind=kind, n=n, beta=beta)
             if encoder is not None or layer != -1:
                 raise ValueError(
                     f"`encoder` ({encoder!r}) and `layer` ({layer}) are for kind='embedding', got kind={kind!r}, which "
-                    "compares the tokens themselves; omit them, or set kind='embedding'."
+                    "compares the tokens themselves. Omit them, or set kind='embedding'."
                 )
         self.kind = kind
         self.n = n
@@ -258,6 +258,6 @@ class SemanticDensityReward(Reward):
         if self._encode is None:
             raise RuntimeError(
                 "kind='embedding' without `encoder` compares embeddings of the frozen policy, which LambdaPOModule "
-                "hands over when a run starts, but none was given; set `encoder` to a hub id or directory."
+                "hands over when a run starts, but none was given. Set `encoder` to a hub id or directory."
             )
         return self._encode

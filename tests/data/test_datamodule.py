@@ -149,7 +149,7 @@ def test_changed_data_or_batch_size_warns_on_resume(tmp_path: Path) -> None:
 
 def test_over_long_prompts_are_dropped_and_counted(tmp_path: Path) -> None:
     data = LambdaPODataModule(train=source(tmp_path, 12), batch_size=2, max_prompt_length=4, tokenizer=tiny.tokenizer())
-    with pytest.warns(UserWarning, match=r"2 of 12 prompts .* max_prompt_length = 4 tokens and are left out"):
+    with pytest.warns(UserWarning, match=r"2 of 12 prompts .* max_prompt_length = 4 tokens and are omitted"):
         data.setup("fit")
     assert data.dropped == {"train": 2}
     assert [row["prompt_id"] for row in data.train_rows] == list(range(10))
@@ -169,7 +169,7 @@ def test_stages_and_their_sources(tmp_path: Path) -> None:
         batches = list(loader())
         assert [len(batch.prompts) for batch in batches] == [3, 3, 3, 1]
         assert [int(i) for batch in batches for i in batch.prompt_ids] == list(range(10))
-    with pytest.raises(ValueError, match=r"no data to fit on; set `data\.train`"):
+    with pytest.raises(ValueError, match=r"no data to fit on\. Set `data\.train`"):
         data.setup("fit")
     bare = LambdaPODataModule(train=source(tmp_path))
     with pytest.raises(ValueError, match="has no tokenizer"):

@@ -62,7 +62,7 @@ def parse_variation(text: str) -> list[dict[str, Any]]:
     name, equals, values = text.partition("=")
     keys = [key.strip() for key in name.split("+")]
     if not equals or not all(keys):
-        raise ValueError(f"A variation is written key=value,value; got {text!r}.")
+        raise ValueError(f"A variation is written key=value,value, not {text!r}.")
     alternatives = []
     for value in _split(values, ","):
         parts = _split(value, "+") if len(keys) > 1 else [value]
@@ -229,7 +229,7 @@ def _inside(place: Any, part: str) -> Any:
 def _item(place: Any, part: str, key: str) -> Any:
     if not isinstance(place, list) or not part.isdecimal() or int(part) >= len(place):
         size = f"a list of {len(place)}" if isinstance(place, list) else repr(place)
-        raise ValueError(f"{key!r} asks for {part!r} of {size}; give an existing key or index.")
+        raise ValueError(f"{key!r} asks for {part!r} of {size}. Give an existing key or index.")
     return place[int(part)]
 
 
@@ -254,7 +254,7 @@ def _plain(text: str) -> Any:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"The value {text!r} of a variation is not YAML; close its brackets and quotes.") from error
+        raise ValueError(f"The value {text!r} of a variation is not YAML. Close its brackets and quotes.") from error
     if isinstance(value, str):
         try:
             return float(value)  # YAML reads 1e-4 as text

@@ -84,7 +84,7 @@ def final_value(curves: Mapping[str, tuple[Array, Array]], metric: str) -> float
     """
     if metric not in curves:
         raise ValueError(
-            f"The metric {metric!r} was not logged; there are {', '.join(sorted(curves))}. Choose one with --metric. "
+            f"The metric {metric!r} was not logged. There are {', '.join(sorted(curves))}. Choose one with --metric. "
             "Finished runs are not repeated."
         )
     values = curves[metric][1]

@@ -76,7 +76,9 @@ class MathVerifier:
         if not 0.001 <= deadline <= 86_400:
             raise ValueError(f"`deadline` must be from 0.001 to 86400 seconds, got {deadline}.")
         if memory_limit_mb < 256:
-            raise ValueError(f"`memory_limit_mb` must be at least 256, got {memory_limit_mb}; math-verify needs that.")
+            raise ValueError(
+                f"`memory_limit_mb` must be at least 256, got {memory_limit_mb}, because math-verify needs that."
+            )
         self.workers = workers
         self.deadline = deadline
         self.memory_limit_mb = memory_limit_mb

@@ -164,7 +164,7 @@ class VLLMServerEngine(RolloutEngine):
             wrong = server.misfits(needed_rank)
             if wrong:
                 raise EngineStartError(
-                    f"{server.url} cannot serve this run: {'; '.join(wrong)}. Start it with: {self._command(policy)}"
+                    f"{server.url} cannot serve this run: {', '.join(wrong)}. Start it with: {self._command(policy)}"
                 )
         self._checked = True
 
