@@ -257,8 +257,8 @@ def _weighting(group: Group, settings: AlgorithmConfig) -> str:
         return "weighting uniform"
     tau = str(settings.temperature)
     if settings.temperature == "group_std":
-        scores = [record["score"] for record in group.records if record["valid"]]
-        tau = f"{statistics.pstdev(scores):.4g} (std of the group's scores)" if scores else tau
+        confidences = [record["score"] for record in group.records if record["valid"]]
+        tau = f"{statistics.pstdev(confidences):.4g} (std of the group's confidences)" if confidences else tau
     return f"weighting {settings.weighting}, temperature {tau}"
 
 

@@ -98,7 +98,7 @@ class SemanticDensity(_ExactSums):
             raise ValueError(f"{len(generated)} generated texts have {len(references)} references. Give one each.")
         # Rows of a group share their reference, which is tokenised once.
         tokens = {text: self.tokenizer(reasoning_trace(text)) for text in {*references} if text is not None}
-        scores = [
+        densities = [
             _density_compute(
                 *_density_update(
                     self.tokenizer(reasoning_trace(text)),
@@ -112,8 +112,8 @@ class SemanticDensity(_ExactSums):
             for text, reference in zip(generated, references, strict=True)
             if reference is not None
         ]
-        self.sums += torch.tensor(scores, dtype=torch.float64).view(-1, 3).sum(0).to(self.sums.device)
-        self.rows += len(scores)
+        self.sums += torch.tensor(densities, dtype=torch.float64).view(-1, 3).sum(0).to(self.sums.device)
+        self.rows += len(densities)
 
     def compute(self) -> dict[str, Tensor]:
         """``precision``, ``recall`` and ``f``; empty without data."""

@@ -94,7 +94,7 @@ def chunked_logprobs(
             f"`hidden` must have shape (M, H) and `targets` (M,), got {tuple(hidden.shape)} and {tuple(targets.shape)}."
         )
 
-    def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    def compute(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         logits = at_least_float32(head(hidden)) / temperature
         normaliser = logits.logsumexp(-1)
         logprobs = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - normaliser
@@ -103,21 +103,21 @@ def chunked_logprobs(
         detached = logits.detach()
         return logprobs, entropy_from_softmax(detached, detached.softmax(-1), normaliser.detach())
 
-    def score_ahead(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    def compute_ahead(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         return cast(tuple[Tensor, ...], cast(Any, _GradientAhead).apply(hidden, targets, head, temperature, entropy))
 
-    scorer = score
+    scorer = compute
     if torch.is_grad_enabled() and recompute:
-        scorer = partial(checkpoint, score, use_reentrant=False)
+        scorer = partial(checkpoint, compute, use_reentrant=False)
     elif torch.is_grad_enabled() and hidden.requires_grad:
-        scorer = score_ahead
+        scorer = compute_ahead
     logprobs: list[Tensor] = []
     entropies: list[Tensor] = []
     # An empty `hidden` is one empty chunk, so that even its result has a graph.
     for part, wanted in zip(torch.split(hidden, chunk_size), torch.split(targets, chunk_size), strict=True):
-        scored = scorer(part, wanted)
-        logprobs.append(scored[0])
-        entropies.extend(scored[1:])
+        computed = scorer(part, wanted)
+        logprobs.append(computed[0])
+        entropies.extend(computed[1:])
     return torch.cat(logprobs), torch.cat(entropies) if entropy else None
 
 
