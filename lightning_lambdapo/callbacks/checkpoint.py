@@ -45,7 +45,7 @@ class RolloutCheckpoint(ModelCheckpoint, LastCheckpoint):
         mode: ``"min"`` if a smaller ``monitor`` is better, ``"max"`` if a larger one is.
         save_top_k: number of the best to keep. -1 keeps all, 0 none but the last.
         save_on_exception: save when training stops at an exception.
-        save_weights_only: leave out what resuming needs.
+        save_weights_only: omit what resuming needs.
         verbose: print each save.
         auto_insert_metric_name: write ``name=value`` for placeholders of ``filename``, not the value alone.
         save_on_train_epoch_end: as for ``ModelCheckpoint``.

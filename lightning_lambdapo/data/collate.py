@@ -19,13 +19,13 @@ class PromptCollator:
     """``collate_fn`` of a DataLoader whose rows are mappings.
 
     A row has ``prompt`` (text or chat messages), and may have ``answer``, ``reference`` (text or None) and
-    ``prompt_id`` (a stable whole number; otherwise a 63-bit hash of the prompt's text). All other keys reach the
-    rewards as columns.
+    ``prompt_id`` (a stable whole number, by default a 63-bit hash of the prompt's text). All other keys
+    reach the rewards as columns.
 
     Args:
         tokenizer: the policy's.
         template: how a prompt is worded.
-        max_prompt_length: longest prompt, in tokens; a longer one is an error, never truncated.
+        max_prompt_length: longest prompt, in tokens. A longer one is an error, never truncated.
     """
 
     def __init__(

@@ -30,10 +30,10 @@ class LambdaPODataModule(LightningDataModule):
     Args:
         train: training problems.
         val: validation problems.
-        test: test problems; None takes ``val``.
-        predict: problems to complete; None takes ``test`` or ``val``.
+        test: test problems. None takes ``val``.
+        predict: problems to complete. None takes ``test`` or ``val``.
         batch_size: prompts per rank and training step.
-        eval_batch_size: prompts per rank and step elsewhere; None takes ``batch_size``.
+        eval_batch_size: prompts per rank and step elsewhere. None takes ``batch_size``.
         max_prompt_length: longest prompt, in tokens.
         template: how a problem becomes a prompt.
         tokenizer: None takes that of the module being trained.
@@ -130,7 +130,7 @@ class LambdaPODataModule(LightningDataModule):
         return self._loader("train", self.batch_size)
 
     def val_dataloader(self) -> DataLoader[PromptBatch] | list[Any]:
-        """Batches of validation prompts, in the data's order; none without a validation source."""
+        """Batches of validation prompts, in the data's order. An empty list without a validation source."""
         if "val" in self._rows:
             return self._loader("val", self.eval_batch_size)
         warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # intended

@@ -32,11 +32,11 @@ class Preset:
     """How a public dataset becomes prompts, answers and references.
 
     Attributes:
-        dataset: hub id; None for a mapping of the user's own data.
+        dataset: hub id. None for a mapping of the user's own data.
         config: configuration name on the hub.
         split: the training split where the dataset is trained on, else the split that papers report.
         columns: our names -> the dataset's column names.
-        subjects: columns to break evaluations down by; the first that is in the data becomes ``subject``.
+        subjects: columns to break evaluations down by. The first that is in the data becomes ``subject``.
         finish: turns the mapped columns (and the whole row) into ``prompt``, ``answer`` and ``reference``.
     """
 

@@ -62,7 +62,7 @@ class PromptSampler(DistributedSampler[Any]):
         Args:
             epoch: the epoch to continue.
             batches: its batches that were dealt before.
-            streams: generation of the order, for all epochs; 1 is that of release 0.1.
+            streams: generation of the order, for all epochs. 1 is that of release 0.1.
         """
         self._resume = (epoch, batches)
         self.streams = streams

@@ -24,12 +24,12 @@ class DataSource:
     """One set of problems. Its origin is exactly one of ``path``, ``dataset``, ``task`` and a ``preset``'s own.
 
     Attributes:
-        preset: named column mapping, with a hub id unless ``path`` or ``dataset`` overrides it; ``"arithmetic"`` is
+        preset: named column mapping, with a hub id unless ``path`` or ``dataset`` overrides it. ``"arithmetic"`` is
             built in. See ``lightning_lambdapo.data.PRESETS``.
         path: a JSONL file, one object per line.
         dataset: a hub id, or a local directory that ``datasets.load_dataset`` reads.
         config: the hub dataset's configuration name.
-        split: the split; a preset has a default.
+        split: the split. A preset has a default.
         revision: branch, tag or commit of the hub dataset.
         columns: our name (``prompt``, ``answer``, ``reference``, ``choices``, ``subject``) -> the data's column name.
             Without a preset, those of the first four that are not mapped are read from columns of the same name.
@@ -110,7 +110,7 @@ def load_rows(source: DataSource) -> list[Row]:
         row's index in its origin), and every other column of the data as it is.
 
     Raises:
-        ValueError: a row cannot be read; names its file and line, or its dataset and row.
+        ValueError: a row cannot be read. Names its file and line, or its dataset and row.
         ImportError: a reasoning-gym task without the package.
     """
     if source.preset == "arithmetic":
@@ -153,11 +153,11 @@ def arithmetic_solution(*terms: int, slip: Callable[[], int] = lambda: 0) -> str
 
 
 def arithmetic_rows(split: str, *, size: int | None = None, seed: int = 0) -> list[Row]:
-    """Sums of three terms from 1 to 19, each sum once; a tenth of all 6,859 is the split ``"test"``.
+    """Sums of three terms from 1 to 19, each sum once. A tenth of all 6,859 is the split ``"test"``.
 
     Args:
-        split: ``"train"`` or ``"test"``; for one seed they have no sum in common.
-        size: number of rows; None means all of the split.
+        split: ``"train"`` or ``"test"``. For one seed they have no sum in common.
+        size: number of rows. None means all of the split.
         seed: seed of the order.
 
     Raises:
@@ -213,11 +213,11 @@ def jsonl_rows(path: str, *, unfinished: bool = False) -> Iterator[tuple[str, Ma
         unfinished: omit a last line without an end: somebody is still writing it.
 
     Raises:
-        ValueError: a line cannot be read; names the file and line.
+        ValueError: a line cannot be read. Names the file and line.
     """
     try:
         file = Path(path).expanduser().open("rb")
-    except (OSError, ValueError, RuntimeError) as error:  # null bytes; no home directory
+    except (OSError, ValueError, RuntimeError) as error:  # null bytes, or no home directory
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"The data file {path!r} cannot be read: {reason}.") from error
     with file:

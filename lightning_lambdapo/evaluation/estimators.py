@@ -18,7 +18,7 @@ class Estimate:
 
     Attributes:
         value: the statistic of the data.
-        low: lower end of the interval; None with fewer than two prompts.
+        low: lower end of the interval. None with fewer than two prompts.
         high: upper end of the interval.
     """
 
@@ -83,7 +83,7 @@ def estimate(
 
     Args:
         sums: :math:`s_i` of each prompt.
-        counts: :math:`c_i`, the rows that add up to it; 1 where None. A prompt with count 0 is ignored.
+        counts: :math:`c_i`, the rows that add up to it, or 1 where None. A prompt with count 0 is ignored.
         confidence: share of the bootstrap distribution that lies in the interval.
         resamples: number of bootstrap resamples.
         seed: seed of the resampling.

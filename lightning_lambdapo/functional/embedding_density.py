@@ -42,15 +42,15 @@ def embedding_density(
 
     Args:
         generated: ``(N, S, D)`` float, token embeddings of the traces, of any length.
-        generated_mask: ``(N, S)`` bool, True where a token counts; values elsewhere, NaN included, have no effect.
+        generated_mask: ``(N, S)`` bool, True where a token counts. Values elsewhere, NaN included, have no effect.
         reference: ``(N, R, D)`` float, token embeddings of each trace's own reference.
         reference_mask: ``(N, R)`` bool.
         beta: weight of recall against precision, above 0.
-        generated_weights: ``(N, S)`` float, how much each token counts, at least 0; None counts each as 1.
+        generated_weights: ``(N, S)`` float, how much each token counts, at least 0. None counts each as 1.
         reference_weights: ``(N, R)`` float.
 
     Returns:
-        Precision, recall, F: ``(N,)`` each, float64 where an embedding is, else float32; all 0 where a side is empty,
+        Precision, recall, F: ``(N,)`` each, float64 where an embedding is, else float32. All 0 where a side is empty,
         or has no weight.
 
     Raises:

@@ -20,7 +20,7 @@ def logprobs_from_logits(logits: Tensor, targets: Tensor, *, temperature: float 
     r"""Log-probability of each target: :math:`\log softmax(logits / temperature)[target]`.
 
     Args:
-        logits: ``(..., V)`` float; half types are raised to float32.
+        logits: ``(..., V)`` float. Half types are raised to float32.
         targets: ``(...)`` int64.
         temperature: above 0.
 
@@ -70,13 +70,13 @@ def chunked_logprobs(
         hidden: ``(M, H)`` float, of the positions that predict ``targets``.
         targets: ``(M,)`` int64.
         head: ``(m, H) -> (m, V)`` logits, including the model's scaling or soft cap of them.
-        temperature: divisor of the logits; above 0.
+        temperature: divisor of the logits, above 0.
         chunk_size: positions per chunk.
         entropy: also return the entropy of each position's distribution, without gradient.
         recompute: False computes the gradient in the forward pass. Then only ``hidden`` gets a gradient.
 
     Returns:
-        Log-probabilities ``(M,)``, float32 or float64; entropies ``(M,)`` in nats, or None.
+        Log-probabilities ``(M,)``, float32 or float64. Entropies ``(M,)`` in nats, or None.
 
     Raises:
         ValueError: different lengths, or a temperature or chunk size that is not above 0.
@@ -173,7 +173,7 @@ def softmax_and_normaliser(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def entropy_from_softmax(logits: Tensor, probabilities: Tensor, normaliser: Tensor) -> Tensor:
-    r"""Entropy in nats, :math:`\log \sum_v e^{z_v} - \sum_v p_v z_v`; logits of -inf contribute 0."""
+    r"""Entropy in nats, :math:`\log \sum_v e^{z_v} - \sum_v p_v z_v`. Logits of -inf contribute 0."""
     with outside_autocast(logits):  # it would round both factors to 16 bits
         # 0 * -inf is not a number. A look whether there is any would make the host wait for the device.
         vocabulary, least = logits.shape[-1], torch.finfo(logits.dtype).min

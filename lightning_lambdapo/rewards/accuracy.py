@@ -37,7 +37,7 @@ _WORD = re.compile(r"[^\W\d_]{4}|[A-Z][a-z]{2}")
 
 
 class AccuracyReward(Reward):
-    r"""1 where the completion's final answer equals the gold answer, else 0; None where the data has no answer.
+    r"""1 where the completion's final answer equals the gold answer, else 0. None where the data has no answer.
 
     :func:`~lightning_lambdapo.rewards.verifier.extraction.final_answer` finds the final answer. It is compared as a
     cleaned string, then as an exact number (grouped digits, decimals, percentages, fractions, units, ratios). If
@@ -55,7 +55,7 @@ class AccuracyReward(Reward):
         name: key in logs. Accuracy, pass@k and maj@k are computed from the part called ``accuracy``.
         answer_format: how the final answer is marked: ``"boxed"``, ``"hash"`` (``#### x``), ``"tag"``
             (``<answer>x</answer>``), ``"letter"`` (multiple choice, A to J), or ``"auto"``: the last of those marks or
-            of "the answer is x", else the last number or maths; the letter where the gold answer is one. What stands in
+            of "the answer is x", else the last number or maths. A letter where the gold answer is one. What is in
             ``<think>...</think>``, or after a ``<think>`` that is not closed, is no answer.
         deadline: CPU seconds that math-verify gets for one answer.
         workers: math-verify processes.
@@ -153,7 +153,7 @@ class AccuracyReward(Reward):
         return dict(self._statistics)
 
     def close(self) -> None:
-        """Stop the worker processes; the next call starts new ones."""
+        """Stop the worker processes. The next call starts new ones."""
         self.verifier.close()
 
     def _answers(self, gold: str, completion: str) -> tuple[str, str | None]:
@@ -197,7 +197,7 @@ class AccuracyReward(Reward):
 
 
 def _cheap_verdict(gold: str, answer: str) -> bool | None:
-    """Compare as strings, as exact numbers and by kind; None where none of these decides."""
+    """Compare as strings, as exact numbers and by kind. None where none of these decides."""
     same = gold.strip() == answer.strip()
     if same or max(len(gold), len(answer)) > _MAX_CHARACTERS:
         return same or None

@@ -19,7 +19,7 @@ Encoder = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class RewardInputs:
-    """The ``N`` rows that a reward judges, in group-major order; every field has ``N`` entries.
+    """The ``N`` rows that a reward judges, in group-major order. Every field has ``N`` entries.
 
     Attributes:
         prompts: prompt texts.
@@ -45,11 +45,11 @@ class Reward(ABC):
 
     Args:
         weight: coefficient of this reward in the total. Finite.
-        name: key of this part in logs; unique among a module's rewards. Accuracy, pass@k and maj@k are computed from
+        name: key of this part in logs, unique among a module's rewards. Accuracy, pass@k and maj@k are computed from
             the part called ``accuracy``: a row is correct where it exceeds 0.5.
     """
 
-    #: Wall seconds that one call may take before the run ends with an error; None if the reward has its own limit.
+    #: Wall seconds that one call may take before the run ends with an error. None if the reward has its own limit.
     timeout: float | None = 600.0
 
     #: Fields of :class:`RewardInputs` that this reward cannot judge without: ``"answers"``, ``"references"``.
@@ -71,12 +71,12 @@ class Reward(ABC):
         """Receive the encoder. The module calls this before a run, once its models are loaded.
 
         Args:
-            encoder: of the policy before training; None unless ``needs_encoder``.
+            encoder: of the policy before training. None unless ``needs_encoder``.
             device: where the module computes, for a reward with its own model.
         """
 
     def reads_token(self, token: str) -> bool | None:
-        """Whether this reward reads the text of a special token in completions; None if it is not known.
+        """Whether this reward reads the text of a special token in completions. None if it is not known.
 
         By default a completion keeps the special tokens that a reward reads, and if one does not know, those that come
         in pairs, such as ``<think>`` and ``</think>``.
@@ -108,7 +108,7 @@ class Reward(ABC):
         """Judge every row: a finite number, or None where the reward is not applicable."""
 
     def vote(self, completion: str) -> str | None:
-        """The final answer in a canonical form, for majority voting; None where there is none."""
+        """The final answer in a canonical form, for majority voting. None where there is none."""
         return None
 
     def statistics(self) -> dict[str, float]:
@@ -129,8 +129,8 @@ class FunctionReward(Reward):
     Args:
         function: returns ``N`` finite numbers, None where it does not apply.
         weight: coefficient in the total.
-        name: key in logs; by default the function's own name, which a lambda or a partial lacks.
-        timeout: wall seconds that one call may take before the run ends with an error; None waits forever.
+        name: key in logs. By default the function's own name, which a lambda or a partial lacks.
+        timeout: wall seconds that one call may take before the run ends with an error. None waits forever.
 
     Raises:
         TypeError: not a function that can be called in this way.

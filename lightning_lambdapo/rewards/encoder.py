@@ -123,7 +123,7 @@ class TokenEncoder:
         return chosen
 
     def _tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, padded on the right; where there is a token; which tokens count: ``(N, S)`` each."""
+        """Ids padded on the right, where there is a token, and which tokens count: ``(N, S)`` each."""
         texts = [text.encode(errors="replace").decode() for text in texts]  # half a surrogate pair cannot be tokenized
         encoded = self.tokenizer(texts, return_special_tokens_mask=True, verbose=False)
         first: list[int] = []

@@ -33,7 +33,7 @@ def judge(
         rewards: judges with unique names.
         inputs: the ``N = B * G`` rows, group-major.
         group_size: ``G``.
-        device: where the result goes; None is the CPU.
+        device: where the result goes. None is the CPU.
 
     Returns:
         ``(B, G)`` float32 total and parts (NaN where None), bool validity.

@@ -29,7 +29,7 @@ _READ_AT_ONCE = 1000
 
 
 class SemanticDensityReward(Reward):
-    """Precision-recall alignment of the reasoning trace with the reference solution, in [0, 1]; None without reference.
+    """Precision-recall alignment of the reasoning trace with the reference solution, in [0, 1]. None without reference.
 
     Both texts are cut before their last final-answer marker and compared by
     :func:`~lightning_lambdapo.functional.semantic_density.semantic_density`, or with ``kind="embedding"`` by
@@ -49,11 +49,11 @@ class SemanticDensityReward(Reward):
         name: key in logs.
         kind: ``"rouge_l"`` (longest common subsequence), ``"token"`` (clipped n-gram overlap) or ``"embedding"``
             (greedy matching of contextual token embeddings).
-        n: length of the n-grams; 1 with the other kinds.
+        n: length of the n-grams, 1 with the other kinds.
         beta: weight of recall against precision in F.
         measure: ``"f"``, ``"precision"`` or ``"recall"``.
-        tokenizer: text to tokens, for both texts; an encoder uses its own.
-        encoder: with ``kind="embedding"``, hub id or directory of a transformers model; None takes the frozen policy.
+        tokenizer: text to tokens, for both texts. An encoder uses its own.
+        encoder: with ``kind="embedding"``, hub id or directory of a transformers model. None takes the frozen policy.
         layer: which of the encoder's hidden states: 0 is the input embedding, -1 the last.
         token_weights: None counts all tokens alike. ``"idf"`` weighs each by its inverse document frequency among the
             training references.
@@ -71,7 +71,7 @@ class SemanticDensityReward(Reward):
         >>> SemanticDensityReward(measure="precision")(inputs)
         [0.5, None]
 
-    Source: LambdaPO, arXiv 2605.19416; ROUGE, Lin 2004; BERTScore, Zhang et al. 2020, arXiv 1904.09675.
+    Source: LambdaPO, arXiv 2605.19416. ROUGE, Lin 2004. BERTScore, Zhang et al. 2020, arXiv 1904.09675.
     """
 
     requires = ("references",)

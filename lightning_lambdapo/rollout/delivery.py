@@ -17,7 +17,7 @@ and h change places, so equal rounding of both draws the share to 1/2 and to nei
 .. math:: z = \frac{\sum p}{\sqrt{\sum p^2}}
 
 says whether the share is known. Where signs are independent, z exceeds t with a probability of at most
-:math:`e^{-t^2 / 2}`, however heavy the tails (Efron 1969, "Student's t-test under symmetry conditions"). Sums go on
+:math:`e^{-t^2 / 2}`, however heavy the tails (Efron 1969, "Student's t-test under symmetry conditions"). Sums continue
 over rollouts, because one small update in 16 bits is below the rounding of a single one.
 """
 

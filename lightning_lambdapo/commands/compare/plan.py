@@ -46,9 +46,9 @@ class Run:
 
 
 def parse_variation(text: str) -> list[dict[str, Any]]:
-    """The alternatives of a ``key=value,value`` text; ``key+key=value+value,...`` changes keys together.
+    """The alternatives of a ``key=value,value`` text. ``key+key=value+value,...`` changes keys together.
 
-    Values are YAML; commas and pluses inside brackets, braces or quotes belong to the value.
+    Values are YAML. Commas and pluses inside brackets, braces or quotes belong to the value.
 
     Raises:
         ValueError: no key, fewer than two values, not one value for each of several keys, or values that are not YAML.
@@ -100,7 +100,7 @@ def plan_arms(estimators: Sequence[Any], variations: Iterable[Sequence[Mapping[s
     Arms that become equal are listed once.
 
     Args:
-        estimators: values of ``model.algorithm.estimator``; none keeps the base configuration's.
+        estimators: values of ``model.algorithm.estimator``. None keeps the base configuration's.
         variations: the alternatives of each variation.
     """
     # Without estimators an arm has no estimator key, and the base configuration's estimator decides what it uses.

@@ -38,7 +38,7 @@ class Report:
 
     Args:
         runs: the runs that have finished.
-        metric: what is compared; None takes the first of ``val/pass_at_1``, ``val/reward``, ``train/accuracy``,
+        metric: what is compared. None takes the first of ``val/pass_at_1``, ``val/reward``, ``train/accuracy``,
             ``train/reward`` that all runs logged.
         baseline: label of the arm to compare the others with. None compares each with the GRPO arm that has the same
             other settings, or with the first arm if no arm is GRPO.

@@ -86,7 +86,7 @@ def train_all(
         report: called as each run ends: the run, whether it succeeded, its seconds.
 
     Returns:
-        The runs that failed; ``train.log`` in their directories says why.
+        The runs that failed. ``train.log`` in their directories says why.
     """
     context = _context()
     threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 else None
