@@ -272,7 +272,7 @@ def test_rotary_positions_go_on(base: str, tmp_path: Path, caplog: pytest.LogCap
 
 
 def test_a_data_file_that_changes_between_epochs(base: str, tmp_path: Path) -> None:
-    """The run goes on with what it has read; one that is resumed says that the data is another."""
+    """The run continues with what it has read. One that is resumed says that the data is another."""
     file = tmp_path / "rows.jsonl"
     rows = "".join(f'{{"prompt": "{a}+{b}=", "answer": "{a + b}"}}\n' for a in range(4) for b in range(4))
 

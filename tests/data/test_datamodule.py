@@ -48,7 +48,7 @@ def test_shuffling_is_a_function_of_seed_and_epoch() -> None:
     assert order(9, 0) != order(9, 0, seed=1)
     assert [index for batch in order(8, 0, shuffle=False) for index in batch] == list(range(8))
     seen = {index for epoch in range(30) for batch in order(9, epoch) for index in batch}
-    assert seen == set(range(9))  # what one epoch leaves out, another deals
+    assert seen == set(range(9))  # what one epoch omits, another deals
 
 
 def test_evaluation_leaves_nothing_out_and_repeats_nothing() -> None:

@@ -1,4 +1,4 @@
-"""Micro-batches that run out of memory are made again, smaller; where that cannot be, the message says what to do."""
+"""Micro-batches that run out of memory are repeated, smaller. Where that cannot be, the message says what to do."""
 
 from pathlib import Path
 from typing import Any

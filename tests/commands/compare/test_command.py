@@ -1,4 +1,4 @@
-"""``lambdapo compare`` as a user runs it: it trains, goes on, reports, and finds mistakes before it computes."""
+"""``lambdapo compare`` as a user runs it: it trains, continues, reports, and finds mistakes before it computes."""
 
 import csv
 import os
@@ -66,7 +66,7 @@ def test_runs_are_made_once_and_reported(tmp_path: Path, capfd: pytest.CaptureFi
     assert "4 have finished before" in capfd.readouterr().out
     assert contents(tmp_path, "runs/*/*/lightning_logs/*/metrics.csv") == logs
     assert (tmp_path / "report.md").read_bytes() == report
-    # More seeds go on from there.
+    # More seeds continue from there.
     compare(tmp_path, "--estimators=lambda,grpo", "--seeds=3", "--metric=train/reward")
     assert "run 6 of 6" in capfd.readouterr().out
     assert contents(tmp_path, "runs/*/seed_[12]/lightning_logs/*/metrics.csv") == logs

@@ -33,7 +33,7 @@ def test_attempts_become_one_curve(tmp_path: Path) -> None:
     curves = read_curves(tmp_path)
     assert {name: (x.tolist(), y.tolist()) for name, (x, y) in curves.items()} == {
         "train/a": ([0, 1, 2, 3, 4], [1, 2, 30, 40, 50]),
-        "val/b": ([1, 4], [7, 9]),  # what came after the checkpoint that the second attempt took up counts no more
+        "val/b": ([1, 4], [7, 9]),  # what came after the checkpoint that was resumed does not count
     }
 
 
