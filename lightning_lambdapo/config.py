@@ -198,7 +198,7 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         check_engine(self.engine, self.servers, self.sampling.filters, self.max_live_tokens, self.reserve_prompts)
-        check_whole("group_size", self.group_size, 2, reason="; a pairwise advantage needs a peer")
+        check_whole("group_size", self.group_size, 2, reason=", because a pairwise advantage needs a peer")
         check_whole("max_new_tokens", self.max_new_tokens, 1)
         check_whole("reserve_prompts", self.reserve_prompts, 0)
         if self.max_live_tokens is not None:
@@ -320,7 +320,7 @@ class AlgorithmConfig:
         check_choice("algorithm.aggregation", self.aggregation, get_args(Aggregation))
         check_clipping(self.clip_low, self.clip_high)
         if math.isinf(self.clip_high):
-            raise ValueError("`clip_high` must be finite, got inf; set a large number to never clip above.")
+            raise ValueError("`clip_high` must be finite, got inf. Set a large number to never clip above.")
         if not 0 <= self.kl_coef < math.inf:
             raise ValueError(f"`kl_coef` must be finite and at least 0, got {self.kl_coef}.")
 

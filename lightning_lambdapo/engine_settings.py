@@ -48,7 +48,7 @@ class VLLMConfig:
         if self.kv_cache_gb is not None:
             check_real("rollout.vllm.kv_cache_gb", self.kv_cache_gb, lambda size: 0 < size < math.inf, "above 0")
         if self.max_model_len is not None:
-            check_whole("rollout.vllm.max_model_len", self.max_model_len, 2, reason="; a prompt and a token")
+            check_whole("rollout.vllm.max_model_len", self.max_model_len, 2, reason=", for a prompt and a token")
         own = sorted(self.options.keys() & _OWN)
         if own:
             raise ValueError(

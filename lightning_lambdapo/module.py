@@ -172,7 +172,7 @@ class LambdaPOModule(LightningModule):
     @with_step_randomness
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """From prompts to optimizer: sample groups, judge, compare, learn, report."""
-        batch, rollout, rewards = self.sample_and_judge(batch)  # G completions for each prompt; R_i
+        batch, rollout, rewards = self.sample_and_judge(batch)  # G completions for each prompt, and their R_i
         confidence = self.confidence(rollout, rewards)  # s_i under the policy that sampled
         advantages = self.advantages(rewards, confidence)  # A_i = 1/(G-1) sum_j w_ij (R_i - R_j)
         for update in self.learner.updates(batch, rollout, advantages, rewards.valid):  # mini-batches x passes

@@ -58,7 +58,7 @@ def gradient(model: Policy) -> Tensor:
 
 
 def by_hand() -> Any:
-    """Stands for the optimizer where gradients alone are wanted."""
+    """In place of the optimizer where gradients alone are wanted."""
     return SimpleNamespace(strategy=SingleDeviceStrategy(DEVICE), backward=torch.Tensor.backward)
 
 

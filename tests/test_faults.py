@@ -67,7 +67,7 @@ class Trouble(fitting.Noisy):
 MESSAGES = {
     "raise": "The reward 'noisy' raised KeyError",
     "hang": "The reward 'noisy' did not return within 2 seconds",
-    "nan": "The reward 'noisy' returned nan for row 0; it must be finite",
+    "nan": "The reward 'noisy' returned nan for row 0. It must be finite",
     "short": "The reward 'noisy' returned 15 values for 16 completions",
 }
 
@@ -185,7 +185,7 @@ def test_one_such_row_is_enough(base: str, tmp_path: Path, monkeypatch: pytest.M
 
 def test_too_many_such_steps_are_an_error(base: str, tmp_path: Path) -> None:
     run = trainer(tmp_path, callbacks=[Poison([2, 3, 4, 5, 6])], max_epochs=3)
-    message = "4 updates in a row were of a rollout whose log-probabilities are not finite; the policy has diverged"
+    message = r"4 updates in a row were of a rollout whose log-probabilities are not finite\. The policy has diverged"
     with pytest.raises(RuntimeError, match=message):
         run.fit(module(base), Rows(batch_size=4))
 
@@ -265,7 +265,7 @@ def test_prompts_that_leave_no_room_are_found_before_anything_is_sampled(tmp_pat
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path).fit(model, loader, val_dataloaders=loader)
     fits = LambdaPODataModule(train=DataSource(path=str(file)), batch_size=2, max_prompt_length=120)
-    with pytest.warns(UserWarning, match="1 of 5 prompts .* are left out"):
+    with pytest.warns(UserWarning, match="1 of 5 prompts .* are omitted"):
         trainer(tmp_path).fit(module(base), fits)
 
 
@@ -279,7 +279,7 @@ def test_rotary_positions_go_on(base: str, tmp_path: Path, caplog: pytest.LogCap
 
 
 def test_a_data_file_that_changes_between_epochs(base: str, tmp_path: Path) -> None:
-    """The run goes on with what it has read; one that is resumed says that the data is another."""
+    """The run continues with what it has read. One that is resumed says that the data is another."""
     file = tmp_path / "rows.jsonl"
     rows = "".join(f'{{"prompt": "{a}+{b}=", "answer": "{a + b}"}}\n' for a in range(4) for b in range(4))
 

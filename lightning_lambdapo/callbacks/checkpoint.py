@@ -45,7 +45,7 @@ class RolloutCheckpoint(ModelCheckpoint, LastCheckpoint):
         mode: ``"min"`` if a smaller ``monitor`` is better, ``"max"`` if a larger one is.
         save_top_k: number of the best to keep. -1 keeps all, 0 none but the last.
         save_on_exception: save when training stops at an exception.
-        save_weights_only: leave out what resuming needs.
+        save_weights_only: omit what resuming needs.
         verbose: print each save.
         auto_insert_metric_name: write ``name=value`` for placeholders of ``filename``, not the value alone.
         save_on_train_epoch_end: as for ``ModelCheckpoint``.
@@ -96,7 +96,7 @@ class RolloutCheckpoint(ModelCheckpoint, LastCheckpoint):
         self.every_n_rollouts = every_n_rollouts
         self.interval = train_time_interval
         self._saved_at = time.monotonic()
-        self._awaits_score = False
+        self._awaits_value = False
         self._trained: set[str] = set()
 
     def on_train_batch_end(
@@ -111,8 +111,8 @@ class RolloutCheckpoint(ModelCheckpoint, LastCheckpoint):
         self._trained |= logged_names(trainer)
         if due and not self._should_skip_saving_checkpoint(trainer):
             candidates: dict[str, Tensor] = self._monitor_candidates(trainer)
-            self._awaits_score = self.monitor is not None and self.monitor not in self._trained
-            if self.monitor is None or (not self._awaits_score and self.monitor in candidates):
+            self._awaits_value = self.monitor is not None and self.monitor not in self._trained
+            if self.monitor is None or (not self._awaits_value and self.monitor in candidates):
                 self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
             self._saved_at = time.monotonic()
@@ -124,10 +124,10 @@ class RolloutCheckpoint(ModelCheckpoint, LastCheckpoint):
             MisconfigurationException: the validation did not log ``monitor``.
         """
         super().on_validation_end(trainer, pl_module)
-        if self._awaits_score and trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if self._awaits_value and trainer.state.fn == "fit" and not trainer.sanity_checking:
             candidates: dict[str, Tensor] = self._monitor_candidates(trainer)
             if self.monitor in candidates or str(self.monitor).startswith("val/"):
-                self._awaits_score = False
+                self._awaits_value = False
                 self._save_topk_checkpoint(trainer, candidates)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -142,7 +142,7 @@ class RolloutCheckpoint(ModelCheckpoint, LastCheckpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """The parent's state, and whether a save waits for the next validation."""
-        return {**super().state_dict(), "awaits_score": self._awaits_score}
+        return {**super().state_dict(), "awaits_score": self._awaits_value}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state."""
@@ -150,7 +150,7 @@ class RolloutCheckpoint(ModelCheckpoint, LastCheckpoint):
             if self.monitor is None:  # there are no monitored values to lose
                 warnings.filterwarnings("ignore", message="The dirpath has changed")
             super().load_state_dict(state_dict)
-        self._awaits_score = state_dict.get("awaits_score", False)
+        self._awaits_value = state_dict.get("awaits_score", False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save if all ranks can."""

@@ -112,7 +112,9 @@ class TrainingConsole(ProgressBar):
         if self._enabled and self._steps:
             seconds = time.perf_counter() - self._began
             rate = thousands(self._tokens / max(seconds, 1e-9))
-            counts = f"{len(self._steps)} steps in {clock(seconds)}; {self._tokens:,} tokens sampled, {rate} per second"
+            counts = (
+                f"{len(self._steps)} steps in {clock(seconds)}, {self._tokens:,} tokens sampled ({rate} per second)"
+            )
             self.print()
             self.print(Text(counts, "bold"), soft_wrap=True)
             self.print(self._summary())

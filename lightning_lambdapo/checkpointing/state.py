@@ -265,7 +265,7 @@ def check_keys(module: LightningModule, keys: Any, *, strict: bool) -> Any:
     trainable = trainable_tensors(module)
     missing = [name for name in keys.missing_keys if name in trainable]
     if strict and (missing or keys.unexpected_keys):
-        raise RuntimeError(f"Missing keys: {missing}; unexpected keys: {keys.unexpected_keys}.")
+        raise RuntimeError(f"Missing keys: {missing}. Unexpected keys: {keys.unexpected_keys}.")
     return _IncompatibleKeys(missing, keys.unexpected_keys)
 
 

@@ -1,4 +1,4 @@
-"""The epoch that training stopped in. Lightning counts it as over, so that resuming would leave out the rest of it."""
+"""The epoch that training stopped in. Lightning counts it as over, so that resuming would omit the rest of it."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -121,7 +121,7 @@ def read_step(file: Path, step: int | None) -> tuple[int, list[Record]]:
     if not wanted:
         known = f"steps {min(steps)} to {max(steps)}"
         part = "" if len(steps) == max(steps) - min(steps) + 1 else f" ({len(steps)} of them)"
-        raise RunFileError(f"{file} has no step {step}; it has {known}{part}.")
+        raise RunFileError(f"{file} has no step {step}. It has {known}{part}.")
     for where, record in wanted:
         missing = [name for name in _NEEDED if name not in record]
         if missing:
@@ -182,7 +182,7 @@ def choose(groups: Sequence[Group], step: int, *, prompt_id: int | None, number:
     if prompt_id is not None:
         if prompt_id not in ids:
             raise RunFileError(
-                f"Step {step} has no prompt {prompt_id}; it has {', '.join(map(str, sorted(set(ids))))}."
+                f"Step {step} has no prompt {prompt_id}. It has {', '.join(map(str, sorted(set(ids))))}."
             )
         return ids.index(prompt_id) + 1
     return next((index for index, group in enumerate(groups, start=1) if group.informative), 1)
@@ -233,7 +233,7 @@ def _show_weights(console: Console, group: Group, weights: Tensor, settings: Alg
         table.add_row(f"{record['sample']} ", *cells, *outcome)
     console.print(table)
     if room < size:
-        console.print(f"Columns {room} to {size - 1} do not fit; --width {36 + 5 * size} shows them.")
+        console.print(f"Columns {room} to {size - 1} do not fit. --width {36 + 5 * size} shows them.")
     console.print(Text(_formula(settings, peers), "dim"), soft_wrap=True)
     row = int(group.advantages.abs().argmax())
     if group.informative:
@@ -257,8 +257,8 @@ def _weighting(group: Group, settings: AlgorithmConfig) -> str:
         return "weighting uniform"
     tau = str(settings.temperature)
     if settings.temperature == "group_std":
-        scores = [record["score"] for record in group.records if record["valid"]]
-        tau = f"{statistics.pstdev(scores):.4g} (std of the group's scores)" if scores else tau
+        confidences = [record["score"] for record in group.records if record["valid"]]
+        tau = f"{statistics.pstdev(confidences):.4g} (std of the group's confidences)" if confidences else tau
     return f"weighting {settings.weighting}, temperature {tau}"
 
 

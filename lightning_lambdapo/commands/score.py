@@ -120,7 +120,7 @@ def score_file(
         rows = _with_gold(rows, source)
     elif all(row.answer is None for row in rows):
         raise ValueError(
-            f"{rows[0].where} has no `answer`, and neither has any other line; add them, or name the data set that has "
+            f"{rows[0].where} has no `answer`, and neither has any other line. Add them, or name the data set that has "
             "them with --preset."
         )
     groups: dict[int | str, list[int]] = {}
@@ -168,7 +168,7 @@ def read_completions(file: str | Path) -> list[Completion]:
 def _completion(where: str, row: Any) -> Completion:
     for name in ("prompt", "completion"):
         if name not in row:
-            raise RowError(f"it has no `{name}`; it has {', '.join(map(repr, row))}")
+            raise RowError(f"it has no `{name}`. It has {', '.join(map(repr, row))}")
     prompt = row["prompt"]
     if is_chat(prompt):
         prompt = "\n\n".join(message["content"] for message in prompt)
@@ -202,13 +202,13 @@ def _with_gold(rows: Sequence[Completion], source: DataSource) -> list[Completio
         if gold is None:
             what = "prompt" if row.prompt_id is None else f"prompt with prompt_id {row.prompt_id}"
             raise ValueError(
-                f"{row.where}: {source.name} ({len(data)} rows) has no such {what}; choose the --preset, --path and "
+                f"{row.where}: {source.name} ({len(data)} rows) has no such {what}. Choose the --preset, --path and "
                 "--split that the completions are of."
             )
         if _question(gold) not in _flat(row.prompt):
             raise ValueError(
                 f"{row.where}: its prompt is not that of prompt_id {row.prompt_id} in {source.name}, "
-                f"{_question(gold)!r:.80}; choose the --preset, --path and --split that the completions are of."
+                f"{_question(gold)!r:.80}. Choose the --preset, --path and --split that the completions are of."
             )
         columns = {name: value for name, value in gold.items() if name not in _OWN}
         found.append(replace(row, answer=gold["answer"], reference=gold["reference"], columns=row.columns | columns))
@@ -231,7 +231,7 @@ def _check_group(rows: Sequence[Completion]) -> None:
             if getattr(row, name) != getattr(first, name):
                 raise ValueError(
                     f"{row.where}: prompt_id {row.prompt_id} has the {name} {getattr(row, name)!r:.80}, and "
-                    f"{getattr(first, name)!r:.80} in {first.where}; put completions of different data into different "
+                    f"{getattr(first, name)!r:.80} in {first.where}. Put completions of different data into different "
                     "files."
                 )
 

@@ -19,13 +19,13 @@ class PromptCollator:
     """``collate_fn`` of a DataLoader whose rows are mappings.
 
     A row has ``prompt`` (text or chat messages), and may have ``answer``, ``reference`` (text or None) and
-    ``prompt_id`` (a stable whole number; otherwise a 63-bit hash of the prompt's text). All other keys reach the
-    rewards as columns.
+    ``prompt_id`` (a stable whole number, by default a 63-bit hash of the prompt's text). All other keys
+    reach the rewards as columns.
 
     Args:
         tokenizer: the policy's.
         template: how a prompt is worded.
-        max_prompt_length: longest prompt, in tokens; a longer one is an error, never truncated.
+        max_prompt_length: longest prompt, in tokens. A longer one is an error, never truncated.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class PromptCollator:
             ValueError: the row has no prompt, or one that cannot be worded or tokenized, or has no tokens.
         """
         if "prompt" not in row:
-            raise ValueError(f"A row has no 'prompt'; it has {', '.join(map(repr, row))}.")
+            raise ValueError(f"A row has no 'prompt'. It has {', '.join(map(repr, row))}.")
         text = self.template.render(self.tokenizer, row["prompt"])
         if LONE_SURROGATE.search(text):
             raise ValueError(
@@ -73,7 +73,7 @@ class PromptCollator:
             if len(ids) > self.max_prompt_length:
                 raise ValueError(
                     f"The prompt with id {row.get('prompt_id')} has {len(ids)} tokens, more than max_prompt_length = "
-                    f"{self.max_prompt_length}; raise it, or drop the row (LambdaPODataModule drops and counts them)."
+                    f"{self.max_prompt_length}. Raise it, or drop the row (LambdaPODataModule drops and counts them)."
                 )
         width = max(map(len, encoded))
         pad_id = self.tokenizer.pad_token_id or 0
@@ -99,7 +99,7 @@ def _prompt_id(row: Mapping[str, Any], text: str) -> int:
     except TypeError:
         number = 2**63
     if not -(2**63) <= number < 2**63:
-        raise ValueError(f"A `prompt_id` must be a whole number of 64 bits, and that of {text!r:.80} is not; omit it.")
+        raise ValueError(f"A `prompt_id` must be a whole number of 64 bits, and that of {text!r:.80} is not. Omit it.")
     return number
 
 

@@ -30,10 +30,10 @@ class LambdaPODataModule(LightningDataModule):
     Args:
         train: training problems.
         val: validation problems.
-        test: test problems; None takes ``val``.
-        predict: problems to complete; None takes ``test`` or ``val``.
+        test: test problems. None takes ``val``.
+        predict: problems to complete. None takes ``test`` or ``val``.
         batch_size: prompts per rank and training step.
-        eval_batch_size: prompts per rank and step elsewhere; None takes ``batch_size``.
+        eval_batch_size: prompts per rank and step elsewhere. None takes ``batch_size``.
         max_prompt_length: longest prompt, in tokens.
         template: how a problem becomes a prompt.
         tokenizer: None takes that of the module being trained.
@@ -123,14 +123,14 @@ class LambdaPODataModule(LightningDataModule):
         if stage == "fit" and self.train_rows and not self._fingerprint:
             self._fingerprint = _fingerprint(self.train_rows)
         if required not in self._rows:
-            raise ValueError(f"There is no data to {stage} on; set `data.{required}`.")
+            raise ValueError(f"There is no data to {stage} on. Set `data.{required}`.")
 
     def train_dataloader(self) -> DataLoader[PromptBatch]:
         """Batches of training prompts. A resumed run continues at its checkpoint's position."""
         return self._loader("train", self.batch_size)
 
     def val_dataloader(self) -> DataLoader[PromptBatch] | list[Any]:
-        """Batches of validation prompts, in the data's order; none without a validation source."""
+        """Batches of validation prompts, in the data's order. An empty list without a validation source."""
         if "val" in self._rows:
             return self._loader("val", self.eval_batch_size)
         warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # intended
@@ -186,12 +186,12 @@ class LambdaPODataModule(LightningDataModule):
         if not kept:
             raise ValueError(
                 f"All {len(rows)} prompts of {source.name} have more than max_prompt_length = "
-                f"{self.max_prompt_length} tokens; raise it."
+                f"{self.max_prompt_length} tokens. Raise it."
             )
         if self.dropped[split]:
             rank_zero_warn(
                 f"{self.dropped[split]} of {len(rows)} prompts of {source.name} ({split}) have more than "
-                f"max_prompt_length = {self.max_prompt_length} tokens and are left out."
+                f"max_prompt_length = {self.max_prompt_length} tokens and are omitted."
             )
         return kept
 

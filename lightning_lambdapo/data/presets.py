@@ -32,11 +32,11 @@ class Preset:
     """How a public dataset becomes prompts, answers and references.
 
     Attributes:
-        dataset: hub id; None for a mapping of the user's own data.
+        dataset: hub id. None for a mapping of the user's own data.
         config: configuration name on the hub.
         split: the training split where the dataset is trained on, else the split that papers report.
         columns: our names -> the dataset's column names.
-        subjects: columns to break evaluations down by; the first that is in the data becomes ``subject``.
+        subjects: columns to break evaluations down by. The first that is in the data becomes ``subject``.
         finish: turns the mapped columns (and the whole row) into ``prompt``, ``answer`` and ``reference``.
     """
 
@@ -65,7 +65,7 @@ def text_of(value: object) -> str | None:
         try:
             return str(int(value)) if value == int(value) else str(value)
         except ValueError as error:  # Python prints no integer of more than 4300 digits
-            raise RowError("an answer or reference is a number with thousands of digits; write it as text") from error
+            raise RowError("an answer or reference is a number with thousands of digits. Write it as text") from error
     raise RowError(f"an answer or reference must be text or a number, got {reprlib.repr(value)}")
 
 

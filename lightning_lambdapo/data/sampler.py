@@ -47,8 +47,8 @@ class PromptSampler(DistributedSampler[Any]):
         count, global_batch = len(dataset), batch_size * num_replicas  # type: ignore[arg-type]
         if training and count < global_batch:
             raise ValueError(
-                f"{count} training prompts do not fill one batch of {batch_size} prompts on {num_replicas} rank(s); "
-                "lower `batch_size` or use more data."
+                f"{count} training prompts do not fill one batch of {batch_size} prompts on {num_replicas} rank(s). "
+                "Lower `batch_size` or use more data."
             )
         self.batch_size = batch_size
         self.total_size = count // global_batch * global_batch if training else count
@@ -62,7 +62,7 @@ class PromptSampler(DistributedSampler[Any]):
         Args:
             epoch: the epoch to continue.
             batches: its batches that were dealt before.
-            streams: generation of the order, for all epochs; 1 is that of release 0.1.
+            streams: generation of the order, for all epochs. 1 is that of release 0.1.
         """
         self._resume = (epoch, batches)
         self.streams = streams

@@ -24,12 +24,12 @@ class DataSource:
     """One set of problems. Its origin is exactly one of ``path``, ``dataset``, ``task`` and a ``preset``'s own.
 
     Attributes:
-        preset: named column mapping, with a hub id unless ``path`` or ``dataset`` overrides it; ``"arithmetic"`` is
+        preset: named column mapping, with a hub id unless ``path`` or ``dataset`` overrides it. ``"arithmetic"`` is
             built in. See ``lightning_lambdapo.data.PRESETS``.
         path: a JSONL file, one object per line.
         dataset: a hub id, or a local directory that ``datasets.load_dataset`` reads.
         config: the hub dataset's configuration name.
-        split: the split; a preset has a default.
+        split: the split. A preset has a default.
         revision: branch, tag or commit of the hub dataset.
         columns: our name (``prompt``, ``answer``, ``reference``, ``choices``, ``subject``) -> the data's column name.
             Without a preset, those of the first four that are not mapped are read from columns of the same name.
@@ -58,16 +58,16 @@ class DataSource:
         for name in ("path", "dataset"):
             object.__setattr__(self, name, path_text(getattr(self, name)))
         if self.preset is not None and self.preset not in PRESETS and self.preset != "arithmetic":
-            raise ValueError(f"Unknown preset {self.preset!r}; there are {', '.join(['arithmetic', *PRESETS])}.")
+            raise ValueError(f"Unknown preset {self.preset!r}. There are {', '.join(['arithmetic', *PRESETS])}.")
         origins = [name for name in ("path", "dataset", "task") if getattr(self, name) is not None]
         if len(origins) > 1 or (not origins and self.preset is None):
             raise ValueError(
-                f"A data source needs exactly one origin, got {' and '.join(origins) or 'none'}; give `path`, "
+                f"A data source needs exactly one origin, got {' and '.join(origins) or 'none'}. Give `path`, "
                 "`dataset`, `task` or a `preset`."
             )
         generated = self.generated
         if generated and self.task is not None and self.preset is not None:
-            raise ValueError(f"`task` ({self.task}) takes no `preset` ({self.preset}); drop one of them.")
+            raise ValueError(f"`task` ({self.task}) takes no `preset` ({self.preset}). Drop one of them.")
         if self.preset == "arithmetic" and origins:
             raise ValueError(f"The preset arithmetic is generated and takes no `{origins[0]}`.")
         idle = {
@@ -80,11 +80,11 @@ class DataSource:
         }
         for name, is_idle in idle.items():
             if is_idle and getattr(self, name) not in (None, {}, 0):
-                raise ValueError(f"`{name}` = {getattr(self, name)!r} has no effect on this data source; drop it.")
+                raise ValueError(f"`{name}` = {getattr(self, name)!r} has no effect on this data source. Drop it.")
         strangers = set(self.columns) - {*_FIELDS, _SUBJECT}
         if strangers:
             raise ValueError(
-                f"`columns` maps {', '.join(_FIELDS)}, {_SUBJECT}; it cannot map {', '.join(sorted(strangers))}."
+                f"`columns` maps {', '.join(_FIELDS)}, {_SUBJECT}. It cannot map {', '.join(sorted(strangers))}."
             )
         for name in ("limit", "size"):
             if getattr(self, name) is not None:
@@ -110,7 +110,7 @@ def load_rows(source: DataSource) -> list[Row]:
         row's index in its origin), and every other column of the data as it is.
 
     Raises:
-        ValueError: a row cannot be read; names its file and line, or its dataset and row.
+        ValueError: a row cannot be read. Names its file and line, or its dataset and row.
         ImportError: a reasoning-gym task without the package.
     """
     if source.preset == "arithmetic":
@@ -153,11 +153,11 @@ def arithmetic_solution(*terms: int, slip: Callable[[], int] = lambda: 0) -> str
 
 
 def arithmetic_rows(split: str, *, size: int | None = None, seed: int = 0) -> list[Row]:
-    """Sums of three terms from 1 to 19, each sum once; a tenth of all 6,859 is the split ``"test"``.
+    """Sums of three terms from 1 to 19, each sum once. A tenth of all 6,859 is the split ``"test"``.
 
     Args:
-        split: ``"train"`` or ``"test"``; for one seed they have no sum in common.
-        size: number of rows; None means all of the split.
+        split: ``"train"`` or ``"test"``. For one seed they have no sum in common.
+        size: number of rows. None means all of the split.
         seed: seed of the order.
 
     Raises:
@@ -213,11 +213,11 @@ def jsonl_rows(path: str, *, unfinished: bool = False) -> Iterator[tuple[str, Ma
         unfinished: omit a last line without an end: somebody is still writing it.
 
     Raises:
-        ValueError: a line cannot be read; names the file and line.
+        ValueError: a line cannot be read. Names the file and line.
     """
     try:
         file = Path(path).expanduser().open("rb")
-    except (OSError, ValueError, RuntimeError) as error:  # null bytes; no home directory
+    except (OSError, ValueError, RuntimeError) as error:  # null bytes, or no home directory
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"The data file {path!r} cannot be read: {reason}.") from error
     with file:
@@ -232,10 +232,10 @@ def jsonl_rows(path: str, *, unfinished: bool = False) -> Iterator[tuple[str, Ma
                     return
                 raise ValueError(f"{where} is not valid JSON: {error}. Each line must be one whole object.") from error
             except RecursionError as error:
-                raise ValueError(f"{where} is nested too deeply to be read; flatten it.") from error
+                raise ValueError(f"{where} is nested too deeply to be read. Flatten it.") from error
             except ValueError as error:
                 raise ValueError(
-                    f"{where} holds a whole number of more than {sys.get_int_max_str_digits()} digits; write it as "
+                    f"{where} holds a whole number of more than {sys.get_int_max_str_digits()} digits. Write it as "
                     "text."
                 ) from error
             if not isinstance(row, dict):
@@ -248,13 +248,13 @@ def _hub_rows(source: DataSource, preset: Preset) -> Iterator[tuple[str, Mapping
 
     name, split = source.dataset or preset.dataset, source.split or preset.split
     if name is None:
-        raise ValueError(f"The preset {source.preset} has no hub dataset of its own; give `path` or `dataset`.")
+        raise ValueError(f"The preset {source.preset} has no hub dataset of its own. Give `path` or `dataset`.")
     try:
         dataset = datasets.load_dataset(name, source.config or preset.config, split=split, revision=source.revision)
     except (ValueError, OSError) as error:
         raise ValueError(f"The dataset {name} (split {split}) cannot be loaded: {error}") from error
     if isinstance(dataset, dict):
-        raise ValueError(f"The dataset {name} has the splits {', '.join(map(str, dataset))}; choose one with `split`.")
+        raise ValueError(f"The dataset {name} has the splits {', '.join(map(str, dataset))}. Choose one with `split`.")
     return ((f"{name}, split {split}, row {index}", row) for index, row in enumerate(dataset))
 
 
@@ -267,7 +267,7 @@ def _convert(row: Mapping[str, Any], index: int, where: str, source: DataSource,
     missing = [name for name in (*columns.values(), *([subject] if subject else [])) if name not in row]
     if missing or "prompt" not in columns:
         raise ValueError(
-            f"{where} has no column {', '.join(map(repr, missing)) or repr('prompt')}; it has "
+            f"{where} has no column {', '.join(map(repr, missing)) or repr('prompt')}. It has "
             f"{', '.join(map(repr, row))}. Name the columns with `columns: {{prompt: ..., answer: ...}}`."
         )
     try:

@@ -17,9 +17,9 @@ class PromptTemplate:
     """System prompt, wording of the user's turn, and whether the tokenizer's chat template is used.
 
     Attributes:
-        system: system prompt; None for none.
-        user: the user's turn; ``{prompt}`` in it is replaced literally by the problem, which may contain braces.
-        chat: use the tokenizer's chat template; None uses it where there is one.
+        system: system prompt. None for none.
+        user: the user's turn. ``{prompt}`` in it is replaced literally by the problem, which may contain braces.
+        chat: use the tokenizer's chat template. None uses it where there is one.
         chat_kwargs: further arguments of the chat template, such as ``enable_thinking``.
     """
 
@@ -80,7 +80,7 @@ class PromptTemplate:
         has_template = getattr(tokenizer, "chat_template", None) is not None
         if self.chat and not has_template:
             raise ValueError(
-                "`template.chat` is true and the tokenizer has no chat template; set it to null for a plain prompt, or "
+                "`template.chat` is true and the tokenizer has no chat template. Set it to null for a plain prompt, or "
                 "choose an instruction-tuned model."
             )
         return has_template if self.chat is None else self.chat

@@ -18,7 +18,7 @@ class Estimate:
 
     Attributes:
         value: the statistic of the data.
-        low: lower end of the interval; None with fewer than two prompts.
+        low: lower end of the interval. None with fewer than two prompts.
         high: upper end of the interval.
     """
 
@@ -83,7 +83,7 @@ def estimate(
 
     Args:
         sums: :math:`s_i` of each prompt.
-        counts: :math:`c_i`, the rows that add up to it; 1 where None. A prompt with count 0 is ignored.
+        counts: :math:`c_i`, the rows that add up to it, or 1 where None. A prompt with count 0 is ignored.
         confidence: share of the bootstrap distribution that lies in the interval.
         resamples: number of bootstrap resamples.
         seed: seed of the resampling.
@@ -100,9 +100,9 @@ def estimate(
     numerators = np.asarray(sums, dtype=np.float64)
     denominators = np.ones_like(numerators) if counts is None else np.asarray(counts, dtype=np.float64)
     if numerators.ndim != 1 or numerators.shape != denominators.shape:
-        raise ValueError(f"{numerators.shape} sums have {denominators.shape} counts; give one of each per prompt.")
+        raise ValueError(f"{numerators.shape} sums have {denominators.shape} counts. Give one of each per prompt.")
     if not (np.isfinite(numerators).all() and np.isfinite(denominators).all()):
-        raise ValueError("The values of all prompts must be finite; omit the prompts that have none.")
+        raise ValueError("The values of all prompts must be finite. Omit the prompts that have none.")
     numerators, denominators = numerators[denominators > 0], denominators[denominators > 0]
     prompts = len(numerators)
     if not prompts:

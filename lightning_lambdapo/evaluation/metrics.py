@@ -95,10 +95,10 @@ class SemanticDensity(_ExactSums):
     def update(self, generated: Sequence[str], references: Sequence[str | None]) -> None:
         """Add texts and their references, one each. A row whose reference is None is skipped."""
         if len(generated) != len(references):
-            raise ValueError(f"{len(generated)} generated texts have {len(references)} references; give one each.")
+            raise ValueError(f"{len(generated)} generated texts have {len(references)} references. Give one each.")
         # Rows of a group share their reference, which is tokenised once.
         tokens = {text: self.tokenizer(reasoning_trace(text)) for text in {*references} if text is not None}
-        scores = [
+        densities = [
             _density_compute(
                 *_density_update(
                     self.tokenizer(reasoning_trace(text)),
@@ -112,11 +112,11 @@ class SemanticDensity(_ExactSums):
             for text, reference in zip(generated, references, strict=True)
             if reference is not None
         ]
-        self.sums += torch.tensor(scores, dtype=torch.float64).view(-1, 3).sum(0).to(self.sums.device)
-        self.rows += len(scores)
+        self.sums += torch.tensor(densities, dtype=torch.float64).view(-1, 3).sum(0).to(self.sums.device)
+        self.rows += len(densities)
 
     def compute(self) -> dict[str, Tensor]:
-        """``precision``, ``recall`` and ``f``; empty without data."""
+        """``precision``, ``recall`` and ``f``. Empty without data."""
         if self.rows == 0:
             return {}
         means = (self.sums / self.rows).float()
@@ -141,7 +141,7 @@ class _AtK(_ExactSums):
         self.add_state("prompts", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def compute(self) -> Tensor:
-        """Mean over prompts; NaN without data."""
+        """Mean over prompts. NaN without data."""
         return (self.total / self.prompts).float()
 
 
@@ -210,15 +210,15 @@ class GroupDiagnostics(_ExactSums):
     ``compute`` returns, where there is data:
 
     - ``weight_q05``, ``weight_q25``, ``weight_q50``, ``weight_q75``, ``weight_q95``: quantiles of the pair weights,
-      from a histogram of 1,000 bins over [0, 1]: the middle of the quantile's bin, at most 0.0005 off;
-    - ``weight_extreme_share``: share of pair weights outside [0.05, 0.95], from exact counts;
-    - ``group_auc``: share of pairs with :math:`R_i > R_j` that the policy already ranks right, ties half;
-    - ``group_sum``: sum of a group's advantages, mean over groups with at least two valid rows;
-    - ``advantage_length_correlation``: Pearson's, over rows;
+      from a histogram of 1,000 bins over [0, 1]: the middle of the quantile's bin, at most 0.0005 off.
+    - ``weight_extreme_share``: share of pair weights outside [0.05, 0.95], from exact counts.
+    - ``group_auc``: share of pairs with :math:`R_i > R_j` that the policy already ranks right, ties half.
+    - ``group_sum``: sum of a group's advantages, mean over groups with at least two valid rows.
+    - ``advantage_length_correlation``: Pearson's, over rows.
     - ``equal_reward_share``: share of groups whose rewards are all equal, among groups with a valid row.
 
     Args:
-        weighting: see :func:`~lightning_lambdapo.functional.pairwise_weights`; None (a baseline estimator) omits the
+        weighting: see :func:`~lightning_lambdapo.functional.pairwise_weights`. None (a baseline estimator) omits the
             statistics of weights.
         temperature: see :func:`~lightning_lambdapo.functional.pairwise_weights`.
         **kwargs: as for ``torchmetrics.Metric``.

@@ -112,7 +112,7 @@ def statistics(outcomes: Sequence[Outcome], k: Iterable[int]) -> dict[str, Estim
                 if each.samples < number:
                     raise ValueError(
                         f"k = {number} needs {number} samples of each prompt, and prompt {each.prompt_id} has "
-                        f"{each.samples}; choose a smaller k."
+                        f"{each.samples}. Choose a smaller k."
                     )
             found[f"pass_at_{number}"] = estimate(
                 [pass_at_k(each.samples, sum(correct), number) for each, correct in judged]

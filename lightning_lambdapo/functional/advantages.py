@@ -81,7 +81,7 @@ def pairwise_weights(
     weighting     :math:`w_{ij}`                             reading
     ============  =========================================  ========================================================
     uniform       1                                          group-mean baseline
-    confidence    :math:`\sigma(d_{ij})`                     LamPO's reported form; :math:`w_{ij} + w_{ji} = 1`
+    confidence    :math:`\sigma(d_{ij})`                     LamPO's reported form, :math:`w_{ij} + w_{ji} = 1`
     agreement     :math:`\sigma(sign(R_i - R_j) d_{ij})`     the policy's probability of the established preference
     lambdarank    :math:`\sigma(-sign(R_i - R_j) d_{ij})`    a pair the policy already ranks right counts less
     ============  =========================================  ========================================================
@@ -92,7 +92,7 @@ def pairwise_weights(
         weighting: one of the above.
         temperature: a finite number above 0, or ``"group_std"``: the population standard deviation of the group's
             valid confidences, at least 1e-6. With ``G = 2``, ``"group_std"`` makes ``|d| = 2`` whatever the gap.
-        valid: ``(B, G)`` bool; None means all.
+        valid: ``(B, G)`` bool. None means all.
 
     Returns:
         ``(B, G, G)``, 0 on the diagonal and in rows and columns of invalid rollouts, without gradient.
@@ -140,10 +140,10 @@ def lambda_advantages(
         temperature: see :func:`pairwise_weights`.
         reduction: ``"sum"``, ``"mean"`` or ``"weighted_mean"``.
         center: subtract the mean over the group's valid rows.
-        scale: ``"group"``: unbiased standard deviation of the group's valid rewards; ``"batch"``: of all valid
-            rewards; ``"none"``.
-        valid: ``(B, G)`` bool; an invalid row gets 0 and is no peer of other rows. None means all valid.
-        reward_std: the global unbiased standard deviation for ``scale="batch"``; None takes that of ``rewards``.
+        scale: divide by the unbiased standard deviation of the group's valid rewards (``"group"``), of all valid
+            rewards (``"batch"``), or by nothing (``"none"``).
+        valid: ``(B, G)`` bool. An invalid row gets 0 and is no peer of other rows. None means all valid.
+        reward_std: the global unbiased standard deviation for ``scale="batch"``. None takes that of ``rewards``.
 
     Returns:
         ``(B, G)`` float32, or float64 where an input is, without gradient.
@@ -181,16 +181,16 @@ def lambda_advantages(
 def group_advantages(rewards: Tensor, *, estimator: GroupEstimator, valid: Tensor | None = None) -> Tensor:
     r"""The baselines that LambdaPO is compared with.
 
-    ``grpo``: :math:`(R - \bar R) / (std + 10^{-4})` with the unbiased standard deviation; ``dr_grpo``:
-    :math:`R - \bar R`; ``rloo``: R minus the mean of the other valid rows.
+    ``grpo``: :math:`(R - \bar R) / (std + 10^{-4})` with the unbiased standard deviation. ``dr_grpo``:
+    :math:`R - \bar R`. ``rloo``: R minus the mean of the other valid rows.
 
     Args:
         rewards: ``(B, G)`` float.
         estimator: one of the three.
-        valid: ``(B, G)`` bool; None means all.
+        valid: ``(B, G)`` bool. None means all.
 
     Returns:
-        ``(B, G)``; exact zeros for groups of equal rewards or with fewer than two valid rows.
+        ``(B, G)``. Exact zeros for groups of equal rewards or with fewer than two valid rows.
 
     Raises:
         ValueError: unknown estimator, different shapes, fewer than two rollouts, or a valid reward that is not finite
@@ -212,7 +212,7 @@ def group_advantages(rewards: Tensor, *, estimator: GroupEstimator, valid: Tenso
 
 
 def check_weighting(weighting: Weighting, temperature: Temperature, *, prefix: str = "") -> None:
-    """Raise ``ValueError`` for settings that :func:`pairwise_weights` refuses; ``prefix`` goes before their names."""
+    """Raise ``ValueError`` for settings that :func:`pairwise_weights` refuses. ``prefix`` goes before their names."""
     check_choice(f"{prefix}weighting", weighting, get_args(Weighting))
     if temperature != "group_std" and (isinstance(temperature, str) or not 0 < temperature <= sys.float_info.max):
         raise ValueError(f'`{prefix}temperature` must be a finite number above 0 or "group_std", got {temperature!r}.')
@@ -234,7 +234,9 @@ def prepare_groups(rewards: Tensor, scores: Tensor, valid: Tensor | None) -> tup
     if rewards.ndim != 2:
         raise ValueError(f"`rewards` must have shape (B, G), got {tuple(rewards.shape)}.")
     if rewards.shape[1] < 2:
-        raise ValueError(f"`group_size` must be at least 2, got {rewards.shape[1]}; a pairwise advantage needs a peer.")
+        raise ValueError(
+            f"`group_size` must be at least 2, got {rewards.shape[1]}, because a pairwise advantage needs a peer."
+        )
     dtype = torch.float64 if torch.float64 in (rewards.dtype, scores.dtype) else torch.float32
     valid = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid.bool()
     largest = torch.finfo(dtype).max ** 0.5 / 1000  # standard deviations sum squares over a batch
@@ -246,11 +248,11 @@ def prepare_groups(rewards: Tensor, scores: Tensor, valid: Tensor | None) -> tup
             place = tuple(bad.nonzero()[0].tolist())
             value = kept[place].item()
             advice = (
-                f"its square does not fit {dtype}, keep it below {largest:.0e}"
+                f"Its square does not fit {dtype}: keep it below {largest:.0e}"
                 if math.isfinite(value)
-                else "mark a row that has none as invalid"
+                else "Mark a row that has none as invalid"
             )
-            raise ValueError(f"`{name}` must be finite where valid, got {value} at {place}; {advice}.")
+            raise ValueError(f"`{name}` must be finite where valid, got {value} at {place}. {advice}.")
         prepared.append(kept)
     return prepared[0], prepared[1], valid
 
@@ -281,7 +283,7 @@ def _tau(scores: Tensor, valid: Tensor, temperature: Temperature) -> Tensor | fl
 
 
 def _unbiased_std(values: Tensor, valid: Tensor, dim: int) -> Tensor:
-    """Unbiased standard deviation over the valid values; 0 for a single one."""
+    """Unbiased standard deviation over the valid values, 0 for a single one."""
     count = valid.sum(dim)
     deviations = values - masked_mean(values, valid, dim).unsqueeze(dim)
     return (masked_sum(deviations.square(), valid, dim) / (count - 1).clamp(min=1)).sqrt()

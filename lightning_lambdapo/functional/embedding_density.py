@@ -42,15 +42,15 @@ def embedding_density(
 
     Args:
         generated: ``(N, S, D)`` float, token embeddings of the traces, of any length.
-        generated_mask: ``(N, S)`` bool, True where a token counts; values elsewhere, NaN included, have no effect.
+        generated_mask: ``(N, S)`` bool, True where a token counts. Values elsewhere, NaN included, have no effect.
         reference: ``(N, R, D)`` float, token embeddings of each trace's own reference.
         reference_mask: ``(N, R)`` bool.
         beta: weight of recall against precision, above 0.
-        generated_weights: ``(N, S)`` float, how much each token counts, at least 0; None counts each as 1.
+        generated_weights: ``(N, S)`` float, how much each token counts, at least 0. None counts each as 1.
         reference_weights: ``(N, R)`` float.
 
     Returns:
-        Precision, recall, F: ``(N,)`` each, float64 where an embedding is, else float32; all 0 where a side is empty,
+        Precision, recall, F: ``(N,)`` each, float64 where an embedding is, else float32. All 0 where a side is empty,
         or has no weight.
 
     Raises:
@@ -114,7 +114,7 @@ def _check_shapes(generated: Tensor, generated_mask: Tensor, reference: Tensor, 
         shapes = [tuple(tensor.shape) for tensor in (generated, generated_mask, reference, reference_mask)]
         raise ValueError(
             "`generated`, `generated_mask`, `reference`, `reference_mask` must have shapes (N, S, D), (N, S), "
-            f"(N, R, D), (N, R); got {', '.join(map(str, shapes))}."
+            f"(N, R, D), (N, R), got {', '.join(map(str, shapes))}."
         )
     if generated_mask.dtype != torch.bool or reference_mask.dtype != torch.bool:
         raise ValueError(f"The masks must be bool, got {generated_mask.dtype} and {reference_mask.dtype}.")

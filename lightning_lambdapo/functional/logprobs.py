@@ -20,7 +20,7 @@ def logprobs_from_logits(logits: Tensor, targets: Tensor, *, temperature: float 
     r"""Log-probability of each target: :math:`\log softmax(logits / temperature)[target]`.
 
     Args:
-        logits: ``(..., V)`` float; half types are raised to float32.
+        logits: ``(..., V)`` float. Half types are raised to float32.
         targets: ``(...)`` int64.
         temperature: above 0.
 
@@ -70,13 +70,13 @@ def chunked_logprobs(
         hidden: ``(M, H)`` float, of the positions that predict ``targets``.
         targets: ``(M,)`` int64.
         head: ``(m, H) -> (m, V)`` logits, including the model's scaling or soft cap of them.
-        temperature: divisor of the logits; above 0.
+        temperature: divisor of the logits, above 0.
         chunk_size: positions per chunk.
         entropy: also return the entropy of each position's distribution, without gradient.
         recompute: False computes the gradient in the forward pass. Then only ``hidden`` gets a gradient.
 
     Returns:
-        Log-probabilities ``(M,)``, float32 or float64; entropies ``(M,)`` in nats, or None.
+        Log-probabilities ``(M,)``, float32 or float64. Entropies ``(M,)`` in nats, or None.
 
     Raises:
         ValueError: different lengths, or a temperature or chunk size that is not above 0.
@@ -94,7 +94,7 @@ def chunked_logprobs(
             f"`hidden` must have shape (M, H) and `targets` (M,), got {tuple(hidden.shape)} and {tuple(targets.shape)}."
         )
 
-    def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    def compute(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         logits = at_least_float32(head(hidden)) / temperature
         normaliser = logits.logsumexp(-1)
         logprobs = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - normaliser
@@ -103,21 +103,21 @@ def chunked_logprobs(
         detached = logits.detach()
         return logprobs, entropy_from_softmax(detached, detached.softmax(-1), normaliser.detach())
 
-    def score_ahead(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    def compute_ahead(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         return cast(tuple[Tensor, ...], cast(Any, _GradientAhead).apply(hidden, targets, head, temperature, entropy))
 
-    scorer = score
+    scorer = compute
     if torch.is_grad_enabled() and recompute:
-        scorer = partial(checkpoint, score, use_reentrant=False)
+        scorer = partial(checkpoint, compute, use_reentrant=False)
     elif torch.is_grad_enabled() and hidden.requires_grad:
-        scorer = score_ahead
+        scorer = compute_ahead
     logprobs: list[Tensor] = []
     entropies: list[Tensor] = []
     # An empty `hidden` is one empty chunk, so that even its result has a graph.
     for part, wanted in zip(torch.split(hidden, chunk_size), torch.split(targets, chunk_size), strict=True):
-        scored = scorer(part, wanted)
-        logprobs.append(scored[0])
-        entropies.extend(scored[1:])
+        computed = scorer(part, wanted)
+        logprobs.append(computed[0])
+        entropies.extend(computed[1:])
     return torch.cat(logprobs), torch.cat(entropies) if entropy else None
 
 
@@ -173,7 +173,7 @@ def softmax_and_normaliser(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def entropy_from_softmax(logits: Tensor, probabilities: Tensor, normaliser: Tensor) -> Tensor:
-    r"""Entropy in nats, :math:`\log \sum_v e^{z_v} - \sum_v p_v z_v`; logits of -inf contribute 0."""
+    r"""Entropy in nats, :math:`\log \sum_v e^{z_v} - \sum_v p_v z_v`. Logits of -inf contribute 0."""
     with outside_autocast(logits):  # it would round both factors to 16 bits
         # 0 * -inf is not a number. A look whether there is any would make the host wait for the device.
         vocabulary, least = logits.shape[-1], torch.finfo(logits.dtype).min

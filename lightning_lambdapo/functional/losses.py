@@ -1,7 +1,7 @@
 r"""The policy loss: clipped surrogate, KL penalty, aggregation over global denominators.
 
 Sources: PPO (arXiv 1707.06347), GRPO (2402.03300), DAPO (2503.14476: asymmetric clipping, token mean), Dr. GRPO
-(2503.20783: constant denominator), GSPO (2507.18071: sequence ratio); k1, k2, k3: Schulman 2020, "Approximating KL".
+(2503.20783: constant denominator), GSPO (2507.18071: sequence ratio). k1, k2, k3: Schulman 2020, "Approximating KL".
 """
 
 from dataclasses import dataclass
@@ -36,10 +36,10 @@ class LossOutput:
 
     Attributes:
         loss: scalar, with gradient.
-        mean_kl: scalar, mean of the KL estimator over the masked tokens; None without reference log-probs.
+        mean_kl: scalar, mean of the KL estimator over the masked tokens. None without reference log-probs.
         clip_fraction: scalar, share of masked tokens where clipping binds.
-        ratio_max: scalar, largest importance ratio of a masked token; 0 where there is none.
-        importance: sums about the ratio of scorer and sampler; None without ``behavior_logprobs``.
+        ratio_max: scalar, largest importance ratio of a masked token, or 0 where there is none.
+        importance: sums about the ratio of scorer and sampler. None without ``behavior_logprobs``.
     """
 
     loss: Tensor
@@ -87,10 +87,10 @@ def policy_loss(
 
     Args:
         logprobs: ``(N, T)`` float with gradient.
-        old_logprobs: ``(N, T)`` float, before the first update; ``logprobs.detach()`` on-policy.
+        old_logprobs: ``(N, T)`` float, before the first update. ``logprobs.detach()`` on-policy.
         ref_logprobs: ``(N, T)`` float, or None for no KL term.
         advantages: ``(N,)`` float.
-        mask: ``(N, T)`` bool; all False in invalid rows. Values in masked-out places have no effect.
+        mask: ``(N, T)`` bool. All False in invalid rows. Values in masked-out places have no effect.
         clip_low: the ratio is clipped below at ``1 - clip_low``.
         clip_high: the ratio is clipped above at ``1 + clip_high``.
         level: ratio per ``"token"``, or exp of the length-normalised log-ratio of the ``"sequence"``.
@@ -98,9 +98,9 @@ def policy_loss(
         kl: the estimator.
         aggregation: the denominator.
         max_new_tokens: needed by ``"constant"``.
-        token_count: masked tokens of the whole optimizer step, over all parts and ranks; None counts this call's.
-        row_count: rows with a non-empty mask of the whole step; None counts this call's.
-        behavior_logprobs: ``(N, T)`` float, as the sampler recorded them; None for no importance correction.
+        token_count: masked tokens of the whole optimizer step, over all parts and ranks. None counts this call's.
+        row_count: rows with a non-empty mask of the whole step. None counts this call's.
+        behavior_logprobs: ``(N, T)`` float, as the sampler recorded them. None for no importance correction.
         importance_correction: weights above the cap are lowered to it (``"truncate"``), or are 0 (``"mask"``, also
             below the cap's inverse).
         importance_cap: the cap :math:`c`, above 1.
@@ -125,8 +125,8 @@ def policy_loss(
     tokens_per_row = max_new_tokens if aggregation == "constant" else 1
     if tokens_per_row is None or tokens_per_row < 1:
         raise ValueError(
-            f'`max_new_tokens` must be at least 1 with aggregation="constant", because it is in the denominator; got '
-            f"{max_new_tokens}."
+            f'`max_new_tokens` must be at least 1 with aggregation="constant", got {max_new_tokens}, because it is '
+            "in the denominator."
         )
     check_clipping(clip_low, clip_high)
     if kl_coef and ref_logprobs is None:

@@ -28,7 +28,7 @@ def completion_mask(completion_ids: Tensor, eos_ids: int | Sequence[int]) -> Ten
     """
     ids = [eos_ids] if isinstance(eos_ids, int) else list(eos_ids)
     if not ids:
-        raise ValueError("`eos_ids` is empty; give at least one end-of-sequence id.")
+        raise ValueError("`eos_ids` is empty. Give at least one end-of-sequence id.")
     if completion_ids.ndim != 2:
         raise ValueError(f"`completion_ids` must have shape (N, T), got {tuple(completion_ids.shape)}.")
     ends = torch.isin(completion_ids, torch.tensor(ids, device=completion_ids.device))
@@ -42,12 +42,12 @@ def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     Junk elsewhere, NaN included, affects neither value nor gradient, because it is replaced, not multiplied by 0.
 
     Args:
-        values: float, of any shape; half types are raised to float32.
+        values: float, of any shape. Half types are raised to float32.
         mask: bool, of the same shape.
-        dim: dimension to sum over; None sums everything.
+        dim: dimension to sum over. None sums everything.
 
     Returns:
-        float32, or float64 for float64 values, without dimension ``dim``; 0 where nothing counts.
+        float32, or float64 for float64 values, without dimension ``dim``. 0 where nothing counts.
 
     Example:
         >>> masked_sum(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([True, True, False]))
@@ -62,12 +62,12 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     r"""Mean over the positions that count: :math:`\sum_t m_t x_t / \sum_t m_t`.
 
     Args:
-        values: float, of any shape; half types are raised to float32.
+        values: float, of any shape. Half types are raised to float32.
         mask: bool, of the same shape.
-        dim: dimension to average over; None averages everything.
+        dim: dimension to average over. None averages everything.
 
     Returns:
-        float32, or float64 for float64 values, without dimension ``dim``; 0 where nothing counts.
+        float32, or float64 for float64 values, without dimension ``dim``. 0 where nothing counts.
 
     Example:
         >>> masked_mean(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([True, True, False]))
@@ -80,7 +80,7 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise ``ValueError`` unless ``value`` is one of the ``allowed`` names."""
     if value not in allowed:
-        raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {value!r}.")
+        raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def at_least_float32(values: Tensor) -> Tensor:
 
 
 def kept_values(values: Tensor, mask: Tensor) -> Tensor:
-    """Values where they count, in float32 at least; 0 elsewhere."""
+    """Values where they count, in float32 at least, and 0 elsewhere."""
     values = at_least_float32(values)
     return torch.where(mask, values, torch.zeros_like(values))
 

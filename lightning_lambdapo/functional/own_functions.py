@@ -135,7 +135,7 @@ def own_advantages(function: Function, rewards: Tensor, confidence: Tensor, vali
         raise ValueError(
             f"The estimator {name} returned {advantages[place].item()} for completion {place[1]} of group {place[0]}, "
             f"whose rewards are {[round(each, 4) for each in rewards[place[0]].tolist()]}. An advantage must be "
-            "finite; a division by a standard deviation needs a guard for groups of equal rewards."
+            "finite. A division by a standard deviation needs a guard for groups of equal rewards."
         )
     return advantages
 

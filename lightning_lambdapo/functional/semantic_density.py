@@ -1,7 +1,7 @@
 """Semantic density: precision and recall of a reasoning trace against the reference solution.
 
 Source: the "semantic density reward, derived from the precision-recall alignment between generated reasoning traces and
-ground-truth solutions" of LambdaPO (arXiv 2605.19416); n-gram overlap and longest common subsequence as in ROUGE
+ground-truth solutions" of LambdaPO (arXiv 2605.19416). N-gram overlap and longest common subsequence as in ROUGE
 (Lin 2004).
 """
 
@@ -48,7 +48,7 @@ def tokenize(text: str) -> list[str]:
 
 
 def reasoning_trace(text: str) -> str:
-    r"""The text before the last final-answer marker (``####``, ``\boxed{``, ``<answer>``); all of it without one.
+    r"""The text before the last final-answer marker (``####``, ``\boxed{``, ``<answer>``), or all of it without one.
 
     Args:
         text: a completion or a reference solution.
@@ -88,12 +88,12 @@ def semantic_density(
         generated: tokens of the trace.
         reference: tokens of the reference solution.
         kind: ``"token"`` or ``"rouge_l"``.
-        n: length of the n-grams; 1 with ``"rouge_l"``.
+        n: length of the n-grams, 1 with ``"rouge_l"``.
         beta: weight of recall against precision, above 0.
-        weights: how much each token counts, such as :meth:`TokenWeights.idf`; None counts each as 1.
+        weights: how much each token counts, such as :meth:`TokenWeights.idf`. None counts each as 1.
 
     Returns:
-        Precision, recall, F; all 0 where a side is empty or nothing of any weight overlaps.
+        Precision, recall, F. All 0 where a side is empty or nothing of any weight overlaps.
 
     Raises:
         ValueError: unknown kind, ``n`` below 1 or not 1 with ``"rouge_l"``, beta that is not a finite number above 0.
@@ -114,9 +114,9 @@ def semantic_density(
 def check_density_settings(*, kind: Kind, n: int, beta: float) -> None:
     """Raise ``ValueError`` for settings that :func:`semantic_density` refuses."""
     if kind not in ("token", "rouge_l"):
-        raise ValueError(f"`kind` must be one of token, rouge_l; got {kind!r}.")
+        raise ValueError(f"`kind` must be one of token, rouge_l, got {kind!r}.")
     if n < 1 or (kind == "rouge_l" and n != 1):
-        raise ValueError(f"`n` must be at least 1, and 1 with kind='rouge_l', got {n}; n-grams need kind='token'.")
+        raise ValueError(f"`n` must be at least 1, and 1 with kind='rouge_l', got {n}. N-grams need kind='token'.")
     check_beta(beta)
 
 

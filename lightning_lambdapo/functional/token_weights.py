@@ -30,7 +30,9 @@ class TokenWeights:
     def __post_init__(self) -> None:
         for token, weight in (*self.weights.items(), ("(unseen)", self.unseen)):
             if not 0 <= weight < math.inf:
-                raise ValueError(f"The weight of a token must be a finite number, at least 0; {token!r} has {weight}.")
+                raise ValueError(
+                    f"The weight of a token must be a finite number, at least 0, and {token!r} has {weight}."
+                )
 
     @classmethod
     def idf(cls, documents: Iterable[Iterable[Hashable]]) -> Self:

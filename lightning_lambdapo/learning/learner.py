@@ -208,7 +208,7 @@ class Learner:
             except torch.OutOfMemoryError as error:
                 if is_sharded(strategy):
                     raise torch.OutOfMemoryError(
-                        f"Rank {rank()} ran out of memory in the learning pass; ranks that hold shards cannot start "
+                        f"Rank {rank()} ran out of memory in the learning pass. Ranks that hold shards cannot start "
                         f"over by themselves. Lower `max_tokens_per_micro_batch` ({self.max_tokens}). {error}"
                     ) from error
                 largest = max((len(micro_batch.rows) for micro_batch in micro_batches), default=0)
@@ -228,7 +228,7 @@ class Learner:
             self.max_tokens //= 2
             self.memory_retries += 1
             warnings.warn(
-                f"A micro-batch ran out of memory; from now on none has more than {self.max_tokens} tokens. These rows "
+                f"A micro-batch ran out of memory. From now on none has more than {self.max_tokens} tokens. These rows "
                 "are computed again. Set `max_tokens_per_micro_batch` to that number.",
                 stacklevel=2,
             )

@@ -116,6 +116,6 @@ class PolicyOptimizer:
         self.module.run_state.skipped_in_a_row += 1
         if self.module.run_state.skipped_in_a_row > self.module.max_skipped_updates:
             raise RuntimeError(
-                f"{self.module.run_state.skipped_in_a_row} updates in a row {reason}; the policy has diverged or its "
+                f"{self.module.run_state.skipped_in_a_row} updates in a row {reason}. The policy has diverged or its "
                 "precision is too low. Lower the learning rate, or use bf16-mixed or 32-true."
             )

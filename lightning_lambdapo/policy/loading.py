@@ -169,7 +169,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
 
 def _embedded(embedding: Any) -> int | None:
-    """Number of tokens that have an embedding, also under an adapter; None if the layer does not say."""
+    """Number of tokens that have an embedding, also under an adapter. None if the layer does not say."""
     while getattr(embedding, "num_embeddings", None) is None:
         embedding = getattr(embedding, "base_layer", None) or getattr(embedding, "original_module", None)
         if embedding is None:
@@ -178,7 +178,7 @@ def _embedded(embedding: Any) -> int | None:
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> tuple[int, str] | None:
-    """Id and text of the added token with which the chat template ends an assistant's turn; None if there is none."""
+    """Id and text of the added token with which the chat template ends an assistant's turn. None if there is none."""
     if getattr(tokenizer, "chat_template", None) is None:
         return None
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": _TURN}]

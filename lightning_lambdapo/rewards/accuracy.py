@@ -37,7 +37,7 @@ _WORD = re.compile(r"[^\W\d_]{4}|[A-Z][a-z]{2}")
 
 
 class AccuracyReward(Reward):
-    r"""1 where the completion's final answer equals the gold answer, else 0; None where the data has no answer.
+    r"""1 where the completion's final answer equals the gold answer, else 0. None where the data has no answer.
 
     :func:`~lightning_lambdapo.rewards.verifier.extraction.final_answer` finds the final answer. It is compared as a
     cleaned string, then as an exact number (grouped digits, decimals, percentages, fractions, units, ratios). If
@@ -55,7 +55,7 @@ class AccuracyReward(Reward):
         name: key in logs. Accuracy, pass@k and maj@k are computed from the part called ``accuracy``.
         answer_format: how the final answer is marked: ``"boxed"``, ``"hash"`` (``#### x``), ``"tag"``
             (``<answer>x</answer>``), ``"letter"`` (multiple choice, A to J), or ``"auto"``: the last of those marks or
-            of "the answer is x", else the last number or maths; the letter where the gold answer is one. What stands in
+            of "the answer is x", else the last number or maths. A letter where the gold answer is one. What is in
             ``<think>...</think>``, or after a ``<think>`` that is not closed, is no answer.
         deadline: CPU seconds that math-verify gets for one answer.
         workers: math-verify processes.
@@ -92,7 +92,7 @@ class AccuracyReward(Reward):
         super().__init__(weight, name)
         if answer_format not in get_args(AnswerFormat):
             raise ValueError(
-                f"`answer_format` must be one of {', '.join(get_args(AnswerFormat))}; got {answer_format!r}."
+                f"`answer_format` must be one of {', '.join(get_args(AnswerFormat))}, got {answer_format!r}."
             )
         check_whole("workers", workers, 1)
         if not 0 < max_failure_rate <= 1:
@@ -153,7 +153,7 @@ class AccuracyReward(Reward):
         return dict(self._statistics)
 
     def close(self) -> None:
-        """Stop the worker processes; the next call starts new ones."""
+        """Stop the worker processes. The next call starts new ones."""
         self.verifier.close()
 
     def _answers(self, gold: str, completion: str) -> tuple[str, str | None]:
@@ -191,13 +191,13 @@ class AccuracyReward(Reward):
         if self._verified >= _MIN_VERIFICATIONS and self._failed > self.max_failure_rate * self._verified:
             raise RuntimeError(
                 f"math-verify failed, timed out or stayed undecided on {self._failed} of {self._verified} answers, "
-                f"more than `max_failure_rate` = {self.max_failure_rate} allows; look at the gold answers, or raise "
+                f"more than `max_failure_rate` = {self.max_failure_rate} allows. Look at the gold answers, or raise "
                 f"`deadline` ({self.verifier.deadline} s) or `max_failure_rate`."
             )
 
 
 def _cheap_verdict(gold: str, answer: str) -> bool | None:
-    """Compare as strings, as exact numbers and by kind; None where none of these decides."""
+    """Compare as strings, as exact numbers and by kind. None where none of these decides."""
     same = gold.strip() == answer.strip()
     if same or max(len(gold), len(answer)) > _MAX_CHARACTERS:
         return same or None

@@ -19,7 +19,7 @@ Encoder = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class RewardInputs:
-    """The ``N`` rows that a reward judges, in group-major order; every field has ``N`` entries.
+    """The ``N`` rows that a reward judges, in group-major order. Every field has ``N`` entries.
 
     Attributes:
         prompts: prompt texts.
@@ -45,11 +45,11 @@ class Reward(ABC):
 
     Args:
         weight: coefficient of this reward in the total. Finite.
-        name: key of this part in logs; unique among a module's rewards. Accuracy, pass@k and maj@k are computed from
+        name: key of this part in logs, unique among a module's rewards. Accuracy, pass@k and maj@k are computed from
             the part called ``accuracy``: a row is correct where it exceeds 0.5.
     """
 
-    #: Wall seconds that one call may take before the run ends with an error; None if the reward has its own limit.
+    #: Wall seconds that one call may take before the run ends with an error. None if the reward has its own limit.
     timeout: float | None = 600.0
 
     #: Fields of :class:`RewardInputs` that this reward cannot judge without: ``"answers"``, ``"references"``.
@@ -71,12 +71,12 @@ class Reward(ABC):
         """Receive the encoder. The module calls this before a run, once its models are loaded.
 
         Args:
-            encoder: of the policy before training; None unless ``needs_encoder``.
+            encoder: of the policy before training. None unless ``needs_encoder``.
             device: where the module computes, for a reward with its own model.
         """
 
     def reads_token(self, token: str) -> bool | None:
-        """Whether this reward reads the text of a special token in completions; None if it is not known.
+        """Whether this reward reads the text of a special token in completions. None if it is not known.
 
         By default a completion keeps the special tokens that a reward reads, and if one does not know, those that come
         in pairs, such as ``<think>`` and ``</think>``.
@@ -108,7 +108,7 @@ class Reward(ABC):
         """Judge every row: a finite number, or None where the reward is not applicable."""
 
     def vote(self, completion: str) -> str | None:
-        """The final answer in a canonical form, for majority voting; None where there is none."""
+        """The final answer in a canonical form, for majority voting. None where there is none."""
         return None
 
     def statistics(self) -> dict[str, float]:
@@ -129,8 +129,8 @@ class FunctionReward(Reward):
     Args:
         function: returns ``N`` finite numbers, None where it does not apply.
         weight: coefficient in the total.
-        name: key in logs; by default the function's own name, which a lambda or a partial lacks.
-        timeout: wall seconds that one call may take before the run ends with an error; None waits forever.
+        name: key in logs. By default the function's own name, which a lambda or a partial lacks.
+        timeout: wall seconds that one call may take before the run ends with an error. None waits forever.
 
     Raises:
         TypeError: not a function that can be called in this way.
@@ -157,10 +157,10 @@ class FunctionReward(Reward):
         if not callable(function) or isinstance(function, type):
             raise TypeError(f"A reward must be a Reward object or a function, got {function!r}.")
         if inspect.iscoroutinefunction(function):
-            raise TypeError(f"The reward function {function!r} is asynchronous; wrap it in a function that runs it.")
+            raise TypeError(f"The reward function {function!r} is asynchronous. Wrap it in a function that runs it.")
         name = name or getattr(function, "__name__", "")
         if not name or name == "<lambda>":
-            raise ValueError(f"{function!r} has no name of its own to log it under; use FunctionReward(..., name=...).")
+            raise ValueError(f"{function!r} has no name of its own to log it under. Use FunctionReward(..., name=...).")
         if timeout is not None and not timeout > 0:
             raise ValueError(f"The timeout of the reward {name!r} must be above 0 seconds, got {timeout}.")
         super().__init__(weight, name)
@@ -170,7 +170,7 @@ class FunctionReward(Reward):
         positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
         if positional:
             raise TypeError(
-                f"The reward function {name!r} must take its arguments by name; {positional} are positional-only."
+                f"The reward function {name!r} must take its arguments by name. {positional} are positional-only."
             )
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         keywords = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -188,12 +188,12 @@ class FunctionReward(Reward):
         taken = [name for name in columns if name in arguments]
         if taken:
             raise ValueError(
-                f"The data has columns named {taken}, but these are arguments of every reward function; rename them."
+                f"The data has columns named {taken}, but these are arguments of every reward function. Rename them."
             )
         missing = self._needs - arguments.keys() - set(columns)
         if missing:
             raise TypeError(
-                f"The reward function {self.name!r} takes {sorted(missing)}, which is no column of the data; there are "
+                f"The reward function {self.name!r} takes {sorted(missing)}, which is no column of the data. There are "
                 f"{[*arguments, *columns]}."
             )
         arguments |= {name: [row.get(name) for row in inputs.columns] for name in columns}
@@ -225,14 +225,14 @@ def as_rewards(rewards: Sequence[RewardLike]) -> list[Reward]:
         [('short', 1.0), ('again', 0.5)]
     """
     if isinstance(rewards, Reward) or callable(rewards) or isinstance(rewards, str):
-        raise TypeError(f"`rewards` must be a list of rewards, got {rewards!r}; put it in a list.")
+        raise TypeError(f"`rewards` must be a list of rewards, got {rewards!r}. Put it in a list.")
     wrapped = [reward if isinstance(reward, Reward) else FunctionReward(reward) for reward in rewards]
     if not wrapped:
-        raise ValueError("`rewards` is empty; give at least one reward.")
+        raise ValueError("`rewards` is empty. Give at least one reward.")
     names = [reward.name for reward in wrapped]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"Rewards need unique names, but several are called {twice}; give each its own `name`.")
+        raise ValueError(f"Rewards need unique names, but several are called {twice}. Give each its own `name`.")
     for reward in wrapped:
         if not isinstance(reward.weight, Real) or not math.isfinite(reward.weight):
             raise ValueError(

@@ -19,7 +19,7 @@ class DeadlineError(BaseException):
 
 @contextmanager
 def deadline(seconds: float | None) -> Iterator[None]:
-    """Interrupt the body after ``seconds`` of wall time; None never interrupts it.
+    """Interrupt the body after ``seconds`` of wall time. None never interrupts it.
 
     In the main thread a signal (SIGVTALRM, which hardly anything else uses) interrupts waiting calls too. Code that
     does not return to Python's interpreter cannot be interrupted. After 30 more seconds, the program ends with a

@@ -74,7 +74,7 @@ class TokenEncoder:
                 model, tokenizer = AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
             except (OSError, ValueError) as error:
                 raise ValueError(
-                    f"`encoder` is {name!r}, and no model could be loaded from there ({error}); give a hub id, or a "
+                    f"`encoder` is {name!r}, and no model could be loaded from there ({error}). Give a hub id, or a "
                     "directory with a transformers model and its tokenizer."
                 ) from error
             if model.config.is_encoder_decoder:
@@ -123,7 +123,7 @@ class TokenEncoder:
         return chosen
 
     def _tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, padded on the right; where there is a token; which tokens count: ``(N, S)`` each."""
+        """Ids padded on the right, where there is a token, and which tokens count: ``(N, S)`` each."""
         texts = [text.encode(errors="replace").decode() for text in texts]  # half a surrogate pair cannot be tokenized
         encoded = self.tokenizer(texts, return_special_tokens_mask=True, verbose=False)
         first: list[int] = []
@@ -135,7 +135,7 @@ class TokenEncoder:
         if longest > room:
             warnings.warn(
                 f"A text of {longest} tokens does not fit the {self.positions} positions of "
-                f"{type(self.model).__name__}; only its beginning is read.",
+                f"{type(self.model).__name__}. Only its beginning is read.",
                 stacklevel=4,
             )
             encoded = self.tokenizer(texts, return_special_tokens_mask=True, truncation=True, max_length=room)

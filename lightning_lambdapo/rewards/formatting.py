@@ -58,7 +58,7 @@ class FormatReward(Reward):
     ) -> None:
         super().__init__(weight, name)
         if style not in get_args(Style):
-            raise ValueError(f"`style` must be one of {', '.join(get_args(Style))}; got {style!r}.")
+            raise ValueError(f"`style` must be one of {', '.join(get_args(Style))}, got {style!r}.")
         try:
             self.pattern = None if pattern is None else re.compile(pattern)
         except re.error as error:

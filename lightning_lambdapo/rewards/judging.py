@@ -33,7 +33,7 @@ def judge(
         rewards: judges with unique names.
         inputs: the ``N = B * G`` rows, group-major.
         group_size: ``G``.
-        device: where the result goes; None is the CPU.
+        device: where the result goes. None is the CPU.
 
     Returns:
         ``(B, G)`` float32 total and parts (NaN where None), bool validity.
@@ -72,7 +72,7 @@ def judge(
     valid &= some
     total = torch.where(valid, total, 0.0)
     if rows and float(total.abs().max()) > _LARGEST:
-        raise ValueError(f"A total reward of {float(total.abs().max()):.3g} does not fit float32; lower the weights.")
+        raise ValueError(f"A total reward of {float(total.abs().max()):.3g} does not fit float32. Lower the weights.")
     return RewardOutcome(total=total.to(device, torch.float32), parts=parts, valid=valid.to(device))
 
 
@@ -83,7 +83,7 @@ def _judged(reward: Reward, inputs: RewardInputs) -> Tensor:
             values: Any = reward(inputs)
     except DeadlineError as error:
         raise RuntimeError(
-            f"The reward {reward.name!r} did not return within {reward.timeout:g} seconds; the traceback shows where "
+            f"The reward {reward.name!r} did not return within {reward.timeout:g} seconds. The traceback shows where "
             "it hangs. Set its `timeout` if it needs longer."
         ) from error
     except Exception as error:
@@ -110,13 +110,13 @@ def _number(value: Any, name: str, row: int, completion: str) -> float:
     shown = completion if len(completion) <= _SHOWN_CHARACTERS else completion[:_SHOWN_CHARACTERS] + "..."
     if not isinstance(value, Real):
         raise TypeError(
-            f"The reward {name!r} returned {value!r} ({type(value).__name__}) for row {row}; it must be a number or "
+            f"The reward {name!r} returned {value!r} ({type(value).__name__}) for row {row}. It must be a number or "
             f"None. Its completion: {shown!r}."
         )
     number = float(value) if not isinstance(value, int) or abs(value) <= _LARGEST else math.inf
     if not abs(number) <= _LARGEST:  # NaN too
         raise ValueError(
-            f"The reward {name!r} returned {value!r} for row {row}; it must be finite (None means not applicable). "
+            f"The reward {name!r} returned {value!r} for row {row}. It must be finite (None means not applicable). "
             f"Its completion: {shown!r}."
         )
     return number

@@ -13,7 +13,7 @@ class LengthPenalty(Reward):
 
     Args:
         max_length: ``M``, the length in tokens from which the penalty is full.
-        buffer: ``b``, the number of tokens before it over which the penalty grows; 1 to ``max_length``.
+        buffer: ``b``, the number of tokens before it over which the penalty grows, 1 to ``max_length``.
         weight: coefficient in the total.
         name: key in logs.
 

@@ -29,7 +29,7 @@ _READ_AT_ONCE = 1000
 
 
 class SemanticDensityReward(Reward):
-    """Precision-recall alignment of the reasoning trace with the reference solution, in [0, 1]; None without reference.
+    """Precision-recall alignment of the reasoning trace with the reference solution, in [0, 1]. None without reference.
 
     Both texts are cut before their last final-answer marker and compared by
     :func:`~lightning_lambdapo.functional.semantic_density.semantic_density`, or with ``kind="embedding"`` by
@@ -49,11 +49,11 @@ class SemanticDensityReward(Reward):
         name: key in logs.
         kind: ``"rouge_l"`` (longest common subsequence), ``"token"`` (clipped n-gram overlap) or ``"embedding"``
             (greedy matching of contextual token embeddings).
-        n: length of the n-grams; 1 with the other kinds.
+        n: length of the n-grams, 1 with the other kinds.
         beta: weight of recall against precision in F.
         measure: ``"f"``, ``"precision"`` or ``"recall"``.
-        tokenizer: text to tokens, for both texts; an encoder uses its own.
-        encoder: with ``kind="embedding"``, hub id or directory of a transformers model; None takes the frozen policy.
+        tokenizer: text to tokens, for both texts. An encoder uses its own.
+        encoder: with ``kind="embedding"``, hub id or directory of a transformers model. None takes the frozen policy.
         layer: which of the encoder's hidden states: 0 is the input embedding, -1 the last.
         token_weights: None counts all tokens alike. ``"idf"`` weighs each by its inverse document frequency among the
             training references.
@@ -71,7 +71,7 @@ class SemanticDensityReward(Reward):
         >>> SemanticDensityReward(measure="precision")(inputs)
         [0.5, None]
 
-    Source: LambdaPO, arXiv 2605.19416; ROUGE, Lin 2004; BERTScore, Zhang et al. 2020, arXiv 1904.09675.
+    Source: LambdaPO, arXiv 2605.19416. ROUGE, Lin 2004. BERTScore, Zhang et al. 2020, arXiv 1904.09675.
     """
 
     requires = ("references",)
@@ -97,18 +97,18 @@ class SemanticDensityReward(Reward):
         if kind == "embedding":
             check_beta(beta)
             if n != 1:
-                raise ValueError(f"`n` must be 1 with kind='embedding', got {n}; n-grams need kind='token'.")
+                raise ValueError(f"`n` must be 1 with kind='embedding', got {n}. N-grams need kind='token'.")
             if tokenizer is not tokenize:
                 raise ValueError(
-                    f"`tokenizer` is {tokenizer!r} with kind='embedding', but the encoder uses its own tokenizer; "
-                    "omit `tokenizer`."
+                    f"`tokenizer` is {tokenizer!r} with kind='embedding', but the encoder uses its own tokenizer. "
+                    "Omit `tokenizer`."
                 )
         else:
             check_density_settings(kind=kind, n=n, beta=beta)
             if encoder is not None or layer != -1:
                 raise ValueError(
                     f"`encoder` ({encoder!r}) and `layer` ({layer}) are for kind='embedding', got kind={kind!r}, which "
-                    "compares the tokens themselves; omit them, or set kind='embedding'."
+                    "compares the tokens themselves. Omit them, or set kind='embedding'."
                 )
         self.kind = kind
         self.n = n
@@ -258,6 +258,6 @@ class SemanticDensityReward(Reward):
         if self._encode is None:
             raise RuntimeError(
                 "kind='embedding' without `encoder` compares embeddings of the frozen policy, which LambdaPOModule "
-                "hands over when a run starts, but none was given; set `encoder` to a hub id or directory."
+                "hands over when a run starts, but none was given. Set `encoder` to a hub id or directory."
             )
         return self._encode

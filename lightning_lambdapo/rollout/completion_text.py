@@ -39,7 +39,7 @@ class CompletionText:
         return self._contains(ids[-(self._tail + new) :]) and self._contains(ids)
 
     def length(self, ids: Sequence[int]) -> int | None:
-        """Number of tokens through the one that completes a stop string first; None without any."""
+        """Number of tokens through the one that completes a stop string first. None without any."""
         if not self._contains(ids):
             return None
         without, found = 0, len(ids)
@@ -73,7 +73,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 
 
 def tag_pairs(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Special tokens that open or close something, such as ``<think>`` and ``</think>``; not ``<s>`` and ``</s>``."""
+    """Special tokens that open or close something, such as ``<think>`` and ``</think>``. Not ``<s>`` and ``</s>``."""
     roles = {getattr(tokenizer, f"{role}_token_id", None) for role in _ROLES}
     special = {index: token for index, token in special_tokens(tokenizer).items() if index not in roles}
     opening = {token.replace("/", "", 1) for token in special.values() if "/" in token} & set(special.values())

@@ -17,7 +17,7 @@ and h change places, so equal rounding of both draws the share to 1/2 and to nei
 .. math:: z = \frac{\sum p}{\sqrt{\sum p^2}}
 
 says whether the share is known. Where signs are independent, z exceeds t with a probability of at most
-:math:`e^{-t^2 / 2}`, however heavy the tails (Efron 1969, "Student's t-test under symmetry conditions"). Sums go on
+:math:`e^{-t^2 / 2}`, however heavy the tails (Efron 1969, "Student's t-test under symmetry conditions"). Sums continue
 over rollouts, because one small update in 16 bits is below the rounding of a single one.
 """
 
@@ -90,14 +90,14 @@ class Evidence:
         return 0.5 + self.product / self.square if self.square else 0.0
 
     @property
-    def score(self) -> float:
-        """How many standard deviations the sum is above 0."""
+    def deviations(self) -> float:
+        """How many standard errors the sum is above 0."""
         return self.product / math.sqrt(self.product_square) if self.product_square else 0.0
 
     @property
     def convicts(self) -> bool:
         """True if the engine is known to have sampled in this way."""
-        return self.share > _SHARE and self.score > _KNOWN
+        return self.share > _SHARE and self.deviations > _KNOWN
 
 
 class Delivery:
@@ -171,20 +171,20 @@ class Delivery:
     ) -> None:
         own = len(rows)
         rows = [*rows, *[rows[0]] * (max(gather_objects(own)) - own)]  # with shards, every pass is a collective
-        scores = {
-            name: self._score(policy, rows, own, sampling.logprob_temperature, name, cached_block)
+        ways = {
+            name: self._logprobs(policy, rows, own, sampling.logprob_temperature, name, cached_block)
             for name in ("current", *_FAILURES)
         }
-        rows, current = rows[:own], scores.pop("current")
+        rows, current = rows[:own], ways.pop("current")
         sampled = torch.cat([row.sampled for row in rows])
         assert current is not None  # noqa: S101 - it needs nothing that may be missing
         error = sampled.double() - current.double()
         known = error.isfinite()
         error = error[known]
         self.drift = error.abs().mean().item() if len(error) else math.inf if current.isfinite().any() else 0.0
-        for name, score in scores.items():
-            if score is not None:
-                difference = score.double()[known] - current.double()[known]
+        for name, logprobs in ways.items():
+            if logprobs is not None:
+                difference = logprobs.double()[known] - current.double()[known]
                 usable = difference.isfinite()
                 self.evidence[name].add(error[usable], difference[usable])
         for reason in gather_objects(self._verdict(causal_lm(policy))):
@@ -204,9 +204,10 @@ class Delivery:
             best = min(failed.values(), key=lambda each: each.remainder)
             return (
                 f"The engine sampled from {' or '.join(ways)}, and not from version {self.version} of the policy's "
-                f"weights: its log-probabilities show {best.share:.0%} of that difference (score {best.score:.1f}), "
-                f"and differ from the policy's by {self.drift:.2g} nats per token. The weights were not delivered. The "
-                "run ends, because it would learn from another policy's completions. Resume from its last checkpoint."
+                f"weights: its log-probabilities show {best.share:.0%} of that difference ({best.deviations:.1f} "
+                f"standard errors), and differ from the policy's by {self.drift:.2g} nats per token. The weights were "
+                "not delivered. The run ends, because it would learn from another policy's completions. Resume from "
+                "its last checkpoint."
             )
         if too_far:
             return (
@@ -217,7 +218,7 @@ class Delivery:
             )
         return None
 
-    def _score(
+    def _logprobs(
         self, policy: Policy, rows: Sequence["_Row"], own: int, temperature: float, kind: str, block: int | None
     ) -> Tensor | None:
         """Log-probabilities ``(M,)`` of the first ``own`` rows in one of the ways. None if there is none yet."""

@@ -31,7 +31,7 @@ class GroupedEngine(RolloutEngine):
     Each prompt goes through the model once and is stored once, whatever its number of rows. All state is in tensors
     that a decoding step changes in place, so that the host need not wait for the device. Only a poll reads which rows
     have ended. Ended rows are then removed, and with ``max_live_tokens`` the next prompts start if there is room, so
-    that one long row does not delay the others. A row that ends between polls goes on decoding, which changes neither
+    that one long row does not delay the others. A row that ends between polls continues decoding, which changes neither
     its own tokens nor those of others. Before its first rollout the engine decodes a few tokens of two short prompts,
     and compares their log-probabilities with those of the model's own forward. If they differ, or if the architecture
     has layers other than attention over earlier tokens, :class:`HFEngine` is used instead, with one warning.

@@ -42,7 +42,7 @@ class GroupStore(Branches):
     Args:
         device: where everything is stored.
         rows: most rows that are live at a time.
-        length: most tokens of a completion. A row that goes on regardless overwrites its last one.
+        length: most tokens of a completion. A row that continues regardless overwrites its last one.
         group_size: most rows of one prompt.
         prompt_width: most tokens of a prompt.
         rounded: round the sizes of a step up to few different ones. What that adds is masked.

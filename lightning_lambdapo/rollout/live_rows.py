@@ -10,7 +10,7 @@ class LiveRows:
     """The tokens sampled so far, and the ``n`` rows still being decoded, in the order of the store.
 
     Every method but :meth:`add` and :meth:`select` only changes tensors in place and reads nothing back, so that a
-    captured decoding step may call it. A row that has ended may go on decoding. What it draws is not recorded.
+    captured decoding step may call it. A row that has ended may continue decoding. What it draws is not recorded.
 
     Args:
         eos_ids: token ids that end a row.

@@ -66,7 +66,7 @@ class LiveTokens:
             self.limit = max(sum(needs[place] for place in part) for part in parts) // 2
             self.retries += 1
             warnings.warn(
-                f"A rollout ran out of memory; from now on at most {self.limit} tokens are decoded together. These "
+                f"A rollout ran out of memory. From now on at most {self.limit} tokens are decoded together. These "
                 "completions are sampled again. Set `rollout.max_live_tokens` to that number.",
                 stacklevel=2,
             )

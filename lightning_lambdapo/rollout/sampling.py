@@ -40,7 +40,7 @@ def row_uniforms(
         occurrences: ``B`` counts of earlier appearances of the same prompt in the global batch.
         num_samples: ``G`` rows per prompt.
         length: ``T`` numbers per row.
-        streams: generation of the streams; 1 is that of release 0.1.
+        streams: generation of the streams. 1 is that of release 0.1.
 
     Returns:
         ``(B * G, T)`` float64 on the CPU, in (0, 1].

@@ -45,7 +45,7 @@ def find_run(path: Path, wanted: str) -> Path:
         return max(named, key=lambda pair: pair[0].stat().st_mtime)[1]
     places = f"{path} and its {len(below)} versions have" if below else f"{path} has"
     raise RunFileError(
-        f"{places} no {wanted.replace('**/', '')}; give the directory of a run that does, such as "
+        f"{places} no {wanted.replace('**/', '')}. Give the directory of a run that does, such as "
         "lightning_logs/version_0."
     )
 

@@ -155,7 +155,7 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--ablate", action="store_true", help="also measure each optimisation switched off")
-    parser.add_argument("--ours-only", action="store_true", help="leave TRL out")
+    parser.add_argument("--ours-only", action="store_true", help="omit TRL")
     arguments = parser.parse_args()
     if arguments.measure:
         case = json.loads(arguments.measure)

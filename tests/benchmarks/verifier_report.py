@@ -7,7 +7,7 @@ written before the verifier had seen them. Some of its faults on ``verifier_pair
 ``verifier_pairs_held_out.tsv`` was written after that, and nothing was mended for it. Whether answers are equivalent is
 a matter of mathematics, with these conventions:
 
-- A unit may be left out of an answer; units are converted; words that only name what is counted do not matter.
+- A unit may be missing in an answer; units are converted; words that only name what is counted do not matter.
 - A percentage is its value (25% = 0.25). Dropping the sign (25% and 25) is debatable, and not in the tables.
 - The point is the decimal mark; commas and blanks group three digits. A rounded decimal is not the exact number;
   roundings to six or more places, which the reward accepts, are not in the tables.
@@ -16,7 +16,7 @@ a matter of mathematics, with these conventions:
 - Words are compared regardless of case. A gold answer from A to J is an option, of which only the letter counts.
 
 Precision is the share of accepted pairs that are equivalent, recall the share of equivalent pairs that are accepted.
-Beside the reward stand two plain judges: equality of the strings without case, blanks, dollar signs and final full
+Beside the reward are two plain judges: equality of the strings without case, blanks, dollar signs and final full
 stop, and math-verify with its own defaults on ``\\boxed{...}``, which is also what the reward gets to see. With
 ``--gsm8k``, the gold solutions of these files are judged against their own answers.
 """

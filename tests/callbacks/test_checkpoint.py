@@ -139,7 +139,7 @@ def test_the_best_by_validation_are_the_weights_that_were_validated(base: str, t
     assert torch.load(tmp_path / "whole" / "last.ckpt", weights_only=True)["global_step"] == 4
     resumed, _ = fit("resumed", callback.best_model_path)
     assert equal(weights(resumed), weights(model))
-    # Interrupted before the first validation's end, and taken up.
+    # Interrupted before the first validation's end, and resumed.
     with pytest.raises(RuntimeError, match="broken"):
         fit("broken", breaks=True)
     again, callback = fit("broken", str(tmp_path / "broken" / "last.ckpt"))

@@ -259,7 +259,7 @@ def test_a_file_size_limit_leaves_the_previous_one(base: str, tmp_path: Path) ->
     [("one", "saving 6"), ("one", "flushing 6"), ("shards", "flushing 6"), ("shards", "swapping 6")],
 )
 def test_killed_while_writing(base: str, tmp_path: Path, how: str, death: str) -> None:
-    """The previous checkpoint is found by "last", and going on from it is going on exactly."""
+    """The previous checkpoint is found by "last", and resuming from it is exact."""
     start: dict[str, Any] = {"how": how, "every": 2}
     succeed(on_ranks(1, fitting.train, tmp_path / "whole", base, logs=tmp_path / "logs", **start))
     broken = tmp_path / "broken"

@@ -1,4 +1,4 @@
-"""A run killed at any moment and taken up from its last checkpoint is the uninterrupted run, bit for bit."""
+"""A run killed at any moment and resumed from its last checkpoint is the uninterrupted run, bit for bit."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def whole(base: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     [
         ("one", "dropout", "rollout 4", 2),  # mid-epoch, in a rollout
         ("one", "full", "learning 7", 6),  # mid-epoch, gradients half accumulated
-        ("one", "nf4", "update 6", 4),  # taken up exactly at an epoch's end
+        ("one", "nf4", "update 6", 4),  # resumed exactly at an epoch's end
         ("one", "dropout", "validation 6", 6),  # in the first of two batches
         ("one", "dropout", "validation 8", 8),
         ("one", "dropout", "epoch_end 8", 8),  # killed exactly at an epoch's end
@@ -91,7 +91,7 @@ def test_killed_in_the_last_validation(whole: Any, base: str, tmp_path: Path) ->
 def test_sigterm_saves_at_the_end_of_the_step(
     whole: Any, base: str, tmp_path: Path, moment: str, saved: int, limit: dict[str, int]
 ) -> None:
-    """In validation, and in an epoch's last step, at the end of a validation batch; all of it is made again."""
+    """In validation, and in an epoch's last step, at the end of a validation batch. All of it is repeated."""
     options: dict[str, Any] = {"every": 12, "trainer": VALIDATES | limit}
     start: dict[str, Any] = {"death": f"{moment} SIGTERM", "save_on_exception": True} | options
     (ended,) = on_ranks(1, fitting.train, tmp_path, base, logs=tmp_path / "killed", **start)

@@ -99,16 +99,16 @@ def test_checkpoints_hold_what_is_trained_and_load_weights_only(base: str, tmp_p
 
 
 class Saving(Callback):
-    """Saves at many moments, and notes whether a validation is owed then."""
+    """Saves at many moments, and notes whether a validation is pending then."""
 
     def __init__(self, directory: Path) -> None:
         self.file = directory / "now.ckpt"
-        self.owed: dict[str, list[bool]] = {}
+        self.pending: dict[str, list[bool]] = {}
 
     def _save(self, trainer: Trainer, moment: str) -> None:
         trainer.save_checkpoint(self.file)
         held = torch.load(self.file, weights_only=True)["lambdapo"]["owes_validation"]
-        self.owed.setdefault(f"{trainer.state.fn and trainer.state.fn.value} {moment}", []).append(held)
+        self.pending.setdefault(f"{trainer.state.fn and trainer.state.fn.value} {moment}", []).append(held)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self._save(trainer, "step")
@@ -129,7 +129,7 @@ class Saving(Callback):
         self._save(trainer, "epoch")
 
 
-def test_when_a_validation_is_owed(base: str, tmp_path: Path) -> None:
+def test_when_a_validation_is_pending(base: str, tmp_path: Path) -> None:
     """Four steps, a validation of two batches after every second, and one outside of training."""
     saving = Saving(tmp_path)
     often: dict[str, Any] = {"val_check_interval": 2, "limit_val_batches": 2, "num_sanity_val_steps": 1}
@@ -137,7 +137,7 @@ def test_when_a_validation_is_owed(base: str, tmp_path: Path) -> None:
     data.eval_batch_size = 4
     built.fit(model, data)
     built.validate(model, datamodule=data, verbose=False)
-    assert saving.owed == {
+    assert saving.pending == {
         "fit step": [False, True, False, True],
         "fit validation's start": [True, True],
         "fit validation's batch": [True, True, True, True],

@@ -93,9 +93,9 @@ def test_which_group_and_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "prompt 8 " in equal
     assert "All rewards of this group are equal" in equal
     assert "prompt 8 " in shown(capsys, run, "--prompt-id=8")
-    assert "has no step 5; it has steps 1 to 2." in refused(capsys, run, "--step=5")
+    assert "has no step 5. It has steps 1 to 2." in refused(capsys, run, "--step=5")
     assert "Step 2 has groups 1 to 2, and no group 3." in refused(capsys, run, "--group=3")
-    assert "Step 2 has no prompt 7; it has 8, 9." in refused(capsys, run, "--prompt-id=7")
+    assert "Step 2 has no prompt 7. It has 8, 9." in refused(capsys, run, "--prompt-id=7")
 
 
 def test_one_prompt_may_have_two_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,7 +167,7 @@ def test_wide_groups_are_cut_and_say_so(tmp_path: Path, capsys: pytest.CaptureFi
     run = write(tmp_path, records(1, 7, rows))
     text = shown(capsys, run)
     assert all(len(line) <= 100 for line in text.splitlines()[1:])
-    assert "Columns 12 to 39 do not fit; --width 236 shows them." in text
+    assert "Columns 12 to 39 do not fit. --width 236 shows them." in text
     assert "row 0: (39 x 0.50 (+1.00)) / 39 = +19.5000 / 39 = +0.5000" in text
     main(["inspect-rollout", str(run), "--width=236"])
     assert "do not fit" not in capsys.readouterr().out
@@ -181,7 +181,7 @@ def test_the_newest_run_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert "version_10, step 10" in shown(capsys, directory)
     assert "version_2, step 2" in shown(capsys, tmp_path / "lightning_logs" / "version_2")
     assert "There is no directory" in refused(capsys, tmp_path / "nothing")
-    assert "version_11 has no completions.jsonl; give" in refused(capsys, tmp_path / "lightning_logs" / "version_11")
+    assert "version_11 has no completions.jsonl. Give" in refused(capsys, tmp_path / "lightning_logs" / "version_11")
 
 
 @pytest.mark.parametrize(

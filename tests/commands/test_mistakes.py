@@ -37,7 +37,10 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 
 SENTENCES = [
-    ("--model.rollout.group_size=1", "`group_size` must be at least 2, got 1; a pairwise advantage needs a peer."),
+    (
+        "--model.rollout.group_size=1",
+        "`group_size` must be at least 2, got 1, because a pairwise advantage needs a peer.",
+    ),
     ("--model.rollout.group_size=few", "`model.rollout.group_size` must be a whole number, got 'few'."),
     ("--model.rollout.groupsize=4", "There is no setting `model.rollout.groupsize`."),
     ("--model.rollout={groupsize: 4}", "There is no setting `model.rollout.groupsize`."),
@@ -53,7 +56,7 @@ SENTENCES = [
     ),
     ("--trainer.max_steps=few", "`trainer.max_steps` must be a whole number, got 'few'."),
     ("--model.optimizer.lr=fast", "`model.optimizer` needs a class_path before its `lr` can be set."),
-    ("--data.train.preset=gsm8", "Unknown preset 'gsm8'; there are arithmetic, gsm8k,"),
+    ("--data.train.preset=gsm8", "Unknown preset 'gsm8'. There are arithmetic, gsm8k,"),
     ("--trainer.gradient_clip_val=1", "Trainer(gradient_clip_val=1) has no effect under manual optimisation, so set"),
     ("--trainer.strategy=sideways", "You selected an invalid strategy name: `strategy='sideways'`."),
     ("--model.updates_per_rollout=64", "`updates_per_rollout` / `epochs_per_rollout` asks for 64 mini-batches"),

@@ -106,7 +106,7 @@ PREDICTED: dict[str, Any] = {"prompt_id": 1, "prompt": "What is 1 + 1 ?", "compl
     ("rows", "message"),
     [
         ([FOREIGN[0], '{"prompt": "a"'], r"a\.jsonl, line 2 is not valid JSON"),
-        ([FOREIGN[0], {"prompt": "a", "answer": "1"}], r"a\.jsonl, line 2: it has no `completion`; it has 'prompt'"),
+        ([FOREIGN[0], {"prompt": "a", "answer": "1"}], r"a\.jsonl, line 2: it has no `completion`\. It has 'prompt'"),
         ([{"completion": "a", "answer": "1"}], r"a\.jsonl, line 1: it has no `prompt`"),
         ([FOREIGN[0] | {"completion": ["7"]}], r"line 1: its `completion` must be a text, got \['7'\]"),
         ([FOREIGN[0] | {"prompt_id": 1.5}], r"its `prompt_id` must be a whole number or a text, got 1\.5"),
@@ -116,10 +116,10 @@ PREDICTED: dict[str, Any] = {"prompt_id": 1, "prompt": "What is 1 + 1 ?", "compl
         ([FOREIGN[0] | {"columns": [1]}], r"its `columns` must be an object with named columns, got \[1\]"),
         ([FOREIGN[0] | {"answer": [7]}], r"line 1: an answer or reference must be text or a number"),
         ([], r"a\.jsonl has no lines"),
-        (["", PREDICTED, PREDICTED], r"a\.jsonl, line 2 has no `answer`, and neither has any other line; .*--preset"),
+        (["", PREDICTED, PREDICTED], r"a\.jsonl, line 2 has no `answer`, and neither has any other line\. .*--preset"),
         (
             [PREDICTED | {"answer": "2"}, PREDICTED | {"answer": "2", "prompt": "What is 2 + 2 ?"}],
-            r"line 2: prompt_id 1 has the prompt 'What is 2 \+ 2 \?', and 'What is 1 \+ 1 \?' in .*line 1; put",
+            r"line 2: prompt_id 1 has the prompt 'What is 2 \+ 2 \?', and 'What is 1 \+ 1 \?' in .*line 1\. Put",
         ),
         (
             [PREDICTED | {"answer": "2"}, PREDICTED | {"answer": "3"}],
@@ -143,9 +143,9 @@ def test_bad_files_name_file_and_line(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompt_id": 2}, r"line 1: its prompt is not that of prompt_id 2 in .*, 'What is 2 \+ 1 \?'; choose"),
+        ({"prompt_id": 2}, r"line 1: its prompt is not that of prompt_id 2 in .*, 'What is 2 \+ 1 \?'\. Choose"),
         ({"prompt_id": 9}, r"line 1: .*data\.jsonl \(4 rows\) has no such prompt with prompt_id 9"),
-        ({"prompt_id": None, "prompt": "What is 9 + 1 ?"}, r"line 1: .*data\.jsonl \(4 rows\) has no such prompt;"),
+        ({"prompt_id": None, "prompt": "What is 9 + 1 ?"}, r"line 1: .*data\.jsonl \(4 rows\) has no such prompt\."),
     ],
 )
 def test_answers_of_other_data_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -48,7 +48,7 @@ def test_shuffling_is_a_function_of_seed_and_epoch() -> None:
     assert order(9, 0) != order(9, 0, seed=1)
     assert [index for batch in order(8, 0, shuffle=False) for index in batch] == list(range(8))
     seen = {index for epoch in range(30) for batch in order(9, epoch) for index in batch}
-    assert seen == set(range(9))  # what one epoch leaves out, another deals
+    assert seen == set(range(9))  # what one epoch omits, another deals
 
 
 def test_evaluation_leaves_nothing_out_and_repeats_nothing() -> None:
@@ -149,7 +149,7 @@ def test_changed_data_or_batch_size_warns_on_resume(tmp_path: Path) -> None:
 
 def test_over_long_prompts_are_dropped_and_counted(tmp_path: Path) -> None:
     data = LambdaPODataModule(train=source(tmp_path, 12), batch_size=2, max_prompt_length=4, tokenizer=tiny.tokenizer())
-    with pytest.warns(UserWarning, match=r"2 of 12 prompts .* max_prompt_length = 4 tokens and are left out"):
+    with pytest.warns(UserWarning, match=r"2 of 12 prompts .* max_prompt_length = 4 tokens and are omitted"):
         data.setup("fit")
     assert data.dropped == {"train": 2}
     assert [row["prompt_id"] for row in data.train_rows] == list(range(10))
@@ -169,7 +169,7 @@ def test_stages_and_their_sources(tmp_path: Path) -> None:
         batches = list(loader())
         assert [len(batch.prompts) for batch in batches] == [3, 3, 3, 1]
         assert [int(i) for batch in batches for i in batch.prompt_ids] == list(range(10))
-    with pytest.raises(ValueError, match=r"no data to fit on; set `data\.train`"):
+    with pytest.raises(ValueError, match=r"no data to fit on\. Set `data\.train`"):
         data.setup("fit")
     bare = LambdaPODataModule(train=source(tmp_path))
     with pytest.raises(ValueError, match="has no tokenizer"):

@@ -124,7 +124,7 @@ def test_bad_rows_are_errors() -> None:
     collator = PromptCollator(tiny.tokenizer(), max_prompt_length=5)
     with pytest.raises(ValueError, match=r"id 3 has 6 tokens, more than max_prompt_length = 5"):
         collator([{"prompt": "123456", "prompt_id": 3}])
-    with pytest.raises(ValueError, match=r"has no 'prompt'; it has 'question'"):
+    with pytest.raises(ValueError, match=r"has no 'prompt'\. It has 'question'"):
         collator([{"question": "1"}])
     with pytest.raises(ValueError, match="has no tokens"):
         collator([{"prompt": ""}])

@@ -46,7 +46,7 @@ def test_columns_that_are_not_mapped_keep_their_names(tmp_path: Path) -> None:
     [
         ([{"prompt": "a"}, '{"prompt": "b"'], r"rows\.jsonl, line 2 is not valid JSON"),
         ([{"prompt": "a"}, "", "[1]"], r"line 3 holds list, not an object"),
-        ([{"question": "a"}], r"line 1 has no column 'prompt'; it has 'question'.*columns"),
+        ([{"question": "a"}], r"line 1 has no column 'prompt'\. It has 'question'.*columns"),
         ([{"prompt": " "}], r"line 1 does not fit: the prompt must be a non-empty text"),
         ([{"prompt": 5}], r"the prompt must be a non-empty text or a list of chat messages, got 5"),
         ([{"prompt": "a", "answer": [1]}], r"line 1 does not fit: an answer or reference must be text or a number"),
@@ -82,7 +82,7 @@ def test_hub_datasets_by_directory(tmp_path: Path) -> None:
         ("test 0", "0", "sums"),
         ("test 1", "1", "sums"),
     ]
-    with pytest.raises(ValueError, match=r"split train, row 0 has no column 'question'; it has 'problem', 'result'"):
+    with pytest.raises(ValueError, match=r"split train, row 0 has no column 'question'\. It has 'problem', 'result'"):
         load_rows(DataSource(dataset=str(tmp_path / "set"), columns={"prompt": "question"}))
     with pytest.raises(ValueError, match=r"\(split dev\) cannot be loaded"):
         load_rows(DataSource(dataset=str(tmp_path / "set"), split="dev", columns=columns))
@@ -126,13 +126,13 @@ def test_arithmetic_is_right_and_its_splits_are_disjoint() -> None:
     [
         ({}, "exactly one origin, got none"),
         ({"path": "a", "dataset": "b"}, "got path and dataset"),
-        ({"preset": "gsm9k"}, "Unknown preset 'gsm9k'; there are arithmetic, gsm8k"),
+        ({"preset": "gsm9k"}, r"Unknown preset 'gsm9k'\. There are arithmetic, gsm8k"),
         ({"task": "a", "preset": "gsm8k"}, "takes no `preset`"),
         ({"preset": "arithmetic", "path": "a"}, "takes no `path`"),
         ({"path": "a", "size": 3}, "`size` = 3 has no effect"),
         ({"path": "a", "settings": {"b": 1}}, "`settings` = .* has no effect"),
         ({"task": "a", "columns": {"prompt": "q"}}, "`columns` = .* has no effect"),
-        ({"path": "a", "columns": {"question": "q"}}, "it cannot map question"),
+        ({"path": "a", "columns": {"question": "q"}}, "It cannot map question"),
         ({"path": "a", "limit": 0}, "`limit` must be at least 1, got 0"),
     ],
 )

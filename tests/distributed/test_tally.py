@@ -85,7 +85,7 @@ def test_float32_values_are_summed_in_float64() -> None:
 def test_no_maximum_hides_a_value_that_is_no_number(
     monkeypatch: pytest.MonkeyPatch, order: tuple[float, ...], split: int
 ) -> None:
-    """In one call, in several, merged, or over ranks, wherever the NaN stands."""
+    """In one call, in several, merged, or over ranks, wherever the NaN is."""
     together, one_by_one, first, second = (Tally() for _ in range(4))
     together.maximum("x", torch.tensor(order))
     for value in order:

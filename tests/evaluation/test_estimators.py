@@ -97,7 +97,7 @@ def test_one_prompt_has_no_interval() -> None:
         ([1.0], [0], "no prompt"),
         ([1.0, math.nan], None, "must be finite"),
         ([1.0], [math.inf], "must be finite"),
-        ([1.0, 2.0], [1], "give one of each per prompt"),
+        ([1.0, 2.0], [1], "Give one of each per prompt"),
     ],
 )
 def test_bad_data(sums: list[float], counts: list[float] | None, message: str) -> None:

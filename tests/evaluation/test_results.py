@@ -78,7 +78,7 @@ def test_unlike_numbers_of_samples() -> None:
     assert "avg_at_3" not in found
     assert found["pass_at_1"] == pytest.approx((1 / 3 + 1) / 2)  # prompts count alike
     assert found["truncated"] == 2 / 4  # and rows alike
-    with pytest.raises(ValueError, match="k = 2 needs 2 samples of each prompt, and prompt 5 has 1; choose"):
+    with pytest.raises(ValueError, match=r"k = 2 needs 2 samples of each prompt, and prompt 5 has 1\. Choose"):
         statistics([OUTCOMES[0], short], [1, 2])
 
 

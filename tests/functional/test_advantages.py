@@ -271,10 +271,10 @@ def test_sequence_scores_equal_the_loops() -> None:
     [
         (
             {"weighting": "softmax"},
-            "`weighting` must be one of uniform, confidence, agreement, lambdarank; got 'softmax'",
+            "`weighting` must be one of uniform, confidence, agreement, lambdarank, got 'softmax'",
         ),
-        ({"reduction": "max"}, "`reduction` must be one of sum, mean, weighted_mean; got 'max'"),
-        ({"scale": "std"}, "`scale` must be one of none, group, batch; got 'std'"),
+        ({"reduction": "max"}, "`reduction` must be one of sum, mean, weighted_mean, got 'max'"),
+        ({"scale": "std"}, "`scale` must be one of none, group, batch, got 'std'"),
         ({"temperature": 0.0}, "`temperature` must be a finite number above 0"),
         ({"temperature": math.inf}, "`temperature` must be a finite number above 0"),
         ({"temperature": math.nan}, "`temperature` must be a finite number above 0"),
@@ -299,9 +299,9 @@ def test_bad_temperature_is_an_error_under_uniform_weights_too() -> None:
 
 
 def test_bad_estimator_and_score_are_named() -> None:
-    with pytest.raises(ValueError, match="`estimator` must be one of grpo, dr_grpo, rloo; got 'lambda'"):
+    with pytest.raises(ValueError, match="`estimator` must be one of grpo, dr_grpo, rloo, got 'lambda'"):
         group_advantages(groups()[0], estimator="lambda")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="`score` must be one of mean, sum; got 'max'"):
+    with pytest.raises(ValueError, match="`score` must be one of mean, sum, got 'max'"):
         sequence_scores(torch.zeros(1, 1), torch.ones(1, 1), score="max")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="Shapes must agree"):
         sequence_scores(torch.zeros(1, 2), torch.ones(1, 1))

@@ -328,7 +328,7 @@ def test_the_kl_stays_exact_for_small_differences() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"importance_correction": "clip"}, "`importance_correction` must be one of truncate, mask; got 'clip'"),
+        ({"importance_correction": "clip"}, "`importance_correction` must be one of truncate, mask, got 'clip'"),
         ({"importance_correction_level": "row"}, "`importance_correction_level` must be one of token, sequence"),
         ({"importance_cap": 1.0}, "`importance_cap` must be above 1, got 1.0"),
         ({"importance_cap": math.nan}, "`importance_cap` must be above 1, got nan"),

@@ -1,4 +1,4 @@
-"""The mathematics stands on torch alone."""
+"""The mathematics needs torch alone."""
 
 import os
 import subprocess

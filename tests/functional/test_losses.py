@@ -237,9 +237,9 @@ def test_one_float64_input_is_enough_for_float64() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"level": "row"}, "`level` must be one of token, sequence; got 'row'"),
-        ({"kl": "k4"}, "`kl` must be one of k1, k2, k3; got 'k4'"),
-        ({"aggregation": "mean"}, "`aggregation` must be one of token, sequence, constant; got 'mean'"),
+        ({"level": "row"}, "`level` must be one of token, sequence, got 'row'"),
+        ({"kl": "k4"}, "`kl` must be one of k1, k2, k3, got 'k4'"),
+        ({"aggregation": "mean"}, "`aggregation` must be one of token, sequence, constant, got 'mean'"),
         ({"aggregation": "constant"}, "`max_new_tokens` must be at least 1"),
         ({"aggregation": "constant", "max_new_tokens": 0}, "`max_new_tokens` must be at least 1"),
         ({"kl_coef": 0.1, "ref_logprobs": None}, "`kl_coef` is 0.1 and `ref_logprobs` is None"),

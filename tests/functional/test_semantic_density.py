@@ -115,7 +115,7 @@ def test_empty_sides_and_no_overlap_are_zero(kind: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "bleu"}, "`kind` must be one of token, rouge_l; got 'bleu'"),
+        ({"kind": "bleu"}, "`kind` must be one of token, rouge_l, got 'bleu'"),
         ({"kind": "token", "n": 0}, "`n` must be at least 1"),
         ({"kind": "rouge_l", "n": 2}, "1 with kind='rouge_l', got 2"),
         ({"beta": 0.0}, "`beta` must be a finite number above 0, got 0.0"),

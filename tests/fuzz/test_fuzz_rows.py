@@ -178,7 +178,7 @@ def half(character: str) -> bool:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"prompt": "a", "x": ' + b"[" * 50_000, "line 2 is nested too deeply to be read; flatten it"),
+        (b'{"prompt": "a", "x": ' + b"[" * 50_000, r"line 2 is nested too deeply to be read\. Flatten it"),
         (b'{"prompt": "a", "answer": ' + b"9" * 4_301 + b"}", "line 2 holds a whole number of more than 4300 digits"),
         (b'{"prompt": "a", "answer": NaN}', "line 2 does not fit: .* text or a finite number, got nan"),
         (b'{"prompt": "a", "answer": 1e999}', "line 2 does not fit: .* text or a finite number, got inf"),

@@ -97,7 +97,7 @@ def test_mini_batches_split_by_prompt() -> None:
 def test_mini_batches_go_by_place_in_the_global_batch(
     monkeypatch: pytest.MonkeyPatch, rank: int, expected: list[list[int]]
 ) -> None:
-    """Prompts 0, 1, 2 of two ranks stand at places 0, 2, 4 and 1, 3, 5; each half is one update."""
+    """Prompts 0, 1, 2 of two ranks are at places 0, 2, 4 and 1, 3, 5. Each half is one update."""
     _, batch, rollout, advantages, valid = make()
     monkeypatch.setattr(updates_module, "world_size", lambda: 2)
     monkeypatch.setattr(updates_module, "rank", lambda: rank)

@@ -1,4 +1,4 @@
-"""Micro-batches that run out of memory are made again, smaller; where that cannot be, the message says what to do."""
+"""Micro-batches that run out of memory are repeated, smaller. Where that cannot be, the message says what to do."""
 
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def test_a_row_that_does_not_fit_alone(base: str, tmp_path: Path, monkeypatch: p
     original, scarce = Learner._loss, Scarce(2, "forward")
     monkeypatch.setattr(Learner, "_loss", lambda *arguments: scarce(original, *arguments))
     with (
-        pytest.warns(UserWarning, match="A micro-batch ran out of memory; from now on"),
+        pytest.warns(UserWarning, match=r"A micro-batch ran out of memory\. From now on"),
         pytest.raises(torch.OutOfMemoryError, match="A single row of the learning pass does not fit in memory"),
     ):
         trainer(tmp_path).fit(module(base, max_tokens_per_micro_batch=64), Rows(batch_size=4))
@@ -108,4 +108,4 @@ def test_ranks_that_hold_shards_stop_with_a_message(base: str, tmp_path: Path) -
     options: dict[str, Any] = {"how": "fsdp", "kind": "lora64", "validate": False}
     ended = on_ranks(2, train_scarcely, tmp_path, base, logs=tmp_path / "logs", timeout=60, **options)
     assert all(each.code != 0 for each in ended)
-    assert "Rank 1 ran out of memory in the learning pass; ranks that hold shards cannot start over" in ended[1].log
+    assert "Rank 1 ran out of memory in the learning pass. Ranks that hold shards cannot start over" in ended[1].log

@@ -92,7 +92,9 @@ def test_gradients_that_are_never_finite_are_an_error(base: str, tmp_path: Path,
     model.configure_model()
     before = weights(model)
     broken(model, lambda _: True, value)
-    message = rf"4 updates in a row had a gradient norm of {value}; the policy has diverged or its precision is too low"
+    message = (
+        rf"4 updates in a row had a gradient norm of {value}\. The policy has diverged or its precision is too low"
+    )
     with pytest.raises(RuntimeError, match=message):
         trainer(tmp_path, plugins=plugin, callbacks=[recorder], enable_checkpointing=True, max_epochs=9).fit(
             model, Rows(batch_size=4)

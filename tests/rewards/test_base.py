@@ -107,8 +107,8 @@ def test_kinds_of_numbers(values: Any) -> None:
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
-        ([1.0, math.nan], ValueError, r"The reward 'fixed' returned nan for row 1; .*'c1'"),
-        ([math.inf, 1.0], ValueError, r"'fixed' returned inf for row 0; .*'c0'"),
+        ([1.0, math.nan], ValueError, r"The reward 'fixed' returned nan for row 1\. .*'c1'"),
+        ([math.inf, 1.0], ValueError, r"'fixed' returned inf for row 0\. .*'c0'"),
         ([1.0, -math.inf], ValueError, r"'fixed' returned -inf for row 1"),
         ([1.0, 1e39], ValueError, r"'fixed' returned 1e\+39 for row 1"),
         ([10**400, 1.0], ValueError, r"'fixed' returned 1000.* for row 0"),
@@ -207,7 +207,7 @@ def test_an_argument_that_is_no_column_is_an_error() -> None:
         return [1.0]
 
     with pytest.raises(
-        TypeError, match=r"'judge' takes \['solution'\], which is no column of the data; there are .*'level'"
+        TypeError, match=r"'judge' takes \['solution'\], which is no column of the data\. There are .*'level'"
     ):
         FunctionReward(judge)(rows(1, [{"level": 1}]))
 
@@ -234,7 +234,7 @@ def test_functions_that_cannot_be_called_so() -> None:
 
     with pytest.raises(TypeError, match="asynchronous"):
         FunctionReward(later)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"'positional' must take its arguments by name; \['completions'\]"):
+    with pytest.raises(TypeError, match=r"'positional' must take its arguments by name\. \['completions'\]"):
         FunctionReward(positional)
 
 

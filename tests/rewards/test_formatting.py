@@ -76,7 +76,7 @@ def test_a_pattern_is_not_searched_for_in_an_endless_text() -> None:
 def test_bad_settings_are_errors() -> None:
     with pytest.raises(ValueError, match=r"`pattern` '\(' is not a regular expression: .*position 0"):
         FormatReward(pattern="(")
-    with pytest.raises(ValueError, match="`style` must be one of boxed, hash, tag, think_answer; got 'xml'"):
+    with pytest.raises(ValueError, match="`style` must be one of boxed, hash, tag, think_answer, got 'xml'"):
         FormatReward(style="xml")  # type: ignore[arg-type]
 
 

@@ -156,7 +156,7 @@ def test_who_needs_an_encoder_of_the_module() -> None:
         SemanticDensityReward(kind="embedding", encoder="somewhere").needs_encoder,
         SemanticDensityReward().needs_encoder,
     ] == [True, False, False]
-    with pytest.raises(RuntimeError, match=r"LambdaPOModule hands over.*set `encoder`"):
+    with pytest.raises(RuntimeError, match=r"LambdaPOModule hands over.*Set `encoder`"):
         judge(SemanticDensityReward(kind="embedding"), ["x"], ["y"])
 
 
@@ -184,7 +184,7 @@ def judge_with(encoder: TokenEncoder, completions: list[str], references: list[s
         ({"kind": "embedding", "tokenizer": str.split}, "`tokenizer` is .*split.*its own tokenizer"),
         ({"kind": "token", "encoder": "x"}, r"`encoder` \('x'\).*got kind='token'"),
         ({"layer": 0}, r"`layer` \(0\).*got kind='rouge_l'"),
-        ({"kind": "meaning"}, "`kind` must be one of token, rouge_l, embedding; got 'meaning'"),
+        ({"kind": "meaning"}, "`kind` must be one of token, rouge_l, embedding, got 'meaning'"),
     ],
 )
 def test_settings_of_another_kind_are_errors(setting: dict[str, Any], message: str) -> None:

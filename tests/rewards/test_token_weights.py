@@ -130,7 +130,7 @@ def test_weights_of_1_change_nothing(ours: list[str], theirs: list[str], kind: t
 
 @pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
 def test_weights_that_are_none_are_refused(weight: float) -> None:
-    with pytest.raises(ValueError, match="finite number, at least 0; 'a' has"):
+    with pytest.raises(ValueError, match="finite number, at least 0, and 'a' has"):
         TokenWeights({"a": weight}, 1.0)
     with pytest.raises(ValueError, match="finite number"):
         TokenWeights({}, weight)

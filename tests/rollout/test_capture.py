@@ -222,7 +222,7 @@ def tape(monkeypatch: pytest.MonkeyPatch) -> type[Tape]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("switch", list(SWITCHES))
 def test_polls_and_graphs_change_no_token(architecture: str, switch: str, tape: type[Tape]) -> None:
-    """In float64: rows that have ended go on for a while, and steps are repeated without their Python."""
+    """In float64: rows that have ended continue for a while, and steps are repeated without their Python."""
     expected = generate(architecture)
     assert (expected.lengths < 24).any()
     assert not tape.tapes
@@ -236,7 +236,7 @@ def test_polls_and_graphs_change_no_token(architecture: str, switch: str, tape: 
 
 @pytest.mark.parametrize("switch", list(SWITCHES))
 def test_stop_strings_are_read_at_polls(switch: str, tape: type[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows go on until the next poll, which changes no token."""
+    """Rows continue until the next poll, which changes no token."""
     stops = tuple("abcdefgh")
     expected = generate(stops=stops)
     assert expected.lengths.sum() < generate().lengths.sum()

@@ -82,7 +82,7 @@ def test_small_updates_under_much_noise_are_found_by_and_by(base: str, tmp_path:
     """As in 16 bits: a single rollout does not show it."""
     settings: dict[str, Any] = {"noise": 0.02, "rate": 1e-3, "epochs": 6}
     model = run(base, tmp_path / "right", **settings)
-    assert model.sampler.delivery.evidence["previous"].score < 4
+    assert model.sampler.delivery.evidence["previous"].deviations < 4
     with pytest.raises(DeliveryError):
         run(base, tmp_path / "wrong", broken="previous", **settings)
 
@@ -124,11 +124,11 @@ def test_evidence_by_hand() -> None:
     # Of three tokens the 48th largest is the smallest: 0.5 of |e|, 1 of |h|. So h counts as (1, 1, 1), and
     # p = (e - h / 2) h = (0.5, -1.5, 0); sum h^2 = 3; sum (e - h)^2 / sum e^2 = (1 + 4 + 20.25) / 2.25
     assert evidence.share == pytest.approx(0.5 - 1 / 3)
-    assert evidence.score == pytest.approx(-1 / math.sqrt(2.5))
+    assert evidence.deviations == pytest.approx(-1 / math.sqrt(2.5))
     assert evidence.remainder == pytest.approx(25.25 / 2.25)
     evidence.add(torch.tensor([1.0]), torch.tensor([1.0]))
     assert evidence.share == pytest.approx(0.5 + (0.9 * -1 + 0.5) / 3.7)
-    assert evidence.score == pytest.approx(-0.4 / math.sqrt(0.9 * 2.5 + 0.25))
+    assert evidence.deviations == pytest.approx(-0.4 / math.sqrt(0.9 * 2.5 + 0.25))
     assert evidence.remainder == 0
     evidence.add(torch.tensor([]), torch.tensor([]))
     assert evidence.share == pytest.approx(0.5 - 0.4 / 3.7)

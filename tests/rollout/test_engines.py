@@ -194,7 +194,7 @@ def test_the_models_generation_config_has_no_say() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"group_size": 1}, "`group_size` must be at least 2, got 1; a pairwise advantage needs a peer"),
+        ({"group_size": 1}, "`group_size` must be at least 2, got 1, because a pairwise advantage needs a peer"),
         ({"max_new_tokens": 0}, "`max_new_tokens` must be at least 1, got 0"),
         ({"max_live_tokens": 0}, "`max_live_tokens` must be at least 1, got 0"),
         ({"reserve_prompts": -1}, "`reserve_prompts` must be at least 0, got -1"),

@@ -75,7 +75,7 @@ def test_the_same_tokens_are_drawn_with_half_the_tokens(kind: str) -> None:
     sample(LiveTokens(), used, model)  # the grouped engine's probe
     decoded = scarce(model, rows=2 * GROUP)
     live = LiveTokens()
-    with pytest.warns(UserWarning, match="A rollout ran out of memory; from now on at most") as warned:
+    with pytest.warns(UserWarning, match=r"A rollout ran out of memory\. From now on at most") as warned:
         found = sample(live, used, model)
     total = sum(map(len, PROMPTS)) + 5 * GROUP * LENGTH
     assert len(warned) == live.retries <= 2

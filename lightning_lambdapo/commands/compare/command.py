@@ -47,7 +47,7 @@ def main(args: list[str]) -> None:
     options, arguments = parser.parse_known_args(args)
     try:
         if len(options.config) > 1:
-            raise ValueError(f"All runs share one --config, got {len(options.config)}; put them into one file.")
+            raise ValueError(f"All runs share one --config, got {len(options.config)}. Put them into one file.")
         arms = _arms(options, arguments)
         tuning = _tuning(options, arms, arguments)
         seeds = list(range(1, options.seeds + 1))
@@ -61,7 +61,7 @@ def main(args: list[str]) -> None:
     before = f"{len(first)} to tune, then " if first else ""
     console.print(
         f"{len(first) + len(runs)} runs: {before}{len(arms)} arms ({', '.join(arm.label for arm in arms)}) x "
-        f"{options.seeds} seeds; {done} have finished before. Files: {options.output}"
+        f"{options.seeds} seeds. {done} have finished before. Files: {options.output}"
     )
     progress = _Progress(console, total=len(first) + len(runs), done=done, workers=options.workers)
     choice = None
@@ -103,7 +103,7 @@ def _train(console: Console, commands: Sequence[tuple[Run, list[str]]], progress
         rehearse(command)
     failed = running.train_all(todo, workers=progress.workers, report=progress)
     for run in failed:
-        console.print(f"FAILED: {run.arm.label}, seed {run.seed}; see {run.directory / 'train.log'}", markup=False)
+        console.print(f"FAILED: {run.arm.label}, seed {run.seed}. See {run.directory / 'train.log'}", markup=False)
     return failed
 
 
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="KEY=V1,V2",
-        help="a setting and its values, e.g. model.algorithm.temperature=group_std,0.1; several make a grid; "
+        help="a setting and its values, e.g. model.algorithm.temperature=group_std,0.1. Several make a grid. "
         "KEY1+KEY2=A1+B1,A2+B2 changes settings together",
     )
     parser.add_argument(
@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="KEY=V1,V2",
         help="a setting whose best value each arm uses, e.g. model.optimizer.init_args.lr=1e-5,1e-4. Each arm is first "
-        "run with every value on seeds that the comparison does not use; several make a grid",
+        "run with every value on seeds that the comparison does not use. Several make a grid",
     )
     parser.add_argument("--tune-seeds", type=_positive, default=2, help="tuning runs per value (default 2)")
     parser.add_argument("--seeds", type=_positive, default=5, help="runs per arm, with seeds 1 to N (default 5)")
@@ -169,20 +169,20 @@ def _arms(options: argparse.Namespace, arguments: Sequence[str]) -> list[Arm]:
     fixed = option_keys(arguments)
     for key in varied:
         if any(same_key(key, name) for name in fixed):
-            raise ValueError(f"{key} is varied, and given a value besides; drop one of them.")
+            raise ValueError(f"{key} is varied, and given a value besides. Drop one of them.")
     for name, count in Counter(varied).items():
         if count > 1:
-            raise ValueError(f"{name} is varied twice; put its values into one --vary.")
+            raise ValueError(f"{name} is varied twice. Put its values into one --vary.")
     arms = plan_arms(estimators, variations)
     if len(arms) < 2:
         raise ValueError("Nothing to compare: give --estimators lambda,grpo or --vary KEY=V1,V2.")
     for slug, count in Counter(arm.slug for arm in arms).items():
         if count > 1:
             raise ValueError(
-                f"Several arms would share the directory {slug!r}; choose values with more distinct names."
+                f"Several arms would share the directory {slug!r}. Choose values with more distinct names."
             )
     if options.baseline is not None and options.baseline not in [arm.label for arm in arms]:
-        raise ValueError(f"There is no arm {options.baseline!r}; there are {', '.join(arm.label for arm in arms)}.")
+        raise ValueError(f"There is no arm {options.baseline!r}. There are {', '.join(arm.label for arm in arms)}.")
     return arms
 
 
@@ -200,9 +200,9 @@ def _tuning(options: argparse.Namespace, arms: Sequence[Arm], arguments: Sequenc
     taken = [*option_keys(arguments), *(key for arm in arms for key in arm.settings)]
     for index, key in enumerate(keys):
         if any(same_key(key, name) for name in taken):
-            raise ValueError(f"{key} is tuned, and varied or given a value besides; drop one of them.")
+            raise ValueError(f"{key} is tuned, and varied or given a value besides. Drop one of them.")
         if any(same_key(key, name) for name in keys[:index]):
-            raise ValueError(f"{key} is tuned twice; put its values into one --tune.")
+            raise ValueError(f"{key} is tuned twice. Put its values into one --tune.")
     if options.seeds > LAST_SEED:
         raise ValueError(f"With --tune, --seeds is at most {LAST_SEED}, because later seeds are those of the tuning.")
     return plan_tuning(arms, alternatives, options.tune_seeds, options.output)
@@ -224,6 +224,6 @@ class _Progress:
         left = sum(self.seconds) / len(self.seconds) * (self.total - self.done) / self.workers
         self.console.print(
             f"run {self.done} of {self.total}: {run.arm.label}, seed {run.seed}: "
-            f"{'done' if succeeded else 'FAILED'} in {clock(seconds)}; about {clock(left)} left",
+            f"{'done' if succeeded else 'FAILED'} in {clock(seconds)}, about {clock(left)} left",
             markup=False,
         )

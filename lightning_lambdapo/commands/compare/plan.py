@@ -46,9 +46,9 @@ class Run:
 
 
 def parse_variation(text: str) -> list[dict[str, Any]]:
-    """The alternatives of a ``key=value,value`` text; ``key+key=value+value,...`` changes keys together.
+    """The alternatives of a ``key=value,value`` text. ``key+key=value+value,...`` changes keys together.
 
-    Values are YAML; commas and pluses inside brackets, braces or quotes belong to the value.
+    Values are YAML. Commas and pluses inside brackets, braces or quotes belong to the value.
 
     Raises:
         ValueError: no key, fewer than two values, not one value for each of several keys, or values that are not YAML.
@@ -62,7 +62,7 @@ def parse_variation(text: str) -> list[dict[str, Any]]:
     name, equals, values = text.partition("=")
     keys = [key.strip() for key in name.split("+")]
     if not equals or not all(keys):
-        raise ValueError(f"A variation is written key=value,value; got {text!r}.")
+        raise ValueError(f"A variation is written key=value,value, not {text!r}.")
     alternatives = []
     for value in _split(values, ","):
         parts = _split(value, "+") if len(keys) > 1 else [value]
@@ -100,7 +100,7 @@ def plan_arms(estimators: Sequence[Any], variations: Iterable[Sequence[Mapping[s
     Arms that become equal are listed once.
 
     Args:
-        estimators: values of ``model.algorithm.estimator``; none keeps the base configuration's.
+        estimators: values of ``model.algorithm.estimator``. None keeps the base configuration's.
         variations: the alternatives of each variation.
     """
     # Without estimators an arm has no estimator key, and the base configuration's estimator decides what it uses.
@@ -229,7 +229,7 @@ def _inside(place: Any, part: str) -> Any:
 def _item(place: Any, part: str, key: str) -> Any:
     if not isinstance(place, list) or not part.isdecimal() or int(part) >= len(place):
         size = f"a list of {len(place)}" if isinstance(place, list) else repr(place)
-        raise ValueError(f"{key!r} asks for {part!r} of {size}; give an existing key or index.")
+        raise ValueError(f"{key!r} asks for {part!r} of {size}. Give an existing key or index.")
     return place[int(part)]
 
 
@@ -254,7 +254,7 @@ def _plain(text: str) -> Any:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"The value {text!r} of a variation is not YAML; close its brackets and quotes.") from error
+        raise ValueError(f"The value {text!r} of a variation is not YAML. Close its brackets and quotes.") from error
     if isinstance(value, str):
         try:
             return float(value)  # YAML reads 1e-4 as text

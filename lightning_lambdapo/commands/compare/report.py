@@ -38,7 +38,7 @@ class Report:
 
     Args:
         runs: the runs that have finished.
-        metric: what is compared; None takes the first of ``val/pass_at_1``, ``val/reward``, ``train/accuracy``,
+        metric: what is compared. None takes the first of ``val/pass_at_1``, ``val/reward``, ``train/accuracy``,
             ``train/reward`` that all runs logged.
         baseline: label of the arm to compare the others with. None compares each with the GRPO arm that has the same
             other settings, or with the first arm if no arm is GRPO.
@@ -74,7 +74,7 @@ class Report:
             for arm, seeds in self.curves.items()
         }
         if baseline is not None and baseline not in by_label:
-            raise ValueError(f"There is no arm {baseline!r} to hold others against; there are {', '.join(by_label)}.")
+            raise ValueError(f"There is no arm {baseline!r} to compare with. There are {', '.join(by_label)}.")
         self.baselines = (
             _own_baselines(self.finals) if baseline is None else dict.fromkeys(self.finals, by_label[baseline])
         )
@@ -229,10 +229,9 @@ class Report:
         figure.legend(
             *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small"
         )
-        left_out = len(self.finals) - len(shown)
+        omitted = len(self.finals) - len(shown)
         figure.suptitle(
-            "mean over seeds, bootstrap 95% band"
-            + (f"; {left_out} arms between these are omitted" if left_out else ""),
+            "mean over seeds, bootstrap 95% band" + (f", without {omitted} arms between these" if omitted else ""),
             fontsize="medium",
         )
         _save(figure, directory / "curves")
@@ -242,7 +241,7 @@ class Report:
 
         ranked = self.ranked[::-1]
         figure = Figure(figsize=(9, 1.5 + 0.3 * len(ranked)), layout="constrained")
-        axes = figure.add_subplot(xlabel=f"{self.metric}, mean over seeds with 95% interval; dots are seeds")
+        axes = figure.add_subplot(xlabel=f"{self.metric}, mean over seeds with 95% interval, one dot per seed")
         for height, arm in enumerate(ranked):
             own = self.interval(arm)
             color = "C0" if _pairwise(arm) else "C1"

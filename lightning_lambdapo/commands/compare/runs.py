@@ -50,7 +50,7 @@ def prepare(run: Run, base: Mapping[str, Any], arguments: Sequence[str]) -> list
     given = [*option_keys(arguments), *run.arm.settings, *run.arm.tuned]
     for name in (*own, "model.seed", "trainer.logger", "ckpt_path"):
         if any(is_part(key, name) for key in given):
-            raise ValueError(f"`compare` sets {name} for each run; drop it from the options.")
+            raise ValueError(f"`compare` sets {name} for each run. Drop it from the options.")
     config = with_settings(base, run.arm.settings | run.arm.tuned | own)
     trainer = config["trainer"]
     loggers = trainer.get("logger")
@@ -63,7 +63,7 @@ def prepare(run: Run, base: Mapping[str, Any], arguments: Sequence[str]) -> list
     record = run.directory / "run.yaml"
     if record.exists() and record.read_text(encoding="utf-8") != whole and _has_learnt(run):
         raise ValueError(
-            f"{run.directory} holds a run of other settings (see its run.yaml); choose another --output, or remove it."
+            f"{run.directory} holds a run of other settings (see its run.yaml). Choose another --output, or remove it."
         )
     run.directory.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
@@ -86,7 +86,7 @@ def train_all(
         report: called as each run ends: the run, whether it succeeded, its seconds.
 
     Returns:
-        The runs that failed; ``train.log`` in their directories says why.
+        The runs that failed. ``train.log`` in their directories says why.
     """
     context = _context()
     threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 else None

@@ -19,7 +19,7 @@ _FEWEST_PAIRS = 3
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95% confidence interval; NaN bounds where there are fewer than two values."""
+    """A mean with its 95% confidence interval. NaN bounds where there are fewer than two values."""
 
     mean: float
     low: float
@@ -84,7 +84,7 @@ def final_value(curves: Mapping[str, tuple[Array, Array]], metric: str) -> float
     """
     if metric not in curves:
         raise ValueError(
-            f"The metric {metric!r} was not logged; there are {', '.join(sorted(curves))}. Choose one with --metric. "
+            f"The metric {metric!r} was not logged. There are {', '.join(sorted(curves))}. Choose one with --metric. "
             "Finished runs are not repeated."
         )
     values = curves[metric][1]
@@ -100,7 +100,7 @@ def total_tokens(curves: Mapping[str, tuple[Array, Array]]) -> float:
 
 
 def tokens_at(curves: Mapping[str, tuple[Array, Array]], steps: Array) -> Array:
-    """Tokens sampled up to and with each of ``steps``; every training step logs its own."""
+    """Tokens sampled up to and with each of ``steps``. Every training step logs its own."""
     places, tokens = curves[TOKENS]
     return _array(np.interp(steps, places, np.cumsum(tokens)))
 
@@ -123,7 +123,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference:
-    """Differences from the baseline over the seeds that both have; NaN where there is none.
+    """Differences from the baseline over the seeds that both have. NaN where there is none.
 
     The permutation test flips the signs of the differences: with n seeds its smallest p-value is 2 / 2^n.
 
@@ -167,7 +167,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def band(curves: Sequence[tuple[Array, Array]], points: int = 100) -> tuple[Array, Array, Array, Array]:
     """Mean over seeds of smoothed curves with its bootstrap 95% band: places, mean, low, high, ``(points,)`` each.
 
-    Each curve is a running mean over a twelfth of its steps, at the places that all curves reach; seeds are resampled
+    Each curve is a running mean over a twelfth of its steps, at the places that all curves reach. Seeds are resampled
     2,000 times. One curve has a band of width 0.
 
     Args:

@@ -53,7 +53,7 @@ def plan_tuning(
     for own in found.values():
         slugs = [each.slug for each in own]
         if len(set(slugs)) < len(slugs):
-            raise ValueError("Several tuned values would share a directory; choose values with more distinct names.")
+            raise ValueError("Several tuned values would share a directory. Choose values with more distinct names.")
     runs = [
         Run(Arm(f"{arm.label}, {each.label}", each.settings, each.tuned), seed, directory / f"seed_{seed}")
         for seed in numbers

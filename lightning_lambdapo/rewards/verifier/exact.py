@@ -85,9 +85,9 @@ class Quantity:
     """A number with its percent sign, unit and number of decimals.
 
     Attributes:
-        value: the number; of a percentage, the number before the sign.
+        value: the number. Of a percentage, the number before the sign.
         percent: whether it is a percentage.
-        unit: canonical name of a measuring unit; empty for none, and for words such as "eggs".
+        unit: canonical name of a measuring unit. Empty for none, and for words such as "eggs".
         decimals: digits after the point of a decimal, None for a ratio.
     """
 
@@ -134,7 +134,7 @@ def clean(text: str) -> str:
 
 
 def quantity(text: str) -> Quantity | None:
-    r"""Read a cleaned text as an exact number; None where it is not one.
+    r"""Read a cleaned text as an exact number. None where it is not one.
 
     Plain and grouped integers, decimals, ``0.1\overline{6}``, ``1.5e3``, ``1.5 \times 10^3``, ``a/b``, ``\frac{a}{b}``,
     mixed numbers, percentages, scales ("2 million"), and any of these before a unit or a few words ("18 dollars a
@@ -193,7 +193,7 @@ def same_quantity(gold: Quantity, answer: Quantity) -> bool:
 
 
 def notation(cleaned: str) -> tuple[Fraction | str, ...] | None:
-    r"""Read a cleaned ratio, such as 2:3:5, or a numeral with its base, such as ``1011_2``; None where it is neither.
+    r"""Read a cleaned ratio, such as 2:3:5, or a numeral with its base, such as ``1011_2``. None where it is neither.
 
     A ratio is divided by its first term. If a term is 0 or written like 05, it may be a time of day and is kept as it
     is.
@@ -322,7 +322,7 @@ def _italic(match: re.Match[str]) -> str:
 
 
 def _result(cleaned: str) -> str:
-    """The result of a cleaned calculation, such as 68+5=73 or x=68+5=73; everything else as it is."""
+    """The result of a cleaned calculation, such as 68+5=73 or x=68+5=73. Everything else is returned as it is."""
     sides = cleaned.split("=")[1 if _ASSIGNED_FIRST.match(cleaned) else 0 :]
     if len(sides) < 2 or not all(map(_ARITHMETIC.fullmatch, sides)):
         return cleaned
@@ -346,7 +346,7 @@ def _rounds_to(ratio: Quantity, decimal: Quantity) -> bool:
 
 
 def _read_unit(tail: str, *, spaced: bool) -> tuple[int, str] | None:
-    """Scale and canonical unit of what follows a number; None where it is not a unit or a few plain words."""
+    """Scale and canonical unit of what follows a number. None where it is not a unit or a few plain words."""
     spaced = spaced or tail.startswith(" ")
     tail = _SPEED.sub(lambda match: "kph" if match[1] else "mph", _DEGREE.sub(" degrees", tail)).strip()
     power = _FIRST_POWER.match(tail)

@@ -66,12 +66,12 @@ _LONGEST_TOKEN = 80
 
 
 def final_answer(text: str, answer_format: AnswerFormat = "auto") -> str | None:
-    r"""The final answer that a text gives, as it is written there; None without one.
+    r"""The final answer that a text gives, as it is written there. None without one.
 
     ``"boxed"``, ``"hash"`` and ``"tag"`` take the last ``\boxed{...}``, ``#### ...`` or ``<answer>...</answer>``.
     ``"auto"`` takes whichever of these and of "the answer is ..." comes last, else the last number or maths, such as
     ``$\sqrt{2}$``. ``"letter"`` takes the letter of a multiple-choice option. Several boxes that are one answer become
-    one, with commas. What stands in ``<think>...</think>``, or after a ``<think>`` that is not closed, is no answer.
+    one, with commas. What is in ``<think>...</think>``, or after a ``<think>`` that is not closed, is no answer.
 
     Example:
         >>> final_answer(r"Half of it, so \boxed{\frac{1}{2}}.")
@@ -88,11 +88,11 @@ def final_answer(text: str, answer_format: AnswerFormat = "auto") -> str | None:
 
 
 def marked_answer(text: str, answer_format: AnswerFormat = "auto", *, phrases: bool = True) -> str | None:
-    r"""The content of the last mark of a final answer; None without one.
+    r"""The content of the last mark of a final answer. None without one.
 
     Args:
         text: a completion or a worked solution.
-        answer_format: which marks count; all in ``"auto"`` and ``"letter"``.
+        answer_format: which marks count. All in ``"auto"`` and ``"letter"``.
         phrases: whether "the answer is ..." is a mark in ``"auto"``. Where it only announces the answer, as in "the
             answer is found as follows", the answer is the last number or maths of what follows.
 
@@ -119,7 +119,7 @@ def marked_answer(text: str, answer_format: AnswerFormat = "auto", *, phrases: b
 
 
 def unmarked_answer(text: str) -> str | None:
-    r"""The last number or maths of a text that has no marks; None without one.
+    r"""The last number or maths of a text that has no marks. None without one.
 
     Maths counts whole: the answer of ``$(2,-3)$`` is no -3. What the text says is wrong, as in "not 75", is no answer.
 
@@ -162,7 +162,7 @@ def without_denied(text: str) -> str:
 
 
 def last_number(text: str) -> str | None:
-    """The last number of a text, a fraction or percentage included; None without one.
+    """The last number of a text, a fraction or percentage included. None without one.
 
     Example:
         >>> last_number("from 10 to -1,250.5, or 3/4"), last_number("none")
@@ -175,7 +175,7 @@ def last_number(text: str) -> str | None:
 
 
 def final_letter(text: str) -> str | None:
-    r"""The option letter, A to J, that a text chooses; None without one.
+    r"""The option letter, A to J, that a text chooses. None without one.
 
     It is the letter of the last marked answer or sentence ("option C is correct") that has one, else the last ``(C)``,
     else a bare letter at the end, else the only option that a line starts with. Several letters, such as "B and C",
@@ -192,7 +192,7 @@ def final_letter(text: str) -> str | None:
 
 
 def unmarked_letter(text: str) -> str | None:
-    r"""The option letter that a text without marks chooses beyond doubt, for voting; None without one.
+    r"""The option letter that a text without marks chooses beyond doubt, for voting. None without one.
 
     Example:
         >>> unmarked_letter("Option C is correct."), unmarked_letter("15 apples, so\nC."), unmarked_letter("(A) or (D)")
@@ -204,7 +204,7 @@ def unmarked_letter(text: str) -> str | None:
 
 
 def _marked(text: str, answer_format: AnswerFormat, *, with_phrases: bool = True) -> Iterator[tuple[int, int, str]]:
-    """Position, rank and content of the marked answers; of several at one position, the higher rank counts.
+    """Position, rank and content of the marked answers. Of several at one position, the higher rank counts.
 
     An empty content is a phrase that announces the answer.
     """
@@ -225,7 +225,7 @@ def _marked(text: str, answer_format: AnswerFormat, *, with_phrases: bool = True
 
 
 def _last_of_value(text: str, found: list[Span], *, closing: bool = False) -> int | None:
-    """Which maths is the last that has a value of its own; None where none has. At the end, expressions count too."""
+    """Which maths is the last that has a value of its own. None where none has. At the end, expressions count too."""
     for index in range(len(found) - 1, -1, -1):
         span = found[index]
         content = text[span.inside : span.outside]

@@ -78,7 +78,7 @@ def chosen_letters(text: str, *, strict: bool = False) -> Iterator[tuple[int, st
 
     Args:
         text: the text, without what it says is wrong.
-        strict: leave out a bare letter that may be a variable: one with a number somewhere after it.
+        strict: omit a bare letter that may be a variable: one with a number somewhere after it.
 
     Example:
         >>> list(chosen_letters("Option A is wrong. Option C is correct.")), list(chosen_letters("A and C is right"))
@@ -97,7 +97,7 @@ def chosen_letters(text: str, *, strict: bool = False) -> Iterator[tuple[int, st
 
 
 def trailing_letter(text: str) -> str | None:
-    r"""The capital letter A to J that stands alone at the end of a text; None where it is the last of several.
+    r"""The capital letter A to J alone at the end of a text. None where it is the last of several.
 
     Example:
         >>> trailing_letter("It must be\nB."), trailing_letter("... hence (C)"), trailing_letter("WEB")

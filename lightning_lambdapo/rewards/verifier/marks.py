@@ -82,7 +82,7 @@ def count_boxes(text: str) -> int:
 
 
 def last_box(text: str) -> tuple[int, str] | None:
-    r"""Position and content of the last box; of several, with commas between, where they are one answer.
+    r"""Position and content of the last box, or of several boxes that are one answer, with commas between.
 
     Boxes are one answer where there is nothing between them but a comma, "and" or "or". A name that is given to each
     of them, such as the k of ``k = \boxed{12}``, becomes part of the answer where the names differ.
@@ -154,7 +154,7 @@ def _boxes(text: str) -> Iterable[tuple[int, int, int, int]]:
 
 
 def _joined(gap: str) -> bool:
-    """Whether what stands between two boxes makes one answer of them."""
+    """Whether what is between two boxes makes one answer of them."""
     if len(gap) > _LONGEST_JOINT:
         return False
     between = " ".join(_LOOSE.sub(r" \1 ", gap).split())
@@ -162,7 +162,7 @@ def _joined(gap: str) -> bool:
 
 
 def _blank(gap: str) -> bool:
-    """Whether nothing but white space, marks of a list and ends of rows stand between two boxes."""
+    """Whether nothing but white space, marks of a list and ends of rows is between two boxes."""
     return len(gap) <= _LONGEST_JOINT and _NOTHING.fullmatch(_LOOSE.sub(" ", gap.replace("\\\\", " "))) is not None
 
 

@@ -35,7 +35,7 @@ _LABEL = re.compile(r"\\(?:tag|label)\*?\{[^{}]{0,40}\}\s*\Z|\\(?:nonumber|notag
 
 
 class Span(NamedTuple):
-    """Where maths stands in a text: with its delimiters, and without them."""
+    """Where maths is in a text: with its delimiters, and without them."""
 
     start: int
     inside: int
@@ -62,7 +62,7 @@ def spans(text: str) -> list[Span]:
 
 
 def _scan(text: str, position: int, unclosed: set[str], found: list[Span]) -> tuple[str, int] | None:
-    """Add the maths from a position on; what is opened there and never closed, and its end, or None."""
+    """Add the maths from a position on. Returns what is opened there and never closed, and its end, or None."""
     opener = ""
     start = inside = 0
     for token in _TOKEN.finditer(text, position):
@@ -91,7 +91,7 @@ def _amount(text: str, token: re.Match[str]) -> bool:
 
 
 def _inline(text: str, inside: int, outside: int) -> bool:
-    """Whether what stands between two dollar signs on one line is maths, and not the way from one amount to another."""
+    """Whether what is between two dollar signs on one line is maths, and not the way from one amount to another."""
     content = text[inside:outside]
     if not content.strip() or len(content) > _LONGEST_INLINE or text[outside + 1 : outside + 2].isdigit():
         return False

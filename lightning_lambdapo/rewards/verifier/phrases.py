@@ -17,7 +17,7 @@ _PHRASE = re.compile(
 )
 _WINDOW = 600
 
-# What may come before the value. Adverbs come before words as well; the rest only before numbers, maths and letters.
+# What may come before the value. Adverbs come before words as well, the rest only before numbers, maths and letters.
 _ADVERB = (
     "therefore|thus|hence|consequently|accordingly|then|so|now|indeed|simply|clearly|obviously|evidently|apparently|"
     "certainly|definitely|actually|finally|ultimately|really|surely|probably|likely|presumably|maybe|perhaps|"
@@ -91,11 +91,10 @@ _WORDS = 6
 
 
 def phrases(text: str) -> Iterator[tuple[int, str]]:
-    """Position and value of every "the answer is ..." that has a value; of several values, with commas between.
+    """Position and value of every "the answer is ..." that has a value. Several values have commas between.
 
     A value is a number, maths, a letter, or up to six words. ``"the answer is not 75 but 73"`` gives 73. A phrase that
-    only announces a value gives "": the value follows somewhere. One that neither has nor announces a value is left
-    out.
+    only announces a value gives "": the value follows somewhere. One that neither has nor announces a value is omitted.
 
     Example:
         >>> list(phrases("The answer is therefore exactly 73 (since 68 + 5 = 73)."))
@@ -110,7 +109,7 @@ def phrases(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _value(rest: str) -> str | None:
-    """The value at the start of a text; "" where one is announced, None where there is none."""
+    """The value at the start of a text. "" where one is announced, None where there is none."""
     start = _skip(rest, 0, _ADVERBS)
     opened = _skip(rest, start, _OPENERS)
     steps = _STEPS.search(rest)
@@ -190,7 +189,7 @@ def _closed(value: str) -> str:
 
 
 def _said(content: str) -> str | None:
-    """The value at the end of a short sentence, such as the 34 of "the largest n is 34"; None without one."""
+    """The value at the end of a short sentence, such as the 34 of "the largest n is 34". None without one."""
     found = spans(content)
     for copula in reversed(list(_COPULA.finditer(content))):
         if not inside(found, copula.start()) and _PLAIN_VALUE.match(content, copula.end()):

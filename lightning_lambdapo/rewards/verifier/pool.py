@@ -18,9 +18,9 @@ from types import TracebackType
 from typing import Any, Self
 
 _WORKER = Path(__file__).with_name("worker.py")
-_START_SECONDS = 120.0  # importing math-verify takes about a second; a loaded machine may take much longer
+_START_SECONDS = 120.0  # importing math-verify takes about a second, but a loaded machine may take much longer
 _SPARE_SECONDS = 5.0  # of wall time, on top of every row's deadline
-_LONGEST_WAIT = 1e6  # seconds; selectors overflow at 2^31 milliseconds
+_LONGEST_WAIT = 1e6  # seconds, because selectors overflow at 2^31 milliseconds
 _MAX_CHARACTERS = 10_000
 _CANNOT_START = "A math-verify worker cannot start: {}. Is `math-verify` installed?"
 
@@ -76,7 +76,9 @@ class MathVerifier:
         if not 0.001 <= deadline <= 86_400:
             raise ValueError(f"`deadline` must be from 0.001 to 86400 seconds, got {deadline}.")
         if memory_limit_mb < 256:
-            raise ValueError(f"`memory_limit_mb` must be at least 256, got {memory_limit_mb}; math-verify needs that.")
+            raise ValueError(
+                f"`memory_limit_mb` must be at least 256, got {memory_limit_mb}, because math-verify needs that."
+            )
         self.workers = workers
         self.deadline = deadline
         self.memory_limit_mb = memory_limit_mb
@@ -160,7 +162,7 @@ class MathVerifier:
         self._pool.remove(worker)
 
     def close(self) -> None:
-        """Stop all workers; the next :meth:`verify` starts new ones."""
+        """Stop all workers. The next :meth:`verify` starts new ones."""
         _stop(self._pool)
 
     def __enter__(self) -> Self:
@@ -210,7 +212,7 @@ class _Worker:
             pass  # it died, as reading will show
 
     def receive(self, until: float) -> dict[str, Any] | None:
-        """The next message; None if the worker has ended. TimeoutError when the time is over."""
+        """The next message. None if the worker has ended. TimeoutError when the time is over."""
         while b"\n" not in self._received:
             _wait([self], until)
             chunk = os.read(self.output.fileno(), 65536)

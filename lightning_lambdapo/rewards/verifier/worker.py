@@ -26,7 +26,7 @@ from typing import Any
 Comparison = Callable[[str, str], bool]
 Numbers = Callable[[Any, Any, int, int], bool]
 
-_OUT_OF_MEMORY = 3  # exit code of a child; a fresh one is safer than one that ran out of memory
+_OUT_OF_MEMORY = 3  # exit code of a child, because a fresh one is safer than one that ran out of memory
 _CAN_FORK = hasattr(os, "fork") and hasattr(signal, "setitimer")
 
 
@@ -115,7 +115,7 @@ def relative(numeric_equal: Numbers) -> Numbers:
 
 
 def region(text: str, read: Callable[[str], Any]) -> Any:
-    """The numbers for which inequalities between one variable and numbers hold, such as x < 1 or x > 3; else None.
+    """The numbers for which inequalities between one variable and numbers hold, such as x < 1 or x > 3, or None.
 
     Only with the variable alone on one side: x^2 < 4 is a question, and no answer to it.
     """
@@ -157,7 +157,7 @@ def limit(name: str, value: int) -> None:
 
 
 def read_line(source: int) -> bytes:
-    """The next line, unbuffered; empty at the end of input. The other side sends one line at a time, and waits."""
+    """The next line, unbuffered. Empty at the end of input. The other side sends one line at a time, and waits."""
     line = b""
     while not line.endswith(b"\n"):
         try:

@@ -81,7 +81,7 @@ def stop_engine() -> None:
 
 @contextmanager
 def _groups_kept(kept: bool) -> Iterator[None]:
-    """When vLLM stops, it ends all process groups. Those of a training run that had them before go on."""
+    """When vLLM stops, it ends all process groups. Those of a training run that had them before continue."""
     end = distributed.destroy_process_group
 
     def end_own(group: Any = None) -> None:

@@ -62,7 +62,7 @@ def requests_for(
         "repetition_penalty": sampling.repetition_penalty,
         "max_tokens": uniforms.shape[1],
         "stop_token_ids": list(eos_ids),
-        "ignore_eos": True,  # those of vLLM's own tokenizer; ours are above
+        "ignore_eos": True,  # those of vLLM's own tokenizer, because ours are above
         "detokenize": False,
         "logprobs": 0,  # that of the sampled token alone
     }

@@ -114,7 +114,7 @@ class VLLMServerEngine(RolloutEngine):
         return None if self._adapter else 16
 
     def close(self) -> None:
-        """Stop asking, and remove the files. The servers go on."""
+        """Stop asking, and remove the files. The servers keep running."""
         self._closed.set()
         if self._root is not None and rank() == 0:
             for server in self.servers if self._adapter else ():
@@ -164,7 +164,7 @@ class VLLMServerEngine(RolloutEngine):
             wrong = server.misfits(needed_rank)
             if wrong:
                 raise EngineStartError(
-                    f"{server.url} cannot serve this run: {'; '.join(wrong)}. Start it with: {self._command(policy)}"
+                    f"{server.url} cannot serve this run: {', '.join(wrong)}. Start it with: {self._command(policy)}"
                 )
         self._checked = True
 

@@ -1,4 +1,4 @@
-"""``lambdapo compare`` as a user runs it: it trains, goes on, reports, and finds mistakes before it computes."""
+"""``lambdapo compare`` as a user runs it: it trains, continues, reports, and finds mistakes before it computes."""
 
 import csv
 import os
@@ -66,7 +66,7 @@ def test_runs_are_made_once_and_reported(tmp_path: Path, capfd: pytest.CaptureFi
     assert "4 have finished before" in capfd.readouterr().out
     assert contents(tmp_path, "runs/*/*/lightning_logs/*/metrics.csv") == logs
     assert (tmp_path / "report.md").read_bytes() == report
-    # More seeds go on from there.
+    # More seeds continue from there.
     compare(tmp_path, "--estimators=lambda,grpo", "--seeds=3", "--metric=train/reward")
     assert "run 6 of 6" in capfd.readouterr().out
     assert contents(tmp_path, "runs/*/seed_[12]/lightning_logs/*/metrics.csv") == logs
@@ -140,7 +140,7 @@ def test_a_killed_run_continues(
         (["--estimators=lambda,grpo", "--trainer.logger.save_dir=x"], "`compare` sets trainer.logger for each run"),
         (["--estimators=lambda,grpo", "--trainer.log_every_n_steps=5"], "`compare` sets trainer.log_every_n_steps"),
         (["--estimators=lambda,grpo", "--ckpt_path=best"], "`compare` sets ckpt_path for each run"),
-        (["--vary=model.algorithm.score=[mean,sum"], "is not YAML; close its brackets"),
+        (["--vary=model.algorithm.score=[mean,sum"], "is not YAML. Close its brackets"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_computed(
@@ -166,7 +166,7 @@ def test_a_directory_of_other_settings_is_refused(tmp_path: Path, capsys: pytest
         (run.directory / left).touch()
         prepare(run, {"trainer": {}}, ["--a=1"])
         for base, arguments in (({"trainer": {"max_steps": 1}}, ["--a=1"]), ({"trainer": {}}, ["--a=2"])):
-            with pytest.raises(ValueError, match=r"holds a run of other settings .*choose another --output"):
+            with pytest.raises(ValueError, match=r"holds a run of other settings .*Choose another --output"):
                 prepare(run, base, arguments)
         shutil.rmtree(run.directory)
 
@@ -220,8 +220,8 @@ def test_progress_says_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
     progress(Run(Arm("grpo", {}), 4, Path()), True, 50.0)
     progress(Run(Arm("rloo", {}), 4, Path()), False, 70.0)
     first, second = capsys.readouterr().out.splitlines()
-    assert first == "run 4 of 10: grpo, seed 4: done in 50 s; about 2 min 30 s left"
-    assert second == "run 5 of 10: rloo, seed 4: FAILED in 1 min 10 s; about 2 min 30 s left"
+    assert first == "run 4 of 10: grpo, seed 4: done in 50 s, about 2 min 30 s left"
+    assert second == "run 5 of 10: rloo, seed 4: FAILED in 1 min 10 s, about 2 min 30 s left"
     assert clock(3 * 3600 + 125) == "3 h 02 min"
 
 

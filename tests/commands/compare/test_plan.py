@@ -44,7 +44,7 @@ def test_keys_that_change_together() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a", "written key=value,value; got 'a'"),
+        ("a", "written key=value,value, not 'a'"),
         ("=1,2", "written key=value,value"),
         ("a=1", "at least two values"),
         ("a+b=1+2,3", "changes 2 keys together and needs as many values, got '3'"),

@@ -180,9 +180,9 @@ def test_many_arms_leave_some_curves_out(tmp_path: Path) -> None:
 
 
 def test_mistakes(runs: list[Run]) -> None:
-    with pytest.raises(ValueError, match=r"no arm 'ppo' to hold others against; there are lambda, grpo"):
+    with pytest.raises(ValueError, match=r"no arm 'ppo' to compare with\. There are lambda, grpo"):
         Report(runs, baseline="ppo")
-    with pytest.raises(ValueError, match=r"'val/maj_at_4' was not logged; there are"):
+    with pytest.raises(ValueError, match=r"'val/maj_at_4' was not logged\. There are"):
         Report(runs, metric="val/maj_at_4")
     with pytest.raises(ValueError, match="No run has finished"):
         Report([])

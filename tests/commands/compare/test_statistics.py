@@ -33,7 +33,7 @@ def test_attempts_become_one_curve(tmp_path: Path) -> None:
     curves = read_curves(tmp_path)
     assert {name: (x.tolist(), y.tolist()) for name, (x, y) in curves.items()} == {
         "train/a": ([0, 1, 2, 3, 4], [1, 2, 30, 40, 50]),
-        "val/b": ([1, 4], [7, 9]),  # what came after the checkpoint that the second attempt took up counts no more
+        "val/b": ([1, 4], [7, 9]),  # what came after the checkpoint that was resumed does not count
     }
 
 
@@ -47,7 +47,7 @@ def test_final_values() -> None:
     curves = {"train/a": (steps, steps**2), "val/b": (steps[:3], np.array([3.0, 1.0, 2.0]))}
     assert final_value(curves, "train/a") == (22**2 + 23**2 + 24**2) / 3, "ceil(25 / 10) steps"
     assert final_value(curves, "val/b") == 2.0
-    with pytest.raises(ValueError, match=r"'val/c' was not logged; there are train/a, val/b"):
+    with pytest.raises(ValueError, match=r"'val/c' was not logged\. There are train/a, val/b"):
         final_value(curves, "val/c")
 
 

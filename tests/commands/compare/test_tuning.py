@@ -123,7 +123,7 @@ def test_tuning_as_a_user_runs_it(tmp_path: Path, capfd: pytest.CaptureFixture[s
     arguments = ["--estimators=grpo,own_functions.grpo", f"--tune={RATE}=1e-3,1e-2", "--tune-seeds=1", "--seeds=1"]
     compare(tmp_path, *arguments)
     said = capfd.readouterr().out
-    assert "6 runs: 4 to tune, then 2 arms (grpo, own_functions.grpo) x 1 seeds; 0 have finished before" in said
+    assert "6 runs: 4 to tune, then 2 arms (grpo, own_functions.grpo) x 1 seeds. 0 have finished before" in said
     assert "run 4 of 6: own_functions.grpo, lr=0.01, seed 1001: done" in said
     assert "run 6 of 6: own_functions.grpo, seed 1: done" in said
     assert "Chosen by train/reward: grpo: lr=0.0" in said

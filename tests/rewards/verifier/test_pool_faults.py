@@ -196,7 +196,7 @@ def test_a_batch_of_nothing_but_bombs_ends_in_time_with_all_its_verdicts(
 def test_a_child_killed_while_idle_costs_nothing(verifier: MathVerifier, tmp_path: Path) -> None:
     before = supervisors(verifier)
     kill(children(before[0]))
-    # Were the first death held against the row, its own would be the second.
+    # If the first death counted for the row, its own would be the second.
     assert verifier.verify([("a", f"die-once {tmp_path / 'mark'}"), ("a", "b")]) == [EQUAL, DIFFERENT]
     assert supervisors(verifier) == before
 
