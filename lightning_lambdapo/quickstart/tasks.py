@@ -24,14 +24,14 @@ class Task:
 
 
 def accuracy(completions: Sequence[str], answers: Sequence[str | None], **columns: Any) -> list[float | None]:
-    """1 where the completion is the answer, character by character. For answers that are no mathematics.
+    """1 where the completion is the answer, but for white space around it. For answers that are no mathematics.
 
     Example:
-        >>> accuracy(["1,2,2", "2,1,2", "2"], ["1,2,2", "1,2,2", None])
+        >>> accuracy(["1,2,2\\n", "2,1,2", "2"], ["1,2,2", "1,2,2", None])
         [1.0, 0.0, None]
     """
     return [
-        None if answer is None else float(completion == answer)
+        None if answer is None else float(completion.strip() == answer)
         for completion, answer in zip(completions, answers, strict=True)
     ]
 
