@@ -27,7 +27,7 @@ _SAVED_CONFIG = "lightning.pytorch.cli"  # a RuntimeError where an earlier run's
 
 _KEY = re.compile(r'Parser key "([^"]+)"(?: element \d+)?:\s*(.*)$')
 _TYPE = re.compile(r"Expected an? (<class '[^']+'>|typing\.\S.*?|[\w.]+\[.*?\])(?:\. Got value: (.*))?$")
-_CLASS = re.compile(r"Expected a (dot import path) string: (.*)$")
+_CLASS = re.compile(r"(?:Expected a|Not a valid) (dot import path|subclass) (?:string|of \w+)(?:.*?: (.+))?$")
 _FACTORY = re.compile(r"Type .* expects a function or a callable class: (.*?)(?:\. Got value: .*)?$")
 _PART = re.compile(r"NestedArg\(key='([^']+)'")
 _NO_REASONS = (
@@ -37,13 +37,19 @@ _NO_REASONS = (
     "Given value type:",
     "Problem with given class_path",
     "Expected a path but",
+    "Subclass types expect one of:",
+    "a class path (str)",
+    "a dict with",  # also "a dict without class_path"
 )
+#: Where a callback could not be made. That error has no key.
+_CALLBACKS = "Subtypes: [list[lightning.pytorch.callbacks.callback.Callback]"
 _NAMES = {
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
     "str": "a text",
     "dot import path": "the path of a class",
+    "subclass": "the path of a class",
     "list": "a list",
     "dict": "a mapping",
     "NoneType": "null",
@@ -139,7 +145,7 @@ def one_sentence(message: str) -> str:
     best = max(reasons, key=lambda reason: (len(reason.path), reason.indent))
     rivals = [reason for reason in reasons if (reason.path, reason.indent) == (best.path, best.indent)]
     written = next((reason for reason in rivals if not _type(reason.text)), None)
-    name = _name(best.path, message)
+    name = _name(best.path, message) or ("trainer.callbacks" if _CALLBACKS in message else "")
     return _of_types(name, rivals) if written is None else _of_text(name, best.path, written.text)
 
 
@@ -165,10 +171,12 @@ def _reasons(message: str) -> list[_Reason]:
             for reason in found:
                 if (reason.path, reason.indent, reason.value) == (path, indent + 4, None):
                     reason.value = text.removeprefix("Given value:").strip()
+        elif text.startswith(_NO_REASONS):
+            continue
         elif last is not None and not bullet and indent == last.indent:
             last.text += f"\n{text}"
             open_reason = last
-        elif not text.startswith(_NO_REASONS):
+        else:
             open_reason = _Reason(path, indent, _FACTORY.sub(r"\1", text))
             found.append(open_reason)
     return found

@@ -36,6 +36,35 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     main()
 
 
+def callback(name: str, settings: str) -> str:
+    """The option that makes a callback."""
+    return f"--trainer.callbacks=[{{class_path: {name}, init_args: {{{settings}}}}}]"
+
+
+#: Mistakes that only the callbacks' constructors find, and entries that are no class.
+CALLBACKS = [
+    (
+        callback("lightning_lambdapo.RolloutCheckpoint", "every_n_rollouts: 0"),
+        "`trainer.callbacks`: `every_n_rollouts` must be at least 1, got 0.",
+    ),
+    (
+        callback("lightning_lambdapo.RolloutCheckpoint", "every_n_rollouts: 1, save_top_k: 2"),
+        "`trainer.callbacks`: ModelCheckpoint(save_top_k=2, monitor=None) is not a valid configuration.",
+    ),
+    (
+        callback("lightning_lambdapo.CompletionsLogger", "every_n_rollouts: 0"),
+        "`trainer.callbacks`: `every_n_rollouts` must be at least 1, got 0.",
+    ),
+    (
+        callback("lightning.pytorch.callbacks.ModelCheckpoint", "save_top_k: 2"),
+        "`trainer.callbacks`: ModelCheckpoint(save_top_k=2, monitor=None) is not a valid configuration.",
+    ),
+    (
+        callback("lightning.pytorch.callbacks.EarlyStopping", "monitor: val/reward, mode: foo"),
+        "`trainer.callbacks`: `mode` can be min, max, got foo",
+    ),
+    ("--trainer.callbacks=[3]", "`trainer.callbacks` must be the path of a class or null, got '3'."),
+]
 SENTENCES = [
     (
         "--model.rollout.group_size=1",
@@ -64,6 +93,7 @@ SENTENCES = [
         "--model.rollout={engine: vllm_server, servers: {urls: ['http://127.0.0.1:9'], deadline: 0.1}}",
         "http://127.0.0.1:9 does not answer within `rollout.servers.deadline` (0.1 s). Start it with: VLLM_SERVER_DEV_",
     ),
+    *CALLBACKS,
     ("--nothing=3", "unrecognized arguments: --nothing=3"),
     ("--config=nothing.yaml", "`config`: File does not exist: "),
 ]
