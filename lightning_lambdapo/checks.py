@@ -3,12 +3,13 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
+    GradientAccumulationScheduler,
     LearningRateFinder,
     StochasticWeightAveraging,
     WeightAveraging,
@@ -26,6 +27,8 @@ from lightning_lambdapo.distributed.lightning_internals import expand_home
 from lightning_lambdapo.distributed.parallel import is_sharded
 from lightning_lambdapo.functional.ranges import check_real, check_seed, check_whole
 from lightning_lambdapo.rewards import Reward
+
+T = TypeVar("T")
 
 #: Ratios per sequence stay far closer to 1 than ratios per token. GSPO's paper clips them at 3e-4 and 4e-4.
 _WIDEST_SEQUENCE_CLIP = 0.02
@@ -155,6 +158,10 @@ def check_callbacks(trainer: Trainer, *, quantized: bool) -> None:
                 f"{name} raises the rate in every step until the loss diverges, and the loss of a policy gradient "
                 "says nothing about that. Compare rates with `lambdapo compare --vary`."
             )
+        if isinstance(callback, GradientAccumulationScheduler):
+            raise ValueError(
+                f"{name} has no effect under manual optimisation. Remove it. For larger updates raise `batch_size`."
+            )
         if quantized and isinstance(callback, WeightAveraging | StochasticWeightAveraging):
             raise ValueError(
                 f"{name} also averages the frozen base, and the bytes of quantised weights have no average. Set "
@@ -232,6 +239,18 @@ def check_trainable(policy: nn.Module) -> None:
             "The policy has no trainable parameter, so training would change nothing. Set `lora`, or keep "
             "`requires_grad` on in `build_policy`."
         )
+
+
+def built(setting: str, factory: Callable[[Any], T], argument: object) -> T:
+    """What a factory of the settings makes. Its errors begin with the setting's name, which torch does not know.
+
+    Raises:
+        ValueError: in place of the factory's own ``ValueError`` or ``TypeError``.
+    """
+    try:
+        return factory(argument)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"`{setting}` cannot be built: {error}") from error
 
 
 def check_scheduler(scheduler: object) -> None:

@@ -65,6 +65,28 @@ CALLBACKS = [
     ),
     ("--trainer.callbacks=[3]", "`trainer.callbacks` must be the path of a class or null, got '3'."),
 ]
+ADAMW, SCHEDULERS = "{class_path: torch.optim.AdamW, init_args: {%s}}", "torch.optim.lr_scheduler"
+#: Mistakes that only torch finds, when it builds the optimizer or its schedule.
+LEARNING = [
+    (f"--model.optimizer={ADAMW % 'lr: -1.0e-4'}", "`optimizer` cannot be built: Invalid learning rate: -0.0001"),
+    (f"--model.optimizer={ADAMW % 'lr: .nan'}", "`optimizer` cannot be built: Invalid learning rate: nan"),
+    (
+        f"--model.optimizer={ADAMW % 'betas: [0.9, 1.5]'}",
+        "`optimizer` cannot be built: Invalid beta parameter at index",
+    ),
+    (
+        f"--model.lr_scheduler={{class_path: {SCHEDULERS}.LinearLR, init_args: {{start_factor: 0}}}}",
+        "`lr_scheduler` cannot be built: Starting multiplicative factor expected to be greater than 0",
+    ),
+    (
+        f"--model.lr_scheduler={{class_path: {SCHEDULERS}.OneCycleLR, init_args: {{max_lr: 0.1, total_steps: -1}}}}",
+        "`lr_scheduler` cannot be built: Expected positive integer total_steps, but got -1",
+    ),
+    (
+        callback("lightning.pytorch.callbacks.GradientAccumulationScheduler", "scheduling: {0: 2}"),
+        "GradientAccumulationScheduler has no effect under manual optimisation. Remove it. For larger updates raise",
+    ),
+]
 SENTENCES = [
     (
         "--model.rollout.group_size=1",
@@ -94,6 +116,7 @@ SENTENCES = [
         "http://127.0.0.1:9 does not answer within `rollout.servers.deadline` (0.1 s). Start it with: VLLM_SERVER_DEV_",
     ),
     *CALLBACKS,
+    *LEARNING,
     ("--nothing=3", "unrecognized arguments: --nothing=3"),
     ("--config=nothing.yaml", "`config`: File does not exist: "),
 ]
