@@ -22,8 +22,10 @@ _HINT = "(--debug, or LAMBDAPO_DEBUG=1, shows the traceback.)"
 _KINDS = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)
 _RAISERS = ("lightning_lambdapo", "lightning", "jsonargparse", "peft")
 _RUNNING = ("training_step", "validation_step", "test_step", "predict_step", "advance", "save_checkpoint")
-_CHECKS = "lightning_lambdapo.checks"  # some settings can only be compared with the first batch
-_SAVED_CONFIG = "lightning.pytorch.cli"  # a RuntimeError where an earlier run's config.yaml is in the way
+#: Some settings can only be compared with the first batch, or with what is logged.
+_CHECKS = ("lightning_lambdapo.checks", "lightning_lambdapo.callbacks.checkpoint")
+#: Raise a RuntimeError where an earlier run's config.yaml is in the way, or where `monitor` is not logged.
+_RUNTIME = ("lightning.pytorch.cli", "lightning.pytorch.callbacks.early_stopping")
 
 _KEY = re.compile(r'Parser key "([^"]+)"(?: element \d+)?:\s*(.*)$')
 _TYPE = re.compile(r"Expected an? (<class '[^']+'>|typing\.\S.*?|[\w.]+\[.*?\])(?:\. Got value: (.*))?$")
@@ -111,8 +113,8 @@ def is_about_settings(error: BaseException) -> bool:
         names.append(place.tb_frame.f_code.co_name)
     raiser = str(place.tb_frame.f_globals.get("__name__", ""))
     if not isinstance(error, _KINDS):
-        return isinstance(error, RuntimeError) and raiser == _SAVED_CONFIG
-    running = raiser != _CHECKS and any(name in _RUNNING for name in names)
+        return isinstance(error, RuntimeError) and raiser in _RUNTIME
+    running = raiser not in _CHECKS and any(name in _RUNNING for name in names)
     return raiser.partition(".")[0] in _RAISERS and _is_raise(place) and not running
 
 

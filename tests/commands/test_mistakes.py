@@ -66,6 +66,17 @@ CALLBACKS = [
     ("--trainer.callbacks=[3]", "`trainer.callbacks` must be the path of a class or null, got '3'."),
 ]
 ADAMW, SCHEDULERS = "{class_path: torch.optim.AdamW, init_args: {%s}}", "torch.optim.lr_scheduler"
+#: Mistakes that only the first validation finds.
+UNLOGGED = [
+    (
+        callback("lightning_lambdapo.RolloutCheckpoint", "every_n_rollouts: 1, monitor: val/rewrd"),
+        "RolloutCheckpoint(monitor='val/rewrd') saved no best checkpoint, because validation does not log it. Logged ",
+    ),
+    (
+        callback("lightning.pytorch.callbacks.EarlyStopping", "monitor: val/rewrd"),
+        "Early stopping conditioned on metric `val/rewrd` which is not available.",
+    ),
+]
 #: Mistakes that only torch finds, when it builds the optimizer or its schedule.
 LEARNING = [
     (f"--model.optimizer={ADAMW % 'lr: -1.0e-4'}", "`optimizer` cannot be built: Invalid learning rate: -0.0001"),
@@ -117,6 +128,7 @@ SENTENCES = [
     ),
     *CALLBACKS,
     *LEARNING,
+    *UNLOGGED,
     ("--nothing=3", "unrecognized arguments: --nothing=3"),
     ("--config=nothing.yaml", "`config`: File does not exist: "),
 ]
