@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from peft import LoraConfig
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, PolynomialLR, ReduceLROnPlateau
@@ -338,13 +338,21 @@ def check_evaluation_data(trainer: Trainer, rewards: Sequence[Reward], split: st
     """Refuse validation or test data that no reward can judge, of those that need a field at all.
 
     A reward may be without its field here, such as a density on a test set without solutions, if another one has its
-    own.
+    own. Without answers a warning says what is not logged.
     """
     find = getattr(getattr(trainer, "datamodule", None), "rows_of", None)
     rows = find(split) if callable(find) else []
     needing = [reward for reward in rewards if reward.requires]
-    if rows and needing and not any(all(_has(rows, field) for field in reward.requires) for reward in needing):
-        check_fields(needing[:1], rows, {"val": "validation"}.get(split, split))
+    lacking = [reward for reward in needing if rows and not all(_has(rows, field) for field in reward.requires)]
+    kind = {"val": "validation"}.get(split, split)
+    if lacking and len(lacking) == len(needing):
+        check_fields(lacking[:1], rows, kind)
+    voters = [reward for reward in needing if reward.name == "accuracy" and "answers" in reward.requires]
+    if rows and voters and not _has(rows, "answers"):
+        rank_zero_warn(
+            f"None of the {len(rows)} {kind} rows has an answer, so accuracy, pass@k and maj@k are not logged. Map the "
+            "column that has them (`columns: {answer: ...}`)."
+        )
 
 
 def _has(rows: Sequence[Mapping[str, Any]], field: str) -> bool:
