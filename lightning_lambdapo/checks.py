@@ -208,6 +208,20 @@ def _planned_updates(trainer: Trainer, updates_per_rollout: int) -> float:
     return planned * updates_per_rollout if math.isfinite(planned) else 0
 
 
+def check_rewards(trainer: Trainer, rewards: Sequence[Reward], algorithm: AlgorithmConfig) -> None:
+    """Refuse to train with weights that are all 0: every advantage is then 0. A KL term or a loss of its own may train.
+
+    An estimator of its own may too, because it also sees the confidence. Evaluation needs no weight.
+    """
+    trains = algorithm.kl_coef > 0 or algorithm.own_loss is not None or algorithm.own_estimator is not None
+    if trainer.state.fn == "fit" and not trains and not any(reward.weight for reward in rewards):
+        raise ValueError(
+            f"All weights of `rewards` are 0 ({', '.join(reward.name for reward in rewards)}), so every advantage is 0 "
+            "and training would change nothing. Give one of them a weight, or set `algorithm.kl_coef` above 0 or a "
+            "loss or estimator of your own."
+        )
+
+
 def check_encoders(trainer: Trainer, rewards: Sequence[Reward]) -> None:
     """Refuse embeddings from sharded weights: each pass is a collective, and ranks may judge unequally often."""
     wanting = [reward.name for reward in rewards if reward.needs_encoder]

@@ -256,6 +256,7 @@ class LambdaPOModule(LightningModule):
             adapted=self.lora is not None or self.policy_config.adapter is not None,
             quantized=self.policy_config.quantization is not None,
         )
+        checks.check_rewards(self.trainer, self.rewards, self.algorithm)
         checks.check_encoders(self.trainer, self.rewards)
         guard_checkpoints(self.trainer.strategy, partial(state.check, self))
         return []
