@@ -148,7 +148,7 @@ def one_sentence(message: str) -> str:
     rivals = [reason for reason in reasons if (reason.path, reason.indent) == (best.path, best.indent)]
     written = next((reason for reason in rivals if not _type(reason.text)), None)
     name = _name(best.path, message) or ("trainer.callbacks" if _CALLBACKS in message else "")
-    return _of_types(name, rivals) if written is None else _of_text(name, best.path, written.text)
+    return _of_types(name, rivals) if written is None else _of_text(name, best.path, written.text, message)
 
 
 def _reasons(message: str) -> list[_Reason]:
@@ -213,16 +213,13 @@ def _kind(written: str) -> str:
     return _NAMES.get(plain, plain.rpartition(".")[2] if "[" not in plain else plain)
 
 
-def _of_text(name: str, path: tuple[str, ...], text: str) -> str:
-    inside = "".join(f"{part}." for part in path)
-    if match := re.match(r"unrecognized arguments: --([^=\s]+)", text):
-        return f"There is no setting `{inside}{match[1]}`."
+def _of_text(name: str, path: tuple[str, ...], text: str, message: str) -> str:
     if match := re.match(r"Group '([^']+)' does not accept option '([^']+)'", text):
-        return f"There is no setting `{inside}{match[1]}.{match[2]}`."
-    if match := re.match(r"Option '([^']+)' is not accepted", text):
-        return f"There is no setting `{inside}{match[1]}`."
+        return f"There is no setting `{_name((*path, match[1], match[2]), message)}`."
+    if match := re.match(r"unrecognized arguments: --([^=\s]+)|Option '([^']+)' is not accepted", text):
+        return f"There is no setting `{_name((*path, match[1] or match[2]), message)}`."
     if match := re.match(r"the following arguments are required: (.+)", text):
-        return f"`{inside}{match[1]}` is required."
+        return f"`{'.'.join([*path, match[1]])}` is required."
     if match := re.search(r"must include a class_path .* but got NestedArg\(key='([^']+)'", text):
         return f"`{name}` needs a class_path before its `{match[1]}` can be set."
     return f"`{name}`: {text}" if name else text

@@ -98,7 +98,7 @@ LEARNING = [
         "GradientAccumulationScheduler has no effect under manual optimisation. Remove it. For larger updates raise",
     ),
 ]
-SENTENCES = [
+SENTENCES: list[tuple[str | list[str], str]] = [
     (
         "--model.rollout.group_size=1",
         "`group_size` must be at least 2, got 1, because a pairwise advantage needs a peer.",
@@ -129,6 +129,14 @@ SENTENCES = [
     *CALLBACKS,
     *LEARNING,
     *UNLOGGED,
+    (
+        ["--model.rewards=[lightning_lambdapo.rewards.AccuracyReward,small.Digits]", "--model.rewards.1.wieght=0"],
+        "There is no setting `model.rewards.1.wieght`.",
+    ),
+    (f"--seed_everything={2**70}", f"`seed_everything` must be at most 4294967295, got {2**70}."),
+    ("--seed_everything=-1", "`seed_everything` must be at least 0, got -1."),
+    ("--model.policy.model=nobody/nothing", "`policy.model` is 'nobody/nothing': We couldn't connect to"),
+    ("--model.policy.tokenizer=nobody/nothing", "`policy.tokenizer` is 'nobody/nothing': We couldn't connect to"),
     ("--nothing=3", "unrecognized arguments: --nothing=3"),
     ("--config=nothing.yaml", "`config`: File does not exist: "),
 ]
@@ -137,13 +145,14 @@ SENTENCES = [
 @pytest.mark.parametrize(("argument", "sentence"), SENTENCES)
 def test_a_mistake_is_one_sentence(
     arguments: list[str],
-    argument: str,
+    argument: str | list[str],
     sentence: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    more = [argument] if isinstance(argument, str) else argument
     with pytest.raises(SystemExit) as stop:
-        call(monkeypatch, "fit", *arguments, "--trainer.max_epochs=1", argument)
+        call(monkeypatch, "fit", *arguments, "--trainer.max_epochs=1", *more)
     assert stop.value.code == 2
     told = capsys.readouterr().err
     error, help_line = told[told.index("lambdapo fit: error: ") :].strip().splitlines()
