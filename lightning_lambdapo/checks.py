@@ -3,18 +3,19 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
+    GradientAccumulationScheduler,
     LearningRateFinder,
     StochasticWeightAveraging,
     WeightAveraging,
 )
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from peft import LoraConfig
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, PolynomialLR, ReduceLROnPlateau
@@ -26,6 +27,8 @@ from lightning_lambdapo.distributed.lightning_internals import expand_home
 from lightning_lambdapo.distributed.parallel import is_sharded
 from lightning_lambdapo.functional.ranges import check_real, check_seed, check_whole
 from lightning_lambdapo.rewards import Reward
+
+T = TypeVar("T")
 
 #: Ratios per sequence stay far closer to 1 than ratios per token. GSPO's paper clips them at 3e-4 and 4e-4.
 _WIDEST_SEQUENCE_CLIP = 0.02
@@ -155,6 +158,10 @@ def check_callbacks(trainer: Trainer, *, quantized: bool) -> None:
                 f"{name} raises the rate in every step until the loss diverges, and the loss of a policy gradient "
                 "says nothing about that. Compare rates with `lambdapo compare --vary`."
             )
+        if isinstance(callback, GradientAccumulationScheduler):
+            raise ValueError(
+                f"{name} has no effect under manual optimisation. Remove it. For larger updates raise `batch_size`."
+            )
         if quantized and isinstance(callback, WeightAveraging | StochasticWeightAveraging):
             raise ValueError(
                 f"{name} also averages the frozen base, and the bytes of quantised weights have no average. Set "
@@ -201,6 +208,20 @@ def _planned_updates(trainer: Trainer, updates_per_rollout: int) -> float:
     return planned * updates_per_rollout if math.isfinite(planned) else 0
 
 
+def check_rewards(trainer: Trainer, rewards: Sequence[Reward], algorithm: AlgorithmConfig) -> None:
+    """Refuse to train with weights that are all 0: every advantage is then 0. A KL term or a loss of its own may train.
+
+    An estimator of its own may too, because it also sees the confidence. Evaluation needs no weight.
+    """
+    trains = algorithm.kl_coef > 0 or algorithm.own_loss is not None or algorithm.own_estimator is not None
+    if trainer.state.fn == "fit" and not trains and not any(reward.weight for reward in rewards):
+        raise ValueError(
+            f"All weights of `rewards` are 0 ({', '.join(reward.name for reward in rewards)}), so every advantage is 0 "
+            "and training would change nothing. Give one of them a weight, or set `algorithm.kl_coef` above 0 or a "
+            "loss or estimator of your own."
+        )
+
+
 def check_encoders(trainer: Trainer, rewards: Sequence[Reward]) -> None:
     """Refuse embeddings from sharded weights: each pass is a collective, and ranks may judge unequally often."""
     wanting = [reward.name for reward in rewards if reward.needs_encoder]
@@ -232,6 +253,18 @@ def check_trainable(policy: nn.Module) -> None:
             "The policy has no trainable parameter, so training would change nothing. Set `lora`, or keep "
             "`requires_grad` on in `build_policy`."
         )
+
+
+def built(setting: str, factory: Callable[[Any], T], argument: object) -> T:
+    """What a factory of the settings makes. Its errors begin with the setting's name, which torch does not know.
+
+    Raises:
+        ValueError: in place of the factory's own ``ValueError`` or ``TypeError``.
+    """
+    try:
+        return factory(argument)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"`{setting}` cannot be built: {error}") from error
 
 
 def check_scheduler(scheduler: object) -> None:
@@ -319,13 +352,21 @@ def check_evaluation_data(trainer: Trainer, rewards: Sequence[Reward], split: st
     """Refuse validation or test data that no reward can judge, of those that need a field at all.
 
     A reward may be without its field here, such as a density on a test set without solutions, if another one has its
-    own.
+    own. Without answers a warning says what is not logged.
     """
     find = getattr(getattr(trainer, "datamodule", None), "rows_of", None)
     rows = find(split) if callable(find) else []
     needing = [reward for reward in rewards if reward.requires]
-    if rows and needing and not any(all(_has(rows, field) for field in reward.requires) for reward in needing):
-        check_fields(needing[:1], rows, {"val": "validation"}.get(split, split))
+    lacking = [reward for reward in needing if rows and not all(_has(rows, field) for field in reward.requires)]
+    kind = {"val": "validation"}.get(split, split)
+    if lacking and len(lacking) == len(needing):
+        check_fields(lacking[:1], rows, kind)
+    voters = [reward for reward in needing if reward.name == "accuracy" and "answers" in reward.requires]
+    if rows and voters and not _has(rows, "answers"):
+        rank_zero_warn(
+            f"None of the {len(rows)} {kind} rows has an answer, so accuracy, pass@k and maj@k are not logged. Map the "
+            "column that has them (`columns: {answer: ...}`)."
+        )
 
 
 def _has(rows: Sequence[Mapping[str, Any]], field: str) -> bool:

@@ -256,6 +256,7 @@ class LambdaPOModule(LightningModule):
             adapted=self.lora is not None or self.policy_config.adapter is not None,
             quantized=self.policy_config.quantization is not None,
         )
+        checks.check_rewards(self.trainer, self.rewards, self.algorithm)
         checks.check_encoders(self.trainer, self.rewards)
         guard_checkpoints(self.trainer.strategy, partial(state.check, self))
         return []
@@ -288,10 +289,10 @@ class LambdaPOModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build optimizer and schedule over all the policy's parameters (frozen ones get no gradient)."""
         checks.check_trainable(self.policy)
-        optimizer = self.optimizer_factory(self.policy.parameters())
+        optimizer = checks.built("optimizer", self.optimizer_factory, self.policy.parameters())
         if self.lr_scheduler_factory is None:
             return optimizer
-        scheduler = self.lr_scheduler_factory(optimizer)
+        scheduler = checks.built("lr_scheduler", self.lr_scheduler_factory, optimizer)
         checks.check_scheduler(scheduler)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pytest
 import torch
 from peft import LoraConfig
-from small import Rows, module, trainer
+from small import Digits, Rows, module, trainer
 
 from lightning_lambdapo import (
     AdapterConfig,
@@ -111,8 +111,11 @@ def test_a_norm_that_trains_nothing_or_ascends(base: str, value: float) -> None:
         ({"dropout": 1.0}, r"`lora.dropout` must be in \[0, 1\), because 1 drops everything, got 1.0\."),
         ({"r": 0}, r"`lora.r` must be at least 1, got 0\."),
         ({"target_modules": []}, "`lora.target_modules` is empty"),
-        ({"options": {"rank_pattern": {"q_proj": 0}}}, "`lora.q_proj` must be at least 1, got 0"),
-        ({"options": {"alpha_pattern": {"q_proj": 0}}}, "`lora.q_proj` must be a finite number above 0"),
+        ({"options": {"rank_pattern": {"q_proj": 0}}}, "`lora.options.rank_pattern.q_proj` must be at least 1, got 0"),
+        (
+            {"options": {"alpha_pattern": {"q_proj": 0}}},
+            "`lora.options.alpha_pattern.q_proj` must be a finite number above 0",
+        ),
     ],
 )
 def test_adapters_that_train_nothing(base: str, settings: dict[str, Any], message: str) -> None:
@@ -131,11 +134,15 @@ def test_adapters_that_train_nothing(base: str, settings: dict[str, Any], messag
 
 
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match")  # what peft says of it
+@pytest.mark.filterwarnings("ignore:You have passed exclude_modules")
 @pytest.mark.parametrize(
     ("lora", "setting", "name"),
     [
         (AdapterConfig(target_modules=["q_proj", "v_porj"]), "target_modules", "v_porj"),
         (LoraConfig(target_modules=["q_proj", "v_porj"], task_type="CAUSAL_LM"), "target_modules", "v_porj"),
+        (AdapterConfig(target_modules=["q_proj", ""]), "target_modules", ""),
+        (AdapterConfig(options={"exclude_modules": ["v_prj"]}), "exclude_modules", "v_prj"),
+        (AdapterConfig(options={"exclude_modules": ["v_proj", "k_prj"]}), "exclude_modules", "k_prj"),
         (AdapterConfig(options={"rank_pattern": {"q_porj": 4}}), "rank_pattern", "q_porj"),
         (AdapterConfig(options={"alpha_pattern": {"q_porj": 4}}), "alpha_pattern", "q_porj"),
         (
@@ -151,10 +158,28 @@ def test_one_mistaken_name_of_several(base: str, lora: Any, setting: str, name: 
         load_policy(PolicyConfig(base), lora)
 
 
+def test_a_layer_that_is_not_there(base: str) -> None:
+    lora = AdapterConfig(target_modules=["q_proj"], options={"layers_to_transform": [0, 99]})
+    with pytest.raises(ValueError, match=r"the number 99 in `layers_to_transform`, .* layers are 0 to 1\."):
+        load_policy(PolicyConfig(base), lora)
+
+
+def test_weights_that_are_all_zero(base: str, tmp_path: Path) -> None:
+    """With nothing else that trains."""
+    with pytest.raises(ValueError, match=r"All weights of `rewards` are 0 \(digits\), .* change nothing\. Give one"):
+        trainer(tmp_path).fit(module(base, rewards=[Digits(0.0)]), Rows(batch_size=4))
+    run = trainer(tmp_path, max_steps=1, limit_val_batches=1)
+    run.validate(module(base, rewards=[Digits(0.0)]), Rows(batch_size=4), verbose=False)
+    run.fit(module(base, rewards=[Digits(0.0)], algorithm={"kl_coef": 0.1}), Rows(batch_size=4))
+
+
 @pytest.mark.parametrize(
     "lora",
     [
         AdapterConfig(),
+        AdapterConfig(target_modules=["q_proj"], options={"exclude_modules": ["layers.0.self_attn.q_proj"]}),
+        AdapterConfig(target_modules=["q_proj"], options={"layers_to_transform": [0, 1]}),
+        AdapterConfig(target_modules=["q_proj"], options={"layers_to_transform": 1}),
         AdapterConfig(target_modules=["q_proj", "model.layers.0.mlp.down_proj"]),
         AdapterConfig(target_modules=r".*\.[qv]_proj", options={"rank_pattern": {"layers.0.self_attn.q_proj": 4}}),
         AdapterConfig(target_modules=["q_proj"], options={"modules_to_save": ["lm_head"], "alpha_pattern": {"q.*": 3}}),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -127,6 +128,8 @@ class RolloutCheckpoint(ModelCheckpoint, LastCheckpoint):
         if self._awaits_value and trainer.state.fn == "fit" and not trainer.sanity_checking:
             candidates: dict[str, Tensor] = self._monitor_candidates(trainer)
             if self.monitor in candidates or str(self.monitor).startswith("val/"):
+                if self.monitor not in candidates and self.save_top_k != 0:
+                    raise MisconfigurationException(self._nothing_to_choose_by(trainer, "validation does not log it"))
                 self._awaits_value = False
                 self._save_topk_checkpoint(trainer, candidates)
 
@@ -134,11 +137,13 @@ class RolloutCheckpoint(ModelCheckpoint, LastCheckpoint):
         """Save the last checkpoint if that is not done, and warn if no best one could be chosen."""
         super().on_train_end(trainer, pl_module)
         if self.monitor is not None and not self.best_model_path and trainer.is_global_zero:
-            warnings.warn(
-                f"RolloutCheckpoint(monitor={self.monitor!r}) saved no best checkpoint, because that value was not "
-                f"logged when a save was due. Logged are {', '.join(sorted(trainer.callback_metrics))}.",
-                stacklevel=2,
-            )
+            warnings.warn(self._nothing_to_choose_by(trainer, "it was not logged when a save was due"), stacklevel=2)
+
+    def _nothing_to_choose_by(self, trainer: Trainer, reason: str) -> str:
+        return (
+            f"RolloutCheckpoint(monitor={self.monitor!r}) saved no best checkpoint, because {reason}. Logged are "
+            f"{', '.join(sorted(trainer.callback_metrics))}."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The parent's state, and whether a save waits for the next validation."""

@@ -27,7 +27,7 @@ from lightning_lambdapo.commands.nested_options import nested_options
 from lightning_lambdapo.commands.release_0_1 import upgraded_arguments
 from lightning_lambdapo.commands.run_files import SavedConfig, keep_metrics
 from lightning_lambdapo.distributed.lightning_internals import started_by_lightning
-from lightning_lambdapo.functional.ranges import path_text
+from lightning_lambdapo.functional.ranges import check_whole, path_text
 from lightning_lambdapo.module import LambdaPOModule
 
 #: Commands beyond Lightning's: the module of each, and what it does.
@@ -114,6 +114,9 @@ class LambdaPOCLI(LightningCLI):
         """Parse the command line, with ``null``, texts and numbers of list items in options that name a part."""
         with nested_options():
             super().parse_arguments(parser, args)
+        seed = self.config[self.config["subcommand"]]["seed_everything"]
+        if not isinstance(seed, bool):  # true chooses one
+            check_whole("seed_everything", seed, 0, highest=2**32 - 1)  # the seeds that numpy takes
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: a checkpoint's hyper-parameters must not override file and command line."""

@@ -22,12 +22,14 @@ _HINT = "(--debug, or LAMBDAPO_DEBUG=1, shows the traceback.)"
 _KINDS = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)
 _RAISERS = ("lightning_lambdapo", "lightning", "jsonargparse", "peft")
 _RUNNING = ("training_step", "validation_step", "test_step", "predict_step", "advance", "save_checkpoint")
-_CHECKS = "lightning_lambdapo.checks"  # some settings can only be compared with the first batch
-_SAVED_CONFIG = "lightning.pytorch.cli"  # a RuntimeError where an earlier run's config.yaml is in the way
+#: Some settings can only be compared with the first batch, or with what is logged.
+_CHECKS = ("lightning_lambdapo.checks", "lightning_lambdapo.callbacks.checkpoint")
+#: Raise a RuntimeError where an earlier run's config.yaml is in the way, or where `monitor` is not logged.
+_RUNTIME = ("lightning.pytorch.cli", "lightning.pytorch.callbacks.early_stopping")
 
 _KEY = re.compile(r'Parser key "([^"]+)"(?: element \d+)?:\s*(.*)$')
 _TYPE = re.compile(r"Expected an? (<class '[^']+'>|typing\.\S.*?|[\w.]+\[.*?\])(?:\. Got value: (.*))?$")
-_CLASS = re.compile(r"Expected a (dot import path) string: (.*)$")
+_CLASS = re.compile(r"(?:Expected a|Not a valid) (dot import path|subclass) (?:string|of \w+)(?:.*?: (.+))?$")
 _FACTORY = re.compile(r"Type .* expects a function or a callable class: (.*?)(?:\. Got value: .*)?$")
 _PART = re.compile(r"NestedArg\(key='([^']+)'")
 _NO_REASONS = (
@@ -37,13 +39,19 @@ _NO_REASONS = (
     "Given value type:",
     "Problem with given class_path",
     "Expected a path but",
+    "Subclass types expect one of:",
+    "a class path (str)",
+    "a dict with",  # also "a dict without class_path"
 )
+#: Where a callback could not be made. That error has no key.
+_CALLBACKS = "Subtypes: [list[lightning.pytorch.callbacks.callback.Callback]"
 _NAMES = {
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
     "str": "a text",
     "dot import path": "the path of a class",
+    "subclass": "the path of a class",
     "list": "a list",
     "dict": "a mapping",
     "NoneType": "null",
@@ -105,8 +113,8 @@ def is_about_settings(error: BaseException) -> bool:
         names.append(place.tb_frame.f_code.co_name)
     raiser = str(place.tb_frame.f_globals.get("__name__", ""))
     if not isinstance(error, _KINDS):
-        return isinstance(error, RuntimeError) and raiser == _SAVED_CONFIG
-    running = raiser != _CHECKS and any(name in _RUNNING for name in names)
+        return isinstance(error, RuntimeError) and raiser in _RUNTIME
+    running = raiser not in _CHECKS and any(name in _RUNNING for name in names)
     return raiser.partition(".")[0] in _RAISERS and _is_raise(place) and not running
 
 
@@ -139,8 +147,8 @@ def one_sentence(message: str) -> str:
     best = max(reasons, key=lambda reason: (len(reason.path), reason.indent))
     rivals = [reason for reason in reasons if (reason.path, reason.indent) == (best.path, best.indent)]
     written = next((reason for reason in rivals if not _type(reason.text)), None)
-    name = _name(best.path, message)
-    return _of_types(name, rivals) if written is None else _of_text(name, best.path, written.text)
+    name = _name(best.path, message) or ("trainer.callbacks" if _CALLBACKS in message else "")
+    return _of_types(name, rivals) if written is None else _of_text(name, best.path, written.text, message)
 
 
 def _reasons(message: str) -> list[_Reason]:
@@ -165,10 +173,12 @@ def _reasons(message: str) -> list[_Reason]:
             for reason in found:
                 if (reason.path, reason.indent, reason.value) == (path, indent + 4, None):
                     reason.value = text.removeprefix("Given value:").strip()
+        elif text.startswith(_NO_REASONS):
+            continue
         elif last is not None and not bullet and indent == last.indent:
             last.text += f"\n{text}"
             open_reason = last
-        elif not text.startswith(_NO_REASONS):
+        else:
             open_reason = _Reason(path, indent, _FACTORY.sub(r"\1", text))
             found.append(open_reason)
     return found
@@ -203,16 +213,13 @@ def _kind(written: str) -> str:
     return _NAMES.get(plain, plain.rpartition(".")[2] if "[" not in plain else plain)
 
 
-def _of_text(name: str, path: tuple[str, ...], text: str) -> str:
-    inside = "".join(f"{part}." for part in path)
-    if match := re.match(r"unrecognized arguments: --([^=\s]+)", text):
-        return f"There is no setting `{inside}{match[1]}`."
+def _of_text(name: str, path: tuple[str, ...], text: str, message: str) -> str:
     if match := re.match(r"Group '([^']+)' does not accept option '([^']+)'", text):
-        return f"There is no setting `{inside}{match[1]}.{match[2]}`."
-    if match := re.match(r"Option '([^']+)' is not accepted", text):
-        return f"There is no setting `{inside}{match[1]}`."
+        return f"There is no setting `{_name((*path, match[1], match[2]), message)}`."
+    if match := re.match(r"unrecognized arguments: --([^=\s]+)|Option '([^']+)' is not accepted", text):
+        return f"There is no setting `{_name((*path, match[1] or match[2]), message)}`."
     if match := re.match(r"the following arguments are required: (.+)", text):
-        return f"`{inside}{match[1]}` is required."
+        return f"`{'.'.join([*path, match[1]])}` is required."
     if match := re.search(r"must include a class_path .* but got NestedArg\(key='([^']+)'", text):
         return f"`{name}` needs a class_path before its `{match[1]}` can be set."
     return f"`{name}`: {text}" if name else text

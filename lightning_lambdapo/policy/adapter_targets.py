@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel
 
 
 def check_targets(policy: PeftModel) -> None:
-    """Refuse a new adapter whose settings name a layer that the model does not have.
+    """Refuse a new adapter whose settings name a layer, or have the number of one, that the model does not have.
 
     peft refuses settings that match nothing at all. A mistake in one of several names would only leave that layer
     without an adapter.
@@ -20,21 +20,28 @@ def check_targets(policy: PeftModel) -> None:
         return
     model: Any = policy.base_model.model
     layers = [name.removesuffix(".base_layer") for name, _ in model.named_modules()]
-    layers = [name for name in layers if ".lora_" not in name]
-    targets = [] if isinstance(settings.target_modules, str) else settings.target_modules
-    named = {"target_modules": targets, "modules_to_save": settings.modules_to_save}
-    for setting, names in named.items():
-        for name in sorted(names or ()):
+    layers = [name for name in layers if name and ".lora_" not in name]
+    for setting in ("target_modules", "exclude_modules", "modules_to_save"):
+        names = getattr(settings, setting) or ()
+        for name in () if isinstance(names, str) else sorted(names):  # a text is a pattern, or all linear layers
             if not any(layer == name or layer.endswith(f".{name}") for layer in layers):
                 raise _mistake(setting, name, layers)
     for setting in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(settings, setting) or {}:
             if not any(re.match(rf"(.*\.)?({pattern})$", layer) for layer in policy.targeted_module_names):
                 raise _mistake(setting, pattern, policy.targeted_module_names)
+    chosen = settings.layers_to_transform or []
+    numbers = {int(match[1]) for layer in layers if (match := re.match(r".*?\.(\d+)(\.|$)", layer))}
+    for number in [chosen] if isinstance(chosen, int) else chosen:
+        if numbers and number not in numbers:
+            raise ValueError(
+                f"`lora` has the number {number} in `layers_to_transform`, and the model's layers are "
+                f"{min(numbers)} to {max(numbers)}. Correct or remove it."
+            )
 
 
 def _mistake(setting: str, name: str, layers: list[str]) -> ValueError:
-    kinds = sorted({layer.rpartition(".")[2] for layer in layers if layer and not layer.rpartition(".")[2].isdecimal()})
+    kinds = sorted({layer.rpartition(".")[2] for layer in layers if not layer.rpartition(".")[2].isdecimal()})
     adapted = " with an adapter" if setting.endswith("_pattern") else ""
     return ValueError(
         f"`lora` has the name {name!r} in `{setting}`, and there is no such layer{adapted}. Correct or remove it. The "

@@ -46,18 +46,20 @@ def load_tokenizer(config: PolicyConfig) -> PreTrainedTokenizerBase:
     """Load the policy's tokenizer. No weights are loaded.
 
     Raises:
-        ValueError: a setting of the policy is the path of a directory that does not exist.
+        ValueError, OSError: a setting of the policy is the path, or the hub id, of something that is not there.
     """
     for name in ("model", "tokenizer", "adapter"):
         place = getattr(config, name)
         if place is not None and place.startswith(("/", "./", "../", "~")) and not Path(place).exists():
             raise ValueError(f"`policy.{name}` is the directory {place}, which does not exist.")
-    if config.tokenizer is not None:
-        return AutoTokenizer.from_pretrained(config.tokenizer)
-    location, options = locate(config)
+    location, options = locate(config) if config.tokenizer is None else (config.tokenizer, {})
     if "gguf_file" in options:
         return gguf_tokenizer(Path(location), options["gguf_file"])
-    return AutoTokenizer.from_pretrained(location, **options)
+    try:
+        return AutoTokenizer.from_pretrained(location, **options)
+    except OSError as error:
+        name = "model" if config.tokenizer is None else "tokenizer"
+        raise OSError(f"`policy.{name}` is {location!r}: {' '.join(str(error).split())}") from error
 
 
 def load_policy(

@@ -145,7 +145,9 @@ def test_the_best_by_validation_are_the_weights_that_were_validated(base: str, t
     again, callback = fit("broken", str(tmp_path / "broken" / "last.ckpt"))
     assert callback.best_model_score == 2
     assert equal(weights(again), weights(model))
-    with pytest.raises(MisconfigurationException, match=r"monitor='val/accuracy'\)` could not find the"):
+    with pytest.raises(
+        MisconfigurationException, match=r"monitor='val/accuracy'\) saved no .* Logged are .*val/rollouts"
+    ):
         fit("mistaken", monitor="val/accuracy")
     last = torch.load(tmp_path / "mistaken" / "last.ckpt", weights_only=True)
     assert last["global_step"] == 2, "saved before the first validation, which found the mistake"

@@ -36,7 +36,69 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     main()
 
 
-SENTENCES = [
+def callback(name: str, settings: str) -> str:
+    """The option that makes a callback."""
+    return f"--trainer.callbacks=[{{class_path: {name}, init_args: {{{settings}}}}}]"
+
+
+#: Mistakes that only the callbacks' constructors find, and entries that are no class.
+CALLBACKS = [
+    (
+        callback("lightning_lambdapo.RolloutCheckpoint", "every_n_rollouts: 0"),
+        "`trainer.callbacks`: `every_n_rollouts` must be at least 1, got 0.",
+    ),
+    (
+        callback("lightning_lambdapo.RolloutCheckpoint", "every_n_rollouts: 1, save_top_k: 2"),
+        "`trainer.callbacks`: ModelCheckpoint(save_top_k=2, monitor=None) is not a valid configuration.",
+    ),
+    (
+        callback("lightning_lambdapo.CompletionsLogger", "every_n_rollouts: 0"),
+        "`trainer.callbacks`: `every_n_rollouts` must be at least 1, got 0.",
+    ),
+    (
+        callback("lightning.pytorch.callbacks.ModelCheckpoint", "save_top_k: 2"),
+        "`trainer.callbacks`: ModelCheckpoint(save_top_k=2, monitor=None) is not a valid configuration.",
+    ),
+    (
+        callback("lightning.pytorch.callbacks.EarlyStopping", "monitor: val/reward, mode: foo"),
+        "`trainer.callbacks`: `mode` can be min, max, got foo",
+    ),
+    ("--trainer.callbacks=[3]", "`trainer.callbacks` must be the path of a class or null, got '3'."),
+]
+ADAMW, SCHEDULERS = "{class_path: torch.optim.AdamW, init_args: {%s}}", "torch.optim.lr_scheduler"
+#: Mistakes that only the first validation finds.
+UNLOGGED = [
+    (
+        callback("lightning_lambdapo.RolloutCheckpoint", "every_n_rollouts: 1, monitor: val/rewrd"),
+        "RolloutCheckpoint(monitor='val/rewrd') saved no best checkpoint, because validation does not log it. Logged ",
+    ),
+    (
+        callback("lightning.pytorch.callbacks.EarlyStopping", "monitor: val/rewrd"),
+        "Early stopping conditioned on metric `val/rewrd` which is not available.",
+    ),
+]
+#: Mistakes that only torch finds, when it builds the optimizer or its schedule.
+LEARNING = [
+    (f"--model.optimizer={ADAMW % 'lr: -1.0e-4'}", "`optimizer` cannot be built: Invalid learning rate: -0.0001"),
+    (f"--model.optimizer={ADAMW % 'lr: .nan'}", "`optimizer` cannot be built: Invalid learning rate: nan"),
+    (
+        f"--model.optimizer={ADAMW % 'betas: [0.9, 1.5]'}",
+        "`optimizer` cannot be built: Invalid beta parameter at index",
+    ),
+    (
+        f"--model.lr_scheduler={{class_path: {SCHEDULERS}.LinearLR, init_args: {{start_factor: 0}}}}",
+        "`lr_scheduler` cannot be built: Starting multiplicative factor expected to be greater than 0",
+    ),
+    (
+        f"--model.lr_scheduler={{class_path: {SCHEDULERS}.OneCycleLR, init_args: {{max_lr: 0.1, total_steps: -1}}}}",
+        "`lr_scheduler` cannot be built: Expected positive integer total_steps, but got -1",
+    ),
+    (
+        callback("lightning.pytorch.callbacks.GradientAccumulationScheduler", "scheduling: {0: 2}"),
+        "GradientAccumulationScheduler has no effect under manual optimisation. Remove it. For larger updates raise",
+    ),
+]
+SENTENCES: list[tuple[str | list[str], str]] = [
     (
         "--model.rollout.group_size=1",
         "`group_size` must be at least 2, got 1, because a pairwise advantage needs a peer.",
@@ -64,6 +126,17 @@ SENTENCES = [
         "--model.rollout={engine: vllm_server, servers: {urls: ['http://127.0.0.1:9'], deadline: 0.1}}",
         "http://127.0.0.1:9 does not answer within `rollout.servers.deadline` (0.1 s). Start it with: VLLM_SERVER_DEV_",
     ),
+    *CALLBACKS,
+    *LEARNING,
+    *UNLOGGED,
+    (
+        ["--model.rewards=[lightning_lambdapo.rewards.AccuracyReward,small.Digits]", "--model.rewards.1.wieght=0"],
+        "There is no setting `model.rewards.1.wieght`.",
+    ),
+    (f"--seed_everything={2**70}", f"`seed_everything` must be at most 4294967295, got {2**70}."),
+    ("--seed_everything=-1", "`seed_everything` must be at least 0, got -1."),
+    ("--model.policy.model=nobody/nothing", "`policy.model` is 'nobody/nothing': We couldn't connect to"),
+    ("--model.policy.tokenizer=nobody/nothing", "`policy.tokenizer` is 'nobody/nothing': We couldn't connect to"),
     ("--nothing=3", "unrecognized arguments: --nothing=3"),
     ("--config=nothing.yaml", "`config`: File does not exist: "),
 ]
@@ -72,13 +145,14 @@ SENTENCES = [
 @pytest.mark.parametrize(("argument", "sentence"), SENTENCES)
 def test_a_mistake_is_one_sentence(
     arguments: list[str],
-    argument: str,
+    argument: str | list[str],
     sentence: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    more = [argument] if isinstance(argument, str) else argument
     with pytest.raises(SystemExit) as stop:
-        call(monkeypatch, "fit", *arguments, "--trainer.max_epochs=1", argument)
+        call(monkeypatch, "fit", *arguments, "--trainer.max_epochs=1", *more)
     assert stop.value.code == 2
     told = capsys.readouterr().err
     error, help_line = told[told.index("lambdapo fit: error: ") :].strip().splitlines()

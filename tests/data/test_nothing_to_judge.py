@@ -72,3 +72,14 @@ def test_one_reward_may_be_without_its_field_in_evaluation(base: str, tmp_path: 
     trainer(tmp_path, limit_train_batches=1).fit(
         module(base, rewards=[AccuracyReward(), Digits()]), Lacking("", "val", "answer")
     )
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_without_answers_it_is_said_that_nothing_is_accurate(base: str, tmp_path: Path, stage: str) -> None:
+    model = module(base, rewards=[AccuracyReward(), SemanticDensityReward()])
+    run = trainer(tmp_path, limit_val_batches=1, limit_train_batches=1)
+    with pytest.warns(UserWarning, match=r"None of the 16 validation rows has an answer, so accuracy, pass@k") as told:
+        getattr(run, stage)(model, Lacking("", "val", "answer"))
+    assert len([each for each in told if "has an answer" in str(each.message)]) == 1
+    assert "val/reward" in run.callback_metrics
+    assert not [name for name in run.callback_metrics if name.startswith("val/") and "pass_at" in name]
