@@ -24,10 +24,10 @@ class Task:
 
 
 def accuracy(completions: Sequence[str], answers: Sequence[str | None], **columns: Any) -> list[float | None]:
-    """1 where the completion is the answer, but for white space around it. For answers that are no mathematics.
+    r"""1 where the completion is the answer, but for white space around it. For answers that are no mathematics.
 
     Example:
-        >>> accuracy(["1,2,2\\n", "2,1,2", "2"], ["1,2,2", "1,2,2", None])
+        >>> accuracy(["1,2,2\n", "2,1,2", "2"], ["1,2,2", "1,2,2", None])
         [1.0, 0.0, None]
     """
     return [
