@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Literal
 
+from lightning_lambdapo.rewards.verifier.denials import without_denied
 from lightning_lambdapo.rewards.verifier.letters import (
     chosen_letters,
     final_letter_of,
@@ -49,17 +50,6 @@ _CLOSING = re.compile(r"[\s.,;:!*_\"'\u201d)\]}<>/|`-]*")
 _BETWEEN = re.compile(r"\s{0,3}(?:[,;]|,?\s?\b(?:and|or)\b)\s{0,3}")
 _ALIKE = re.compile(r"\s*([A-Za-z](?:_(?:\w|\{[^{}]{0,9}\}))?)\s*=")
 _UNIT = re.compile(r"\s*(?:\\(?:text|mathrm|textrm|mbox)\s?\{[^{}]{0,40}\}\s*(?:\^\{?\d\}?)?|\\?%)\s*")
-_DENIED = re.compile(
-    r"(?:\b(?i:not|never|cannot be|rather than|instead of|neither|nor|rules? out|ruled out|eliminate[sd]?)"
-    r"|n['\u2019]t)(?:\s(?:be|equal to|equal|option|choice|answer|the answer)\b){0,2}[\s*_=:]{1,4}"
-    r"(?P<value>(?:[$€£]?[-\u2212]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?|\$[^$\n]{1,80}\$|\\\([^\n]{1,80}?\\\)"
-    r"|\(?[A-J]\)?(?![\w'(]))(?:(?:\s?[,/]\s?|,?\s(?:or|nor|and)\s)\(?[A-J]\)?(?![\w'(])){0,9})"
-)
-_DENIED_AFTER = re.compile(
-    r"(?<![A-Za-z\\])\(?[A-J]\)?(?:,?\s(?:and|or)\s\(?[A-J]\)?)?"
-    r"(?=[*_]{0,2}\s(?:cannot|can['\u2019]t|does(?: not|n['\u2019]t)|(?:is|are)\s?(?:not|n['\u2019]t|"
-    r"(?:clearly |also )?(?:wrong|incorrect|false|impossible|ruled out|too))\b))"
-)
 _TOLD = re.compile(r"\b(?:is|are|be|equals?|becomes?|gives?|get|obtain)[\s:]{1,3}\Z")
 _IN_COMMAND = re.compile(r"\\(?:sqrt|binom|log|ln)|\^\{")
 _LONGEST_TOKEN = 80
@@ -148,17 +138,6 @@ def unmarked_answer(text: str) -> str | None:
         return _with_peers(text, found, last)
     number = number or attached
     return _whole(text, number) if number else None
-
-
-def without_denied(text: str) -> str:
-    r"""A text with what it says is wrong blanked out, by characters that are part of no answer.
-
-    Example:
-        >>> without_denied("It is 73, not 75.").replace("\0", "-")
-        'It is 73, not --.'
-    """
-    text = _DENIED.sub(lambda match: match[0][: -len(match["value"])] + "\0" * len(match["value"]), text)
-    return _DENIED_AFTER.sub(lambda match: "\0" * len(match[0]), text)
 
 
 def last_number(text: str) -> str | None:

@@ -3,6 +3,7 @@ r"""Read "the answer is ...": what comes before the value, the value itself, and
 import re
 from collections.abc import Iterator
 
+from lightning_lambdapo.rewards.verifier.denials import DENIAL, REFUTED, denied_before, without_denied
 from lightning_lambdapo.rewards.verifier.mathematics import Span, inside, spans, values
 
 _VERB = (
@@ -53,23 +54,24 @@ _MOST_SKIPPED = 16
 
 _VALUE_START = re.compile(
     r"[-+\d.$\\(\[{|\u20ac\u00a3\u00a5\u2212\u221a\u03c0\u221e]"
-    r"|[A-Za-z](?:_\w|\([a-z]\))?\s{0,2}(?:[=<>\u2264\u2265]|\\[lg]e)|[A-J](?![\w'])|[a-z](?![\w'])(?!\s[a-z]{2})"
+    r"|[A-Za-z](?:_\w|\([a-z]\))?\s{0,2}(?:[=<>\u2264\u2265]|\\[lg]e)|(?!I\s[a-z])[A-J](?![\w'])|[a-z](?![\w'])(?!\s[a-z]{2})"
 )
 _BLOCK = re.compile(r"\$[ \t]{0,4}\n([^$\n]{1,200})\n[ \t]{0,4}\$")
 _ITEM = re.compile(r"\s{0,4}\n[ \t]{0,4}(?:[-+*\u2022\u00b7]|\d{1,2}[.)])[ \t]{1,4}(?=[-+\d$\\(\u2212]|[A-Za-z]\s?=)")
 _LISTED = re.compile(r"\n[ \t]{0,4}(?:[-+*\u2022\u00b7]|\d{1,2}[.)])[ \t]{1,4}\Z")
 
-_NOT = r"(?:(?:and|but)\s)?(?:(?:definitely|certainly|clearly)\s)?not\b"
+_NOT = r"(?:(?:and|but)\s)?(?:(?:definitely|certainly|clearly)\s)?(?:not|never|hardly|by no means)\b"
 _END = re.compile(rf"\n|[.](?:\s|$)|\u3002|</|,?\s(?:which|because|since|where|when)\b|[,;(\u2013\u2014]\s?\(?{_NOT}")
 _CLAUSE = r"(?:it|this|that|these|we|I|you|he|she|they|there|the|so|thus|hence|therefore|as|but|making|meaning|giving)"
 _EXPLAINED = re.compile(
-    rf",?\s[(\[]?(?:{_NOT}|(?:rather than|instead of|as|unlike|so|after|obtained|rounded|but|while|whereas|by|using|"
-    r"via|given|from|thus|hence|therefore)\b)"
+    rf"\?(?=\s)|,?\s[(\[]?(?:{_NOT}|(?:rather than|instead of|as|unlike|so|after|obtained|rounded|but|while|whereas|by|"
+    r"using|via|given|from|thus|hence|therefore)\b)"
     rf"|[,;]\s(?:and\s)?{_CLAUSE}\b|,\s[^,\s]{{1,20}}\s(?:is|are|was|were|isn't|cannot)\b"
     r"|;\s(?=[A-Za-z]{2})|\s[-\u2013\u2014]{1,2}\s(?=[a-z]{2})"
     r"|\s[(\[](?!mod\b|\\)(?=[^()\[\]]{0,200}(?<![\\A-Za-z])[A-Za-z]?[a-z]{2})"
 )
-_DENIED = re.compile(r"(?:not|never|neither)\b[\s*_]{0,4}(?:equal to |option |choice |simply |just )?", re.IGNORECASE)
+_DENIED = re.compile(rf"{DENIAL}[\s*_]{{1,4}}", re.IGNORECASE)
+_REFUTED = re.compile(REFUTED)
 _CORRECTED = re.compile(
     r"\b(?:but|rather|instead|it is|it's)\b[\s,:]{0,4}(?:(?:it is|it's|rather|is)\s)?", re.IGNORECASE
 )
@@ -103,7 +105,8 @@ def phrases(text: str) -> Iterator[tuple[int, str]]:
         [(32, '')]
     """
     for match in _PHRASE.finditer(text):
-        value = _value(text[match.end() : match.end() + _WINDOW])
+        rest = text[match.end() : match.end() + _WINDOW]
+        value = _corrected(rest) if denied_before(text, match.start()) else _value(rest)
         if value is not None:
             yield match.start(), value
 
@@ -116,20 +119,34 @@ def _value(rest: str) -> str | None:
     if steps and steps.start() <= opened:
         return ""
     if _VALUE_START.match(rest, opened):
-        return _read(rest, opened)
+        refuted = _REFUTED.match(rest, _line_end(rest, opened))
+        return _corrected(rest[refuted.end() :]) if refuted else _read(rest, opened)
     denied = _DENIED.match(rest, start)
     if denied and _VALUE_START.match(rest, denied.end()):
-        line = rest[denied.end() : (rest + "\n").find("\n", denied.end())]
-        corrected = _CORRECTED.search(line)
-        return _value(line[corrected.end() :]) if corrected else None
+        return _corrected(rest[denied.end() :])
     if _ANNOUNCED.match(rest, start):
         return ""
+    return _in_words(rest, start)
+
+
+def _in_words(rest: str, start: int) -> str | None:
+    """The value that a sentence gives in words, or at its end. None without one, and where the sentence denies it."""
     end = _END.search(rest, start)
     content = rest[start : end.start() if end else None].strip(" \t*_`")
     if not content or content.endswith("?") or _COMMENTED.fullmatch(content):
         return None
-    said = _said(content)
-    return said or (content if len(content.split()) <= _WORDS else None)
+    value = _said(content) or (content if len(content.split()) <= _WORDS else None)
+    told = without_denied(content) if value else content
+    if told == content:
+        return value
+    return _said(told) or _corrected(rest[rest.index(content, start) + told.rindex("\0") :])
+
+
+def _corrected(rest: str) -> str | None:
+    """The value that a line gives in place of a denied one, such as the 73 of "75 but 73". None without one."""
+    line = rest.partition("\n")[0]
+    corrected = _CORRECTED.search(line)
+    return _value(line[corrected.end() :]) if corrected else None
 
 
 def _skip(rest: str, start: int, words: re.Pattern[str]) -> int:
