@@ -104,7 +104,7 @@ def test_a_killed_run_continues(
             assert stop.value.code == 1
             said = capfd.readouterr().out
             assert "run 1 of 2: score=mean, seed 1: FAILED" in said
-            assert f"see {outputs[name] / 'runs' / 'score=mean' / 'seed_1' / 'train.log'}" in said
+            assert f"See {outputs[name] / 'runs' / 'score=mean' / 'seed_1' / 'train.log'}" in said
             assert "**1 runs are not in it**" in (outputs[name] / "report.md").read_text()
         compare(outputs[name], *arguments, config=tmp_path / f"{name}.yaml")
     run = outputs["killed"] / "runs" / "score=mean" / "seed_1" / "lightning_logs"
