@@ -88,13 +88,14 @@ class AdapterConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_whole("lora.r", self.r, 1)
-        for name, rank in (self.options.get("rank_pattern") or {}).items():
-            check_whole(f"lora.options.rank_pattern.{name}", rank, 1)
+        def of_layers(setting: str) -> dict[str, Any]:
+            return {f"lora.options.{setting}.{key}": each for key, each in (self.options.get(setting) or {}).items()}
+
+        for name, rank in {"lora.r": self.r, **of_layers("rank_pattern")}.items():
+            check_whole(name, rank, 1)
         wanted = "a finite number above 0 (the update is scaled by alpha / r)"
-        check_real("lora.alpha", self.alpha, lambda value: 0 < value < math.inf, wanted)
-        for name, alpha in (self.options.get("alpha_pattern") or {}).items():
-            check_real(f"lora.options.alpha_pattern.{name}", alpha, lambda value: 0 < value < math.inf, wanted)
+        for name, alpha in {"lora.alpha": self.alpha, **of_layers("alpha_pattern")}.items():
+            check_real(name, alpha, lambda value: 0 < value < math.inf, wanted)
         check_real("lora.dropout", self.dropout, lambda value: 0 <= value < 1, "in [0, 1), because 1 drops everything")
         if not self.target_modules:
             raise ValueError("`lora.target_modules` is empty, so there is nothing to adapt. Set `all-linear`.")

@@ -6,7 +6,7 @@ Two openers in a row cancel each other out: "cannot be anything but 73" says 73.
 
 import re
 
-__all__ = ["DENIAL", "REFUTED", "denied_before", "without_denied"]
+__all__ = ["DENIED_FOLLOWING", "REFUTED", "denied_before", "without_denied"]
 
 _SAY = "say|think|claim|believe|feel|assume|suppose|expect|imagine|conclude|state|call|choose|pick|select"
 _OPENER = (
@@ -32,8 +32,8 @@ _GAP = r"(?:[ \t*_]|\n(?=(?-i:[a-z]))){1,4}"
 _ASIDE = r",\s(?:in|of|as|by|at|on|after|however|indeed|I|[a-z]{3,12}ly)\b[a-z' ]{0,30},"
 _FILLERS = rf"(?:{_GAP}{_FILLER}|{_ASIDE}){{0,8}}"
 
-#: The opener of a denial and its fillers, without the value. The group "twice" is that of a denial that is denied.
-DENIAL = rf"(?>{_OPENER}{_FILLERS}(?P<twice>{_GAP}{_OPENER}{_FILLERS})?)"
+# The opener of a denial and its fillers, without the value. The group "twice" is that of a denial that is denied.
+_DENIAL = rf"(?>{_OPENER}{_FILLERS}(?P<twice>{_GAP}{_OPENER}{_FILLERS})?)"
 #: What asks whether a value is right and says no.
 REFUTED = (
     r"\?[\s*_]{1,4}(?i:(?:no|nope)(?=[\s*_]{0,2}(?:[,.:;!\u2013\u2014-]|$)|\s(?:it|that|wait|because)\b)|wrong\b|incorrect\b|"
@@ -44,11 +44,12 @@ _NUMBER = r"[$€£]?[-\u2212]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?"
 _MATHS = r"\$[^$\n]{1,80}\$|\\\([^\n]{1,80}?\\\)"
 _LETTER = r"\(?[A-J]\)?(?![\w'(])"
 _DENIED = re.compile(
-    rf"(?i:{DENIAL})[\s*_=:\"'\u201c`]{{1,4}}"
+    rf"(?i:{_DENIAL})[\s*_=:\"'\u201c`]{{1,4}}"
     rf"(?P<value>{_NUMBER}(?:,?\s(?:or|nor)\s{_NUMBER}){{0,9}}|{_MATHS}"
     rf"|{_LETTER}(?:(?:\s?[,/]\s?|,?\s(?:or|nor|and)\s){_LETTER}){{0,9}})"
 )
-_DENIED_FOLLOWING = re.compile(rf"{DENIAL}[\s*_]{{1,4}}", re.IGNORECASE)
+#: A denial up to what it denies.
+DENIED_FOLLOWING = re.compile(rf"{_DENIAL}[\s*_]{{1,4}}", re.IGNORECASE)
 _LONGEST_DENIAL = 160
 _DENIED_AFTER = re.compile(
     r"(?<![A-Za-z\\])\(?[A-J]\)?(?:,?\s(?:and|or)\s\(?[A-J]\)?)?"
@@ -80,7 +81,7 @@ def denied_before(text: str, end: int) -> bool:
         (True, False)
     """
     before = text[max(end - _LONGEST_DENIAL, 0) : end]
-    return any(match.end() == len(before) and not match["twice"] for match in _DENIED_FOLLOWING.finditer(before))
+    return any(match.end() == len(before) and not match["twice"] for match in DENIED_FOLLOWING.finditer(before))
 
 
 def _blanked(match: re.Match[str]) -> str:

@@ -3,7 +3,7 @@ r"""Read "the answer is ...": what comes before the value, the value itself, and
 import re
 from collections.abc import Iterator
 
-from lightning_lambdapo.rewards.verifier.denials import DENIAL, REFUTED, denied_before, without_denied
+from lightning_lambdapo.rewards.verifier.denials import DENIED_FOLLOWING, REFUTED, denied_before, without_denied
 from lightning_lambdapo.rewards.verifier.mathematics import Span, inside, spans, values
 
 _VERB = (
@@ -70,7 +70,6 @@ _EXPLAINED = re.compile(
     r"|;\s(?=[A-Za-z]{2})|\s[-\u2013\u2014]{1,2}\s(?=[a-z]{2})"
     r"|\s[(\[](?!mod\b|\\)(?=[^()\[\]]{0,200}(?<![\\A-Za-z])[A-Za-z]?[a-z]{2})"
 )
-_DENIED = re.compile(rf"{DENIAL}[\s*_]{{1,4}}", re.IGNORECASE)
 _REFUTED = re.compile(REFUTED)
 _CORRECTED = re.compile(
     r"\b(?:but|rather|instead|it is|it's)\b[\s,:]{0,4}(?:(?:it is|it's|rather|is)\s)?", re.IGNORECASE
@@ -121,7 +120,7 @@ def _value(rest: str) -> str | None:
     if _VALUE_START.match(rest, opened):
         refuted = _REFUTED.match(rest, _line_end(rest, opened))
         return _corrected(rest[refuted.end() :]) if refuted else _read(rest, opened)
-    denied = _DENIED.match(rest, start)
+    denied = DENIED_FOLLOWING.match(rest, start)
     if denied and _VALUE_START.match(rest, denied.end()):
         return _corrected(rest[denied.end() :])
     if _ANNOUNCED.match(rest, start):
