@@ -37,7 +37,7 @@ pytestmark = [
 
 
 class Trouble(fitting.Noisy):
-    """:class:`runs.Noisy`, until a call (counted from 1), on one rank or on all."""
+    """:class:`fitting.Noisy`, until a call (counted from 1), on one rank or on all."""
 
     def __init__(self, kind: str, call: int, rank: int | None = None) -> None:
         super().__init__()

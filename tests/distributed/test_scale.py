@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from comparing import assert_same, saved_weights
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from ranks import on_ranks, succeed
 from small import Digits, Rows, module, trainer
 from torch import Tensor
@@ -190,11 +191,11 @@ def fit_from_the_command_line(arguments: list[str]) -> None:
     main(["fit", *arguments])
 
 
-@pytest.mark.parametrize("strategy", ["runs.FSDP1", "lightning.pytorch.strategies.ModelParallelStrategy"])
-def test_sharding_strategies_from_yaml(base: str, tmp_path: Path, strategy: str) -> None:
+@pytest.mark.parametrize("strategy", [fitting.FSDP1, ModelParallelStrategy])
+def test_sharding_strategies_from_yaml(base: str, tmp_path: Path, strategy: type[Strategy]) -> None:
     layer = "transformers.models.llama.modeling_llama.LlamaDecoderLayer"
     settings = f"{{state_dict_type: sharded, auto_wrap_policy: [{layer}]}}"
-    if "ModelParallel" in strategy:
+    if strategy is ModelParallelStrategy:
         settings = "{data_parallel_size: 2, tensor_parallel_size: 1}"
     file = tmp_path / "config.yaml"
     file.write_text(
@@ -206,7 +207,7 @@ trainer:
   log_every_n_steps: 1
   default_root_dir: {tmp_path}
   enable_progress_bar: false
-  strategy: {{class_path: {strategy}, init_args: {settings}}}
+  strategy: {{class_path: {strategy.__module__}.{strategy.__qualname__}, init_args: {settings}}}
   callbacks: [{{class_path: lightning_lambdapo.RolloutCheckpoint, init_args: {{every_n_rollouts: 1}}}}]
 model:
   policy: {{model: {base}}}
