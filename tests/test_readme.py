@@ -20,7 +20,8 @@ from lightning_lambdapo import LambdaPOModule, config
 from lightning_lambdapo.checkpointing import release_0_1
 from lightning_lambdapo.commands import score
 from lightning_lambdapo.commands.compare import command
-from lightning_lambdapo.commands.compare.plan import ESTIMATOR, option_keys, parse_variation
+from lightning_lambdapo.commands.compare.plan import ESTIMATOR, parse_variation
+from lightning_lambdapo.commands.compare.settings import option_keys
 from lightning_lambdapo.commands.main import COMMANDS, LambdaPOCLI
 from lightning_lambdapo.data import PRESETS, LambdaPODataModule
 

@@ -13,15 +13,14 @@ from lightning_lambdapo.commands.compare.plan import (
     ESTIMATOR,
     Arm,
     Run,
-    option_keys,
     parse_estimators,
     parse_tuning,
     parse_variation,
     plan_arms,
     plan_runs,
-    same_key,
 )
 from lightning_lambdapo.commands.compare.report import PREFERRED, Report
+from lightning_lambdapo.commands.compare.settings import option_keys, same_key
 from lightning_lambdapo.commands.compare.tuning import LAST_SEED, Choice, Tuning, plan_tuning
 from lightning_lambdapo.commands.main import rehearse
 from lightning_lambdapo.functional.ranges import home_path

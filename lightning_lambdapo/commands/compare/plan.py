@@ -1,6 +1,5 @@
 """Which runs a comparison consists of: arms of settings, times seeds, each with its own configuration."""
 
-import copy
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -138,99 +137,6 @@ def candidates(arm: Arm, tuning: Sequence[Sequence[Mapping[str, Any]]]) -> list[
 def plan_runs(arms: Sequence[Arm], seeds: Sequence[int], root: Path) -> list[Run]:
     """All runs, seed by seed, so that an unfinished comparison has pairs to compare."""
     return [Run(arm, seed, root / "runs" / arm.slug / f"seed_{seed}") for seed in seeds for arm in arms]
-
-
-def with_settings(base: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a configuration with dotted keys set. Keys may omit ``init_args``, and numbers index lists.
-
-    Raises:
-        ValueError: a key that leads through something that is neither a mapping nor a list, or past a list's end.
-
-    Example:
-        >>> base = {"model": {"class_path": "M", "init_args": {"rewards": [{"class_path": "R"}]}}}
-        >>> with_settings(base, {"model.rewards.0.weight": 2, "seed": 1})["model"]["init_args"]["rewards"]
-        [{'class_path': 'R', 'init_args': {'weight': 2}}]
-    """
-    config: dict[str, Any] = copy.deepcopy(dict(base))
-    for key, value in settings.items():
-        place: Any = config
-        *path, last = key.split(".")
-        for part in path:
-            place = _inside(place, part)
-            inner = place.get(part) if isinstance(place, dict) else _item(place, part, key)
-            if inner is None:
-                inner = place[part] = {}
-            place = inner
-        place = _inside(place, last)
-        if isinstance(place, dict):
-            place[last] = value
-        elif isinstance(place, list):
-            _item(place, last, key)
-            place[int(last)] = value
-        else:
-            raise ValueError(f"{key!r} leads through {place!r}, which has no parts to set.")
-    return config
-
-
-def same_key(one: str, other: str) -> bool:
-    """Whether two dotted keys name one setting, or one of them contains the other."""
-    return is_part(one, other) or is_part(other, one)
-
-
-def is_part(key: str, whole: str) -> bool:
-    """Whether a dotted key names the setting ``whole`` or something in it."""
-    first, second = ([part for part in name.split(".") if part != "init_args"] for name in (key, whole))
-    return first[: len(second)] == second
-
-
-def option_keys(arguments: Sequence[str]) -> list[str]:
-    """The dotted keys that a command line sets, including those inside mappings.
-
-    Example:
-        >>> option_keys(["--trainer.max_steps=4", "--model.seed", "3", "--trainer.callbacks+=a.B"])
-        ['trainer.max_steps', 'model.seed', 'trainer.callbacks']
-        >>> option_keys(["--data={class_path: mine.Data, init_args: {seed: 1}}"])
-        ['data.class_path', 'data.init_args.seed']
-    """
-    found = []
-    for index, argument in enumerate(arguments):
-        if argument.startswith("--"):
-            name, equals, value = argument.removeprefix("--").partition("=")
-            if not equals and index + 1 < len(arguments):
-                value = arguments[index + 1]
-            found += _leaves(name.rstrip("+"), value)
-    return found
-
-
-def _leaves(key: str, text: str) -> list[str]:
-    """The key of a value or, for a mapping, the keys inside it."""
-    try:
-        value = yaml.safe_load(text) if text.lstrip().startswith("{") else None
-    except yaml.YAMLError:
-        value = None
-
-    def below(prefix: str, part: Any) -> list[str]:
-        if not isinstance(part, dict) or not part:
-            return [prefix]
-        return [leaf for name, inner in part.items() for leaf in below(f"{prefix}.{name}", inner)]
-
-    return below(key, value)
-
-
-def _inside(place: Any, part: str) -> Any:
-    """Where ``part`` belongs: inside the ``init_args`` of a class where the class has them."""
-    if isinstance(place, dict) and part not in place and part not in ("class_path", "init_args"):
-        if "class_path" in place:
-            return place.setdefault("init_args", {})
-        return place.get("init_args", place)
-    return place
-
-
-def _item(place: Any, part: str, key: str) -> Any:
-    if not isinstance(place, list) or not part.isdecimal() or int(part) >= len(place):
-        size = f"a list of {len(place)}" if isinstance(place, list) else repr(place)
-        raise ValueError(f"{key!r} asks for {part!r} of {size}. Give an existing key or index.")
-    return place[int(part)]
 
 
 def _split(text: str, separator: str) -> list[str]:

@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from lightning_lambdapo.commands.compare.plan import Run, is_part, option_keys, with_settings
+from lightning_lambdapo.commands.compare.plan import Run
+from lightning_lambdapo.commands.compare.settings import is_part, option_keys, with_options, with_settings
 from lightning_lambdapo.runs.files import section
 
 _CSV = "lightning.pytorch.loggers.CSVLogger"
@@ -37,6 +38,8 @@ def prepare(run: Run, base: Mapping[str, Any], arguments: Sequence[str]) -> list
         ValueError: an option or a varied setting is one that each run sets itself, or the directory contains logs or
             checkpoints of other settings. The files of a run that failed before its first log are overwritten.
     """
+    settings = run.arm.settings | run.arm.tuned
+    base, options = with_options(base, arguments, settings)
     own: dict[str, Any] = {
         "seed_everything": run.seed,
         "trainer.default_root_dir": str(run.directory),
@@ -47,11 +50,11 @@ def prepare(run: Run, base: Mapping[str, Any], arguments: Sequence[str]) -> list
         own["data.seed"] = run.seed
     if section(base, "model").get("seed") is not None:
         own["model.seed"] = None  # the sampling seed then follows seed_everything
-    given = [*option_keys(arguments), *run.arm.settings, *run.arm.tuned]
+    given = [*option_keys(arguments), *settings]
     for name in (*own, "model.seed", "trainer.logger", "ckpt_path"):
         if any(is_part(key, name) for key in given):
             raise ValueError(f"`compare` sets {name} for each run. Drop it from the options.")
-    config = with_settings(base, run.arm.settings | run.arm.tuned | own)
+    config = with_settings(base, settings | own)
     trainer = config["trainer"]
     loggers = trainer.get("logger")
     others = loggers if isinstance(loggers, list) else [loggers] if isinstance(loggers, dict | str) else []
@@ -68,7 +71,7 @@ def prepare(run: Run, base: Mapping[str, Any], arguments: Sequence[str]) -> list
     run.directory.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     record.write_text(whole, encoding="utf-8")
-    return ["fit", f"--config={file}", *arguments, "--ckpt_path=last"]
+    return ["fit", f"--config={file}", *options, "--ckpt_path=last"]
 
 
 def _has_learnt(run: Run) -> bool:

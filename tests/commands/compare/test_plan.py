@@ -11,8 +11,6 @@ from lightning_lambdapo.commands.compare.plan import (
     parse_variation,
     plan_arms,
     plan_runs,
-    same_key,
-    with_settings,
 )
 from lightning_lambdapo.runs.files import load_yaml
 
@@ -105,57 +103,6 @@ def test_runs_go_seed_by_seed(tmp_path: Path) -> None:
     runs = plan_runs(plan_arms(["lambda", "grpo"], []), [1, 2], tmp_path)
     assert [(run.arm.label, run.seed) for run in runs] == [("lambda", 1), ("grpo", 1), ("lambda", 2), ("grpo", 2)]
     assert len({run.directory for run in runs}) == 4
-
-
-def test_settings_find_their_place() -> None:
-    base: dict[str, Any] = {
-        "trainer": {"max_steps": 1},
-        "model": {"class_path": "M", "init_args": {"algorithm": {"score": "mean"}, "rewards": [{"class_path": "R"}]}},
-        "data": {"class_path": "D"},
-    }
-    config = with_settings(
-        base,
-        {
-            "model.algorithm.score": "sum",
-            "model.init_args.algorithm.weighting": "uniform",
-            "model.rollout.group_size": 4,
-            "model.rewards.0.weight": 0.5,
-            "data.seed": 3,
-            "trainer.max_steps": 2,
-            "seed_everything": 7,
-        },
-    )
-    assert config == {
-        "trainer": {"max_steps": 2},
-        "model": {
-            "class_path": "M",
-            "init_args": {
-                "algorithm": {"score": "sum", "weighting": "uniform"},
-                "rewards": [{"class_path": "R", "init_args": {"weight": 0.5}}],
-                "rollout": {"group_size": 4},
-            },
-        },
-        "data": {"class_path": "D", "init_args": {"seed": 3}},
-        "seed_everything": 7,
-    }
-    assert base["trainer"] == {"max_steps": 1}
-    assert base["model"]["init_args"]["algorithm"] == {"score": "mean"}
-    assert with_settings({"model": {"init_args": {"a": 1}}}, {"model.a": 2}) == {"model": {"init_args": {"a": 2}}}
-    assert with_settings({"sizes": [1, 2]}, {"sizes.1": 5}) == {"sizes": [1, 5]}
-
-
-@pytest.mark.parametrize("key", ["model.rewards.1.weight", "model.rewards.first.weight", "model.rewards.1"])
-def test_settings_that_have_no_place(key: str) -> None:
-    with pytest.raises(ValueError, match=f"'{key}' asks for '.*' of a list of 1"):
-        with_settings({"model": {"init_args": {"rewards": [{"class_path": "R"}]}}}, {key: 1})
-    with pytest.raises(ValueError, match="leads through 3"):
-        with_settings({"a": 3}, {"a.b": 1})
-
-
-def test_same_key() -> None:
-    assert same_key("model.algorithm.score", "model.init_args.algorithm.score")
-    assert same_key("model.rewards.1.weight", "model.rewards"), "the one holds the other"
-    assert not same_key("model.rewards", "model.rollout")
 
 
 def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:
