@@ -159,14 +159,13 @@ class Evaluator(nn.Module):
         sampling = self.config.sampling
         drawn = {"temperature": sampling.temperature, **changed_settings(sampling)}
         changed = changed_settings(policy)
-        accuracy = next((reward for reward in self.rewards if reward.name == "accuracy"), None)
         return {
             "model": changed.pop("model", None),
             "policy": changed,
             "k": list(self.config.k),
             "decoding": ({"greedy": True} if sampling.greedy else drawn) | {"max_new_tokens": max_new_tokens},
             "seed": seed,
-            "answer_format": getattr(accuracy, "answer_format", None),
+            "answer_format": getattr(self.voter, "answer_format", None),
         }
 
     def _stage(self, stage: str) -> Evaluation:
