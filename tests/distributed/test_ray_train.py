@@ -33,7 +33,8 @@ def ray() -> Iterator[Any]:
     paths = [str(TESTS), str(Path(lightning_lambdapo.__file__).parents[1])]
     paths += filter(None, [os.environ.get("PYTHONPATH")])
     variables = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": variables})
+    nice = {"worker_niceness": 0}  # Ray lets its workers wait for all other work of the machine, 15 by default
+    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": variables}, _system_config=nice)
     yield ray
     ray.shutdown()
 
@@ -80,7 +81,7 @@ def loop(config: dict[str, Any]) -> None:
 def train(
     directory: Path, base: str, *, strategy: str = "ddp", every: int = 2, failures: int = 0, **options: Any
 ) -> Any:
-    """The run of :func:`runs.train` on two workers. Gives back Ray's result."""
+    """The run of :func:`fitting.train` on two workers. Gives back Ray's result."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
