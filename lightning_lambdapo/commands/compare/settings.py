@@ -113,6 +113,24 @@ def is_part(key: str, whole: str) -> bool:
     return first[: len(second)] == second
 
 
+def given_besides(key: str, arguments: Sequence[str]) -> bool:
+    """Whether a command line gives a setting its value. An appended item leaves the other items as they are.
+
+    Example:
+        >>> given_besides("a.0.size", ["--a=b.C"]), given_besides("a.0.size", ["--a+=b.C"])
+        (True, False)
+        >>> given_besides("a", ["--a+=b.C"]), given_besides("a.0.size", ["--a+={class_path: b.C}"])
+        (True, False)
+    """
+    for name, value, _ in _options(arguments):
+        if name.endswith("+"):
+            if is_part(name.rstrip("+"), key):
+                return True
+        elif any(same_key(key, leaf) for leaf in _leaves(name, value)):
+            return True
+    return False
+
+
 def option_keys(arguments: Sequence[str]) -> list[str]:
     """The dotted keys that a command line sets, including those inside mappings.
 

@@ -8,7 +8,7 @@ import yaml
 
 from lightning_lambdapo.commands.compare.plan import Arm, Run
 from lightning_lambdapo.commands.compare.runs import prepare
-from lightning_lambdapo.commands.compare.settings import same_key, with_options, with_settings
+from lightning_lambdapo.commands.compare.settings import given_besides, same_key, with_options, with_settings
 
 
 def test_settings_find_their_place() -> None:
@@ -112,6 +112,18 @@ def test_options_that_append_the_item_of_a_setting() -> None:
     assert (found, others) == ({"trainer": {"callbacks": ["B", "C"]}}, [])
     option = "--trainer.callbacks+=B"
     assert with_options({}, [option], ["trainer.max_steps"]) == ({}, [option])
+
+
+def test_an_appended_item_gives_no_other_a_value() -> None:
+    key = "trainer.callbacks.0.size"
+    for item in ("b.C", "{class_path: b.C}", "[{class_path: b.C}]"):
+        assert not given_besides(key, [f"--trainer.callbacks+={item}"])
+        assert not given_besides(key, ["--trainer.callbacks+", item])
+        for whole in ("trainer.callbacks", "trainer"):
+            assert given_besides(whole, [f"--trainer.callbacks+={item}"]), "the list itself is varied"
+    assert given_besides(key, ["--trainer.callbacks=[b.C]"])
+    assert given_besides(key, ["--x=1", "--trainer.callbacks.0.init_args.size", "3"])
+    assert not given_besides(key, ["--trainer.callbacks.0.name=3"])
 
 
 def test_same_key() -> None:

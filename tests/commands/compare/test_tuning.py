@@ -152,6 +152,10 @@ def test_tuning_as_a_user_runs_it(tmp_path: Path, capfd: pytest.CaptureFixture[s
         (["--tune=model.optimizer.init_args.rate=1,2"], "rate"),
         (["--tune=data.seed=1,2"], "`compare` sets data.seed for each run"),
         (["--estimators=grpo,own_functions.grop"], "own_functions has no 'grop'. Did you mean grpo?"),
+        (  # an arm that is not tuned
+            ["--estimators=lambda,own_functions.grop", "--tune=model.algorithm.temperature=0.1,1"],
+            "own_functions has no 'grop'. Did you mean grpo?",
+        ),
     ],
 )
 def test_mistakes_are_found_before_anything_is_computed(
@@ -161,6 +165,13 @@ def test_mistakes_are_found_before_anything_is_computed(
         compare(tmp_path, "--estimators=lambda,grpo", *arguments)
     assert message in capsys.readouterr().err + str(stop.value)
     assert not list(tmp_path.rglob("train.log"))
+
+
+def test_arms_with_nothing_to_choose(tmp_path: Path) -> None:
+    together = parse_tuning(f"model.algorithm.temperature+{RATE}=0.1+1e-4,1+1e-4")
+    tuning = plan_tuning(plan_arms(["lambda", "grpo"], []), [together], 1, tmp_path)
+    assert [(arm.label, arm.tuned) for arm in tuning.untuned] == [("grpo", {RATE: 1e-4})]
+    assert {run.arm.settings[ESTIMATOR] for run in tuning.runs} == {"lambda"}
 
 
 def test_a_setting_that_no_arm_uses_is_refused(tmp_path: Path) -> None:
