@@ -129,6 +129,7 @@ def test_an_appended_item_gives_no_other_a_value() -> None:
 def test_same_key() -> None:
     assert same_key("model.algorithm.score", "model.init_args.algorithm.score")
     assert same_key("model.rewards.1.weight", "model.rewards"), "the one holds the other"
+    assert same_key("model.rewards", "model.rewards.1.weight")
     assert not same_key("model.rewards", "model.rollout")
 
 
