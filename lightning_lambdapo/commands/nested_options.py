@@ -2,16 +2,19 @@
 
 jsonargparse reads the text of such an option as YAML, writes the result back as Python would print it, and gives that
 to the parser of the part. ``null`` so becomes the text "None", and ``Note: be brief`` becomes "{'Note': 'be brief'}".
-It also has no numbers for the items of lists. Both are mended here. All uses of jsonargparse's private parts are in
-this file. They were checked against jsonargparse 4.53, and commands/test_nested_options fails if a release changes one.
+It also has no numbers for the items of lists, and cannot change a class that is plain data, such as an estimator of the
+user's own. All three are mended here. All uses of jsonargparse's private parts are in this file. They were checked
+against jsonargparse 4.53, and commands/test_nested_options fails if a release changes one.
 """
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any
+
+from jsonargparse import ArgumentParser
 
 _internals: Any = importlib.import_module("jsonargparse._typehints")
 _NEEDED = ("ActionTypeHint", "NestedArg", "parse_value_or_config", "subclass_spec_as_namespace")
@@ -31,7 +34,7 @@ def nested_options() -> Iterator[None]:
         yield
         return
     action, nested = _internals.ActionTypeHint, _internals.NestedArg
-    check, specify = action._check_type, _internals.subclass_spec_as_namespace
+    check, specify, call = action._check_type, _internals.subclass_spec_as_namespace, action.__call__
 
     @wraps(check)
     def check_type(self: Any, value: Any, **options: Any) -> Any:
@@ -61,13 +64,92 @@ def nested_options() -> Iterator[None]:
             val = nested(key=val.key.removeprefix("init_args."), val=text)
         return specify(val, *arguments, **options)
 
+    @wraps(call)
+    def call_with_class(self: Any, *arguments: Any, **options: Any) -> Any:
+        if len(arguments) == 4:
+            parser, config, value, option = arguments
+            before = config.get(self.dest)
+            if type(before) is dict and "class_path" in before:  # jsonargparse expects a Namespace here
+                part = str(option).removeprefix("--").removeprefix(self.dest).removeprefix(".")
+                given = _internals.parse_value_or_config(value, enable_path=False, simple_types=bool(part))[0]
+                config[self.dest] = None
+                arguments = parser, config, _changed_class(before, part, given), f"--{self.dest}"
+        return call(self, *arguments, **options)
+
     action._check_type = check_type
+    action.__call__ = call_with_class
     _internals.subclass_spec_as_namespace = subclass_spec_as_namespace
     try:
         yield
     finally:
         action._check_type = check
+        action.__call__ = call
         _internals.subclass_spec_as_namespace = specify
+
+
+def replaced_class(before: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A class where another one is, as jsonargparse sets it: arguments stay that the new class takes as well.
+
+    Args:
+        before: what is there: a class and its arguments, arguments alone, or something else.
+        given: ``class_path``, and perhaps ``init_args``.
+
+    Example:
+        >>> before = {"class_path": "a.B", "init_args": {"x": 1, "y": 2}}
+        >>> replaced_class(before, {"class_path": "a.B", "init_args": {"x": 3}})
+        {'class_path': 'a.B', 'init_args': {'x': 3, 'y': 2}}
+    """
+    if not isinstance(before, Mapping):
+        return dict(given)
+    is_class = bool(before.keys() & {"class_path", "init_args"})
+    earlier = (before.get("init_args") or {}) if is_class else before
+    taken = _parameters(before.get("class_path") if is_class else None, str(given["class_path"]), earlier)
+    arguments = _merged({name: earlier[name] for name in taken}, given.get("init_args") or {})
+    return {**given, "init_args": arguments} if arguments else dict(given)
+
+
+def _merged(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(before)
+    for name, value in given.items():
+        earlier = found.get(name)
+        if isinstance(value, Mapping) and "class_path" in value:
+            found[name] = replaced_class(earlier, value)
+        elif isinstance(value, Mapping) and isinstance(earlier, Mapping):
+            found[name] = _merged(earlier, value)
+        else:
+            found[name] = value
+    return found
+
+
+def _parameters(before: str | None, now: str, names: Collection[str]) -> Collection[str]:
+    """Which of the arguments of one class another takes. None of a class that cannot be imported."""
+    if before is not None and before.rpartition(".")[2] == now.rpartition(".")[2]:
+        return names
+    module, _, name = now.rpartition(".")
+    try:
+        added = ArgumentParser().add_class_arguments(getattr(importlib.import_module(module), name), fail_untyped=False)
+    except Exception:  # whatever a module of the user's does. The run's own parser names the mistake.
+        return ()
+    taken = {each.partition(".")[0] for each in added}
+    return [each for each in names if each in taken]
+
+
+def _changed_class(before: dict[str, Any], part: str, value: Any) -> Any:
+    """A class that is plain data, with another value of the whole (no ``part``), its path or its arguments."""
+    if part in ("", "class_path"):
+        given = {"class_path": value} if part else value
+        return replaced_class(before, given) if isinstance(given, dict) and "class_path" in given else given
+    arguments = dict(before.get("init_args") or {})
+    if part == "init_args":
+        return {**before, "init_args": {**arguments, **value} if isinstance(value, dict) else value}
+    *path, last = part.removeprefix("init_args.").split(".")
+    place = arguments
+    for name in path:
+        inner = place.get(name)
+        place[name] = dict(inner) if isinstance(inner, dict) else {}
+        place = place[name]
+    place[last] = value
+    return {**before, "init_args": arguments}
 
 
 def _checked_index(index: int, items: list[Any], name: str) -> int:

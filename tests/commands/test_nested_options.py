@@ -153,3 +153,33 @@ def test_an_item_that_is_not_there(base: str, capsys: pytest.CaptureFixture[str]
         parsed(f"--model.policy.model={base}", TWO, "--model.rewards.2.weight=1")
     assert stop.value.code == 2
     assert "`model.rewards.2`: The list has no item 2: the last one is number 1." in capsys.readouterr().err
+
+
+OWN = "{class_path: own_functions.Scaled, init_args: {factor: 3.0, baseline: 1.0}}"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["init_args.factor=2"], {"factor": 2, "baseline": 1.0}),
+        (["factor=1e-1", "init_args.baseline=null"], {"factor": 0.1, "baseline": None}),
+        (["init_args.size.deep=2"], {"factor": 3.0, "baseline": 1.0, "size": {"deep": 2}}),
+        (["init_args={factor: 2}"], {"factor": 2, "baseline": 1.0}),
+        (["={class_path: own_functions.Scaled, init_args: {factor: 2}}"], {"factor": 2, "baseline": 1.0}),
+        (["={class_path: own_functions.Doubled}"], None),
+        (["class_path=own_functions.Doubled"], None),
+        (["={class_path: own_functions.Doubled}", "init_args.factor=5"], {"factor": 5}),
+    ],
+)
+@pytest.mark.parametrize("setting", ["estimator", "loss"])
+def test_arguments_of_a_class_of_the_users_own(setting: str, options: list[str], expected: Any, tmp_path: Path) -> None:
+    """In a file and on the command line, in the same way as those of an optimizer."""
+    (tmp_path / "config.yaml").write_text(f"model: {{init_args: {{algorithm: {{{setting}: {OWN}}}}}}}\n")
+    place = f"--model.algorithm.{setting}"
+    changes = [place + ("" if each.startswith("=") else ".") + each for each in options]
+    for start in ([f"--config={tmp_path / 'config.yaml'}"], [f"{place}={OWN}"]):
+        found = at(parsed(*start, "--model.policy.model=x", *changes), f"model.algorithm.{setting}")
+        assert found.get("init_args") == expected
+    for name in ("grpo", "own_functions.grpo"):
+        found = parsed(f"{place}={OWN}", "--model.policy.model=x", f"{place}={name}")
+        assert at(found, f"model.algorithm.{setting}") == name

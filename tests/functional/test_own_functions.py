@@ -98,6 +98,21 @@ def test_advantages_of_the_wrong_kind_name_the_function(function: Any, message: 
         own_advantages(function, REWARDS, torch.zeros(2, 3), VALID)
 
 
+def test_an_estimator_may_change_what_it_gets_and_computes_no_gradient() -> None:
+    rewards, valid = torch.tensor([[1.0, 0.0]], requires_grad=True), torch.ones(1, 2, dtype=torch.bool)
+    confidence = torch.zeros(1, 2)
+
+    def in_place(own_rewards: torch.Tensor, own_confidence: torch.Tensor, own_valid: torch.Tensor) -> torch.Tensor:
+        own_confidence += 1
+        own_valid[:] = False
+        return own_rewards.mul_(2)
+
+    found = own_advantages(in_place, rewards, confidence, valid)
+    assert found.tolist() == [[2.0, 0.0]]
+    assert not found.requires_grad
+    assert (rewards.tolist(), confidence.tolist(), valid.tolist()) == ([[1.0, 0.0]], [[0.0, 0.0]], [[True, True]])
+
+
 def arguments() -> dict[str, Any]:
     logprobs = torch.tensor([[-1.0, -2.0], [-0.5, -9.0]], requires_grad=True)
     return {
@@ -119,6 +134,9 @@ def test_a_scalar_loss_has_the_statistics_of_the_built_in_one() -> None:
     assert found.mean_kl == known.mean_kl
     assert found.ratio_max == known.ratio_max == pytest.approx(math.exp(0.1))
     assert found.clip_fraction == 0
+    far = given | {"old_logprobs": given["old_logprobs"] - 1}
+    assert policy_loss(**far).clip_fraction > 0
+    assert own_loss(own_functions.reinforce)(**far).clip_fraction == 0, "it clips nothing"
     whole = own_loss(own_functions.clipped)(**given)
     assert isinstance(whole, LossOutput)
     assert whole.loss == known.loss
@@ -136,6 +154,12 @@ def test_a_scalar_loss_has_the_statistics_of_the_built_in_one() -> None:
 def test_a_loss_of_the_wrong_kind_names_the_function(function: Any, message: str) -> None:
     with pytest.raises(ValueError, match=rf"The loss .*<lambda> .*{message}"):
         own_loss(function)(**arguments())
+
+
+def test_a_loss_without_gradient_is_right_where_there_is_none() -> None:
+    given = arguments()
+    given["logprobs"] = given["logprobs"].detach()
+    assert own_loss(own_functions.reinforce)(**given).loss.isfinite()
 
 
 def test_a_diverged_model_is_not_the_loss_functions_fault() -> None:

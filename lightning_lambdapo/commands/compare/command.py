@@ -20,7 +20,7 @@ from lightning_lambdapo.commands.compare.plan import (
     plan_runs,
 )
 from lightning_lambdapo.commands.compare.report import PREFERRED, Report
-from lightning_lambdapo.commands.compare.settings import option_keys, same_key
+from lightning_lambdapo.commands.compare.settings import given_besides, same_key
 from lightning_lambdapo.commands.compare.tuning import LAST_SEED, Choice, Tuning, plan_tuning
 from lightning_lambdapo.commands.main import rehearse
 from lightning_lambdapo.functional.ranges import home_path
@@ -54,6 +54,8 @@ def main(args: list[str]) -> None:
         base = load_yaml(options.config[0])
         first = [] if tuning is None else tuning.runs
         commands = [(run, running.prepare(run, base, arguments)) for run in first or runs]
+        untuned = [] if tuning is None else plan_runs(tuning.untuned, seeds, options.output)
+        later = [(run, running.prepare(run, base, arguments)) for run in untuned]
     except ValueError as error:
         parser.error(str(error))
     done = sum(map(running.finished, [*first, *runs]))
@@ -65,6 +67,7 @@ def main(args: list[str]) -> None:
     progress = _Progress(console, total=len(first) + len(runs), done=done, workers=options.workers)
     choice = None
     if tuning is not None:
+        _rehearse(later)  # before the other arms are tuned
         if _train(console, commands, progress):
             console.print("Values are chosen when all tuning runs have finished. The same command continues.")
             raise SystemExit(1)
@@ -98,12 +101,17 @@ def main(args: list[str]) -> None:
 def _train(console: Console, commands: Sequence[tuple[Run, list[str]]], progress: "_Progress") -> list[Run]:
     """Train the runs that have not finished, and name those that fail."""
     todo = [(run, command) for run, command in commands if not running.finished(run)]
-    for command in {run.arm.label: command for run, command in todo}.values():
-        rehearse(command)
+    _rehearse(todo)
     failed = running.train_all(todo, workers=progress.workers, report=progress)
     for run in failed:
         console.print(f"FAILED: {run.arm.label}, seed {run.seed}. See {run.directory / 'train.log'}", markup=False)
     return failed
+
+
+def _rehearse(commands: Sequence[tuple[Run, list[str]]]) -> None:
+    """Find mistakes in the settings of each arm."""
+    for command in {run.arm.label: command for run, command in commands if not running.finished(run)}.values():
+        rehearse(command)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -165,9 +173,8 @@ def _arms(options: argparse.Namespace, arguments: Sequence[str]) -> list[Arm]:
     estimators = parse_estimators(options.estimators)
     variations = [parse_variation(text) for text in options.vary]
     varied = [key for variation in variations for key in variation[0]] + ([ESTIMATOR] if estimators else [])
-    fixed = option_keys(arguments)
     for key in varied:
-        if any(same_key(key, name) for name in fixed):
+        if given_besides(key, arguments):
             raise ValueError(f"{key} is varied, and given a value besides. Drop one of them.")
     for name, count in Counter(varied).items():
         if count > 1:
@@ -196,9 +203,9 @@ def _tuning(options: argparse.Namespace, arms: Sequence[Arm], arguments: Sequenc
         return None
     alternatives = [parse_tuning(text) for text in options.tune]
     keys = [key for alternative in alternatives for key in alternative[0]]
-    taken = [*option_keys(arguments), *(key for arm in arms for key in arm.settings)]
+    taken = [key for arm in arms for key in arm.settings]
     for index, key in enumerate(keys):
-        if any(same_key(key, name) for name in taken):
+        if given_besides(key, arguments) or any(same_key(key, name) for name in taken):
             raise ValueError(f"{key} is tuned, and varied or given a value besides. Drop one of them.")
         if any(same_key(key, name) for name in keys[:index]):
             raise ValueError(f"{key} is tuned twice. Put its values into one --tune.")

@@ -86,7 +86,7 @@ def parse_estimators(text: str) -> list[Any]:
 def parse_tuning(text: str) -> list[dict[str, Any]]:
     """The values of ``--tune``, written like a variation."""
     found = parse_variation(text)
-    if len({repr(each) for each in found}) < len(found):
+    if any(each in found[:index] for index, each in enumerate(found)):  # also 1 and 1.0
         raise ValueError(f"--tune={text} names a value twice.")
     return found
 
@@ -170,13 +170,19 @@ def _plain(text: str) -> Any:
 
 
 def _idle(key: str, settings: Mapping[str, Any]) -> bool:
-    parts = [part for part in key.split(".") if part != "init_args"]
-    if parts[:2] != ["model", "algorithm"] or parts[-1] not in _PAIRWISE:
+    name = _of_algorithm(key)
+    if name not in _PAIRWISE:
         return False
-    chosen = {_last(name): value for name, value in settings.items()}
+    chosen = {_of_algorithm(each): value for each, value in settings.items()}
     if chosen.get("estimator", "lambda") != "lambda":  # a function of the user's own receives the confidence
-        return parts[-1] != "score" or chosen["estimator"] in get_args(Estimator)
-    return chosen.get("weighting") == "uniform" and parts[-1] in ("temperature", "score")
+        return name != "score" or chosen["estimator"] in get_args(Estimator)
+    return chosen.get("weighting") == "uniform" and name in ("temperature", "score")
+
+
+def _of_algorithm(key: str) -> str | None:
+    """The name of a setting of the algorithm itself. Arguments of a function of the user's own are none."""
+    parts = _parts(key)
+    return parts[-1] if parts[:-1] == ["model", "algorithm"] else None
 
 
 def _label(used: Mapping[str, Any], settings: Mapping[str, Any], shown: Callable[[Any], str]) -> str:
@@ -206,7 +212,7 @@ def _short_names(keys: Sequence[str]) -> dict[str, str]:
     """Each key's shortest ending that no other key has."""
 
     def endings(key: str) -> Iterator[str]:
-        parts = [part for part in key.split(".") if part != "init_args"]
+        parts = _parts(key)
         return (".".join(parts[-length:]) for length in range(1, len(parts) + 1))
 
     taken = {key: set(endings(key)) for key in keys}
@@ -220,6 +226,10 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict) and "class_path" in value:
         return str(value["class_path"]).rpartition(".")[2]
     return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
+
+
+def _parts(key: str) -> list[str]:
+    return [part for part in key.split(".") if part != "init_args"]
 
 
 def _last(key: str) -> str:

@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from lightning_lambdapo.commands.nested_options import replaced_class
+
 
 def with_settings(base: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a configuration with dotted keys set. Keys may omit ``init_args``, and numbers index lists.
@@ -44,8 +46,9 @@ def with_options(
 ) -> tuple[dict[str, Any], list[str]]:
     """A copy of a configuration with those options in it that give the place of a varied setting.
 
-    On the command line they would take effect after the arm's settings, and replace them: a class
-    (``--model.optimizer={class_path: ...}``) the settings of its arguments, a list the settings of its items.
+    On the command line they would take effect after the arm's settings: a class (``--model.optimizer={class_path:
+    ...}``), whose arguments the configuration may not have, or a list, which replaces the settings of its items. As on
+    the command line, a class keeps those arguments of the one before that it takes as well.
 
     Args:
         base: the configuration.
@@ -71,7 +74,9 @@ def with_options(
         if inside and name.endswith("+"):
             item = value if found is None else found
             config = _appended(config, place, item if isinstance(item, list) else [item])
-        elif inside and (isinstance(found, list) or (isinstance(found, dict) and "class_path" in found)):
+        elif inside and isinstance(found, dict) and "class_path" in found:
+            config = with_settings(config, {place: replaced_class(_at(config, place), found)})
+        elif inside and isinstance(found, list):
             config = with_settings(config, {place: found})
         else:
             others += words
@@ -80,12 +85,21 @@ def with_options(
 
 def _appended(config: dict[str, Any], place: str, items: list[Any]) -> dict[str, Any]:
     """A configuration with a longer list at a place that may have none yet, or one item without a list."""
-    before: Any = config
-    for part in place.split("."):
-        before = _inside(before, part)
-        before = before.get(part) if isinstance(before, dict) else None
+    before = _at(config, place)
     before = before if isinstance(before, list) else [] if before is None else [before]
     return with_settings(config, {place: [*before, *items]})
+
+
+def _at(config: dict[str, Any], key: str) -> Any:
+    """The value of a dotted key, or None."""
+    found: Any = config
+    for part in key.split("."):
+        if isinstance(found, list):
+            found = found[int(part)] if part.isdecimal() and int(part) < len(found) else None
+            continue
+        found = _inside(found, part)
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
 
 
 def same_key(one: str, other: str) -> bool:
@@ -97,6 +111,24 @@ def is_part(key: str, whole: str) -> bool:
     """Whether a dotted key names the setting ``whole`` or something in it."""
     first, second = ([part for part in name.split(".") if part != "init_args"] for name in (key, whole))
     return first[: len(second)] == second
+
+
+def given_besides(key: str, arguments: Sequence[str]) -> bool:
+    """Whether a command line gives a setting its value. An appended item leaves the other items as they are.
+
+    Example:
+        >>> given_besides("a.0.size", ["--a=b.C"]), given_besides("a.0.size", ["--a+=b.C"])
+        (True, False)
+        >>> given_besides("a", ["--a+=b.C"]), given_besides("a.0.size", ["--a+={class_path: b.C}"])
+        (True, False)
+    """
+    for name, value, _ in _options(arguments):
+        if name.endswith("+"):
+            if is_part(name.rstrip("+"), key):
+                return True
+        elif any(same_key(key, leaf) for leaf in _leaves(name, value)):
+            return True
+    return False
 
 
 def option_keys(arguments: Sequence[str]) -> list[str]:

@@ -29,6 +29,11 @@ class Tuning:
     runs: list[Run]
     seeds: list[int]
 
+    @property
+    def untuned(self) -> list[Arm]:
+        """Arms for which there is nothing to choose, and so no run here."""
+        return [dataclasses.replace(arm, tuned=own[0].tuned) for arm, own in self.candidates.items() if len(own) == 1]
+
 
 def plan_tuning(
     arms: Sequence[Arm], alternatives: Sequence[Sequence[Mapping[str, Any]]], seeds: int, root: Path

@@ -140,5 +140,18 @@ def test_each_arm_tunes_what_it_uses() -> None:
         {"model.optimizer.init_args.lr": 1e-3},
     ]
     assert [each.tuned for each in candidates(arms[1], [temperatures])] == [{}]
-    with pytest.raises(ValueError, match="names a value twice"):
-        parse_tuning("a=1,1")
+    for twice in ("a=1,1", "a=1,1.0", "a=1e-4,0.0001", "a+b=1+2,1+2.0"):
+        with pytest.raises(ValueError, match="names a value twice"):
+            parse_tuning(twice)
+
+
+def test_arguments_of_an_own_estimator_are_not_settings_of_the_pairs() -> None:
+    """Even if they have the same names."""
+    own = "model.algorithm.estimator.init_args"
+    names = parse_variation(f"{own}.weighting=uniform,linear")
+    temperatures = parse_variation("model.algorithm.temperature=0.1,1")
+    assert len(plan_arms([], [names, temperatures])) == 4
+    weightings = parse_variation("model.algorithm.weighting=uniform,agreement")
+    assert len(plan_arms([], [weightings, parse_variation(f"{own}.temperature=0.1,1")])) == 4
+    rewards = parse_variation("model.rewards.0.init_args.estimator=a,b")
+    assert len(plan_arms([], [rewards, temperatures])) == 4

@@ -8,7 +8,7 @@ import yaml
 
 from lightning_lambdapo.commands.compare.plan import Arm, Run
 from lightning_lambdapo.commands.compare.runs import prepare
-from lightning_lambdapo.commands.compare.settings import same_key, with_options, with_settings
+from lightning_lambdapo.commands.compare.settings import given_besides, same_key, with_options, with_settings
 
 
 def test_settings_find_their_place() -> None:
@@ -73,6 +73,34 @@ def test_options_that_give_the_place_of_a_setting() -> None:
         assert with_options(base, [option], ["model.rollout.max_new_tokens"]) == (base, [option])
 
 
+def test_an_option_keeps_the_arguments_that_its_class_takes_as_well() -> None:
+    """As jsonargparse does where nothing is varied: an option that names the same class changes what it says."""
+    earlier = {"lr": 1, "betas": [0.9, 0.95], "weight_decay": 0.0}
+    adamw = {"class_path": "torch.optim.AdamW", "init_args": earlier}
+    base = {"model": {"class_path": "M", "init_args": {"optimizer": adamw, "policy": {"model": "x", "dtype": "y"}}}}
+    for given, expected in {
+        "{class_path: torch.optim.AdamW, init_args: {eps: 2}}": {**earlier, "eps": 2},
+        "{class_path: AdamW, init_args: {lr: 3}}": {**earlier, "lr": 3},
+        "{class_path: torch.optim.SGD, init_args: {momentum: 2}}": {"lr": 1, "weight_decay": 0.0, "momentum": 2},
+        "{class_path: torch.optim.SGD}": {"lr": 1, "weight_decay": 0.0},
+        "{class_path: no.such.Optimizer, init_args: {a: 2}}": {"a": 2},
+    }.items():
+        found, others = with_options(base, [f"--model.optimizer={given}"], ["model.optimizer.init_args.lr"])
+        assert found["model"]["init_args"]["optimizer"]["init_args"] == expected, given
+        assert others == []
+    inner = "{class_path: torch.optim.SGD, init_args: {lr: 5}}"
+    option = f"--model={{class_path: M, init_args: {{policy: {{dtype: z}}, optimizer: {inner}}}}}"
+    found, _ = with_options(base, [option], ["model.optimizer.init_args.lr"])
+    assert found["model"]["init_args"] == {
+        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 5, "weight_decay": 0.0}},
+        "policy": {"model": "x", "dtype": "z"},
+    }
+    # arguments without their class are those of the command line's own
+    data = "--data={class_path: lightning_lambdapo.LambdaPODataModule, init_args: {batch_size: 4}}"
+    found, _ = with_options({"data": {"batch_size": 2, "val": {"limit": 3}, "unknown": 1}}, [data], ["data.seed"])
+    assert found["data"]["init_args"] == {"batch_size": 4, "val": {"limit": 3}}
+
+
 def test_options_that_append_the_item_of_a_setting() -> None:
     key = "trainer.callbacks.1.init_args.size"
     for before in ({"callbacks": ["A"]}, {"callbacks": "A"}):
@@ -86,9 +114,22 @@ def test_options_that_append_the_item_of_a_setting() -> None:
     assert with_options({}, [option], ["trainer.max_steps"]) == ({}, [option])
 
 
+def test_an_appended_item_gives_no_other_a_value() -> None:
+    key = "trainer.callbacks.0.size"
+    for item in ("b.C", "{class_path: b.C}", "[{class_path: b.C}]"):
+        assert not given_besides(key, [f"--trainer.callbacks+={item}"])
+        assert not given_besides(key, ["--trainer.callbacks+", item])
+        for whole in ("trainer.callbacks", "trainer"):
+            assert given_besides(whole, [f"--trainer.callbacks+={item}"]), "the list itself is varied"
+    assert given_besides(key, ["--trainer.callbacks=[b.C]"])
+    assert given_besides(key, ["--x=1", "--trainer.callbacks.0.init_args.size", "3"])
+    assert not given_besides(key, ["--trainer.callbacks.0.name=3"])
+
+
 def test_same_key() -> None:
     assert same_key("model.algorithm.score", "model.init_args.algorithm.score")
     assert same_key("model.rewards.1.weight", "model.rewards"), "the one holds the other"
+    assert same_key("model.rewards", "model.rewards.1.weight")
     assert not same_key("model.rewards", "model.rollout")
 
 

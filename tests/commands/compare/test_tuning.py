@@ -152,6 +152,10 @@ def test_tuning_as_a_user_runs_it(tmp_path: Path, capfd: pytest.CaptureFixture[s
         (["--tune=model.optimizer.init_args.rate=1,2"], "rate"),
         (["--tune=data.seed=1,2"], "`compare` sets data.seed for each run"),
         (["--estimators=grpo,own_functions.grop"], "own_functions has no 'grop'. Did you mean grpo?"),
+        (  # an arm that is not tuned
+            ["--estimators=lambda,own_functions.grop", "--tune=model.algorithm.temperature=0.1,1"],
+            "own_functions has no 'grop'. Did you mean grpo?",
+        ),
     ],
 )
 def test_mistakes_are_found_before_anything_is_computed(
@@ -161,6 +165,38 @@ def test_mistakes_are_found_before_anything_is_computed(
         compare(tmp_path, "--estimators=lambda,grpo", *arguments)
     assert message in capsys.readouterr().err + str(stop.value)
     assert not list(tmp_path.rglob("train.log"))
+
+
+def test_the_edge_is_said_of_three_values_at_either_end(tmp_path: Path) -> None:
+    lowest = LEVELS | {("lambda", 1e-5): 0.9}
+    assert "**At the edge of the values tried**: lambda, grpo." in "\n".join(choose(tuned(tmp_path, lowest)).markdown())
+    two = plan_tuning(plan_arms(["lambda", "grpo"], []), [parse_tuning(f"{RATE}=1e-4,1e-3")], 1, tmp_path / "two")
+    for run in two.runs:
+        log(run.directory, LEVELS[run.arm.settings[ESTIMATOR], run.arm.tuned[RATE]])
+    assert "edge" not in "\n".join(choose(two).markdown()), "of two values one is always at an edge"
+
+
+def test_the_metric_is_one_that_all_tuning_runs_logged(tmp_path: Path) -> None:
+    tuning = tuned(tmp_path, LEVELS)
+    file = tuning.runs[0].directory / "lightning_logs" / "version_0" / "metrics.csv"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([f"{lines[0]},val/pass_at_1", *(f"{line},1" for line in lines[1:])]) + "\n")
+    assert choose(tuning).metric == "train/accuracy"
+
+
+def test_tuned_values_have_directories_of_their_own(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Several tuned values would share a directory"):
+        plan_tuning(plan_arms(["lambda", "grpo"], []), [parse_tuning("a=x/y,x_y")], 1, tmp_path)
+    classes = parse_tuning("o={class_path: a.W, init_args: {b: 1}},{class_path: a.W, init_args: {b: 2}}")
+    tuning = plan_tuning(plan_arms(["lambda", "grpo"], []), [classes], 1, tmp_path)
+    assert len({run.directory for run in tuning.runs}) == 4, "their short labels are the same"
+
+
+def test_arms_with_nothing_to_choose(tmp_path: Path) -> None:
+    together = parse_tuning(f"model.algorithm.temperature+{RATE}=0.1+1e-4,1+1e-4")
+    tuning = plan_tuning(plan_arms(["lambda", "grpo"], []), [together], 1, tmp_path)
+    assert [(arm.label, arm.tuned) for arm in tuning.untuned] == [("grpo", {RATE: 1e-4})]
+    assert {run.arm.settings[ESTIMATOR] for run in tuning.runs} == {"lambda"}
 
 
 def test_a_setting_that_no_arm_uses_is_refused(tmp_path: Path) -> None:
