@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_lambdapo.callbacks import finished_rollouts
 from lightning_lambdapo.functional import group_advantages, lambda_advantages, pairwise_weights
 
 
@@ -108,7 +109,7 @@ class WeightSchedule(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the weight of this rollout."""
-        share = min(1.0, trainer.global_step / self.steps)
+        share = min(1.0, finished_rollouts(trainer) / self.steps)
         rewards: Any = pl_module.rewards
         (chosen,) = (each for each in rewards if each.name == self.reward)
         chosen.weight = self.start + share * (self.end - self.start)

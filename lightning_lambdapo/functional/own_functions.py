@@ -4,7 +4,8 @@ import difflib
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -121,7 +122,8 @@ def own_advantages(function: Function, rewards: Tensor, confidence: Tensor, vali
     """
     name = function_name(function)
     rewards, confidence, valid = prepare_groups(rewards, confidence, valid)
-    found = function(rewards.clone(), confidence.clone(), valid.clone())
+    with _named(f"the estimator {name}"):
+        found = function(rewards.clone(), confidence.clone(), valid.clone())
     shape = tuple(rewards.shape)
     if not isinstance(found, Tensor) or tuple(found.shape) not in (shape, (math.prod(shape),)):
         got = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)[:100]
@@ -153,7 +155,8 @@ def own_loss(function: Function) -> Callable[..., LossOutput]:
     @wraps(policy_loss)
     def checked(*values: Any, **settings: Any) -> LossOutput:
         arguments = dict(zip(_LOSS_ARGUMENTS, values, strict=False)) | settings
-        found = function(**arguments)
+        with _named(f"the loss {name}"):
+            found = function(**arguments)
         loss = found.loss if isinstance(found, LossOutput) else found
         if not isinstance(loss, Tensor) or loss.shape != ():
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)[:100]
@@ -212,6 +215,16 @@ def plain_function(value: Any) -> Any:
         except ValueError:
             pass
     return {_UNSAVED: path}
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Add to an exception in whose function it was raised."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"This was raised in {what}.")
+        raise
 
 
 def _finite(arguments: Mapping[str, Any]) -> bool:

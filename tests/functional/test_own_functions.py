@@ -11,7 +11,13 @@ import torch
 
 from lightning_lambdapo.config import AlgorithmConfig
 from lightning_lambdapo.functional import LossOutput, policy_loss
-from lightning_lambdapo.functional.own_functions import find_function, own_advantages, own_loss, plain_function
+from lightning_lambdapo.functional.own_functions import (
+    find_function,
+    function_name,
+    own_advantages,
+    own_loss,
+    plain_function,
+)
 
 REWARDS = torch.tensor([[1.0, 0.0, 2.0], [math.nan, 3.0, 5.0]])
 VALID = torch.tensor([[True, True, True], [False, True, True]])
@@ -96,6 +102,18 @@ def test_a_module_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_advantages_of_the_wrong_kind_name_the_function(function: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         own_advantages(function, REWARDS, torch.zeros(2, 3), VALID)
+
+
+def test_what_a_function_raises_names_it() -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise TypeError("its own")
+
+    with pytest.raises(TypeError, match="its own") as raised:
+        own_advantages(fails, REWARDS, torch.zeros(2, 3), VALID)
+    assert raised.value.__notes__ == [f"This was raised in the estimator {function_name(fails)}."]
+    with pytest.raises(TypeError, match="its own") as raised:
+        own_loss(fails)(**arguments())
+    assert raised.value.__notes__ == [f"This was raised in the loss {function_name(fails)}."]
 
 
 def test_an_estimator_may_change_what_it_gets_and_computes_no_gradient() -> None:

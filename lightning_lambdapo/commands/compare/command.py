@@ -13,6 +13,7 @@ from lightning_lambdapo.commands.compare.plan import (
     ESTIMATOR,
     Arm,
     Run,
+    decided,
     parse_estimators,
     parse_tuning,
     parse_variation,
@@ -203,9 +204,8 @@ def _tuning(options: argparse.Namespace, arms: Sequence[Arm], arguments: Sequenc
         return None
     alternatives = [parse_tuning(text) for text in options.tune]
     keys = [key for alternative in alternatives for key in alternative[0]]
-    taken = [key for arm in arms for key in arm.settings]
     for index, key in enumerate(keys):
-        if given_besides(key, arguments) or any(same_key(key, name) for name in taken):
+        if given_besides(key, arguments) or any(decided(arm, key) for arm in arms):
             raise ValueError(f"{key} is tuned, and varied or given a value besides. Drop one of them.")
         if any(same_key(key, name) for name in keys[:index]):
             raise ValueError(f"{key} is tuned twice. Put its values into one --tune.")

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import yaml
 
+from lightning_lambdapo.commands.compare.settings import is_part, same_key
 from lightning_lambdapo.config import Estimator
 
 ESTIMATOR = "model.algorithm.estimator"
@@ -95,7 +96,8 @@ def plan_arms(estimators: Sequence[Any], variations: Iterable[Sequence[Mapping[s
     """Every estimator with every combination of alternatives, without duplicates.
 
     An arm omits settings that it does not use: those of the pairwise advantage in a baseline's arm (all but the score
-    in that of a function of the user's own, which receives it), temperature and score with ``weighting: uniform``.
+    in that of a function of the user's own, which receives it), temperature and score with ``weighting: uniform``,
+    arguments of an estimator (``model.algorithm.estimator.init_args...``) where the arm's is not given as a class.
     Arms that become equal are listed once.
 
     Args:
@@ -115,6 +117,14 @@ def plan_arms(estimators: Sequence[Any], variations: Iterable[Sequence[Mapping[s
             label = _label(used, settings, repr)
         found.setdefault(label, Arm(label, used))
     return list(found.values())
+
+
+def decided(arm: Arm, key: str) -> bool:
+    """Whether an arm's settings already give a dotted key its value. The argument of a class that they name is free."""
+    if _idle(key, arm.settings):
+        return False
+    free = {name for name, value in arm.settings.items() if isinstance(value, Mapping) and not is_part(name, key)}
+    return any(same_key(key, name) for name in arm.settings.keys() - free)
 
 
 def candidates(arm: Arm, tuning: Sequence[Sequence[Mapping[str, Any]]]) -> list[Arm]:
@@ -170,10 +180,12 @@ def _plain(text: str) -> Any:
 
 
 def _idle(key: str, settings: Mapping[str, Any]) -> bool:
+    chosen = {_of_algorithm(each): value for each, value in settings.items()}
+    if _parts(key)[:3] == _parts(ESTIMATOR) and len(_parts(key)) > 3:  # an argument of the estimator
+        return not isinstance(chosen.get("estimator", {}), Mapping)
     name = _of_algorithm(key)
     if name not in _PAIRWISE:
         return False
-    chosen = {_of_algorithm(each): value for each, value in settings.items()}
     if chosen.get("estimator", "lambda") != "lambda":  # a function of the user's own receives the confidence
         return name != "score" or chosen["estimator"] in get_args(Estimator)
     return chosen.get("weighting") == "uniform" and name in ("temperature", "score")

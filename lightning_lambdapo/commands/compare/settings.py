@@ -32,10 +32,10 @@ def with_settings(base: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[
             place = inner
         place = _inside(place, last)
         if isinstance(place, dict):
-            place[last] = value
+            place[last] = copy.deepcopy(value)  # a later key may lead into it
         elif isinstance(place, list):
             _item(place, last, key)
-            place[int(last)] = value
+            place[int(last)] = copy.deepcopy(value)
         else:
             raise ValueError(f"{key!r} leads through {place!r}, which has no parts to set.")
     return config

@@ -129,6 +129,9 @@ class Choice:
         edges = [arm.label for arm in self.means if self._at_an_edge(arm)]
         if edges:
             lines += [f"**At the edge of the values tried**: {', '.join(edges)}. Better values may lie beyond it.", ""]
+        level = [arm.label for arm in self.means if self._is_level(arm)]
+        if level:
+            lines += [f"**Several values are equally good**: {', '.join(level)}. The first of them was taken.", ""]
         for arm in (each for each in self.chosen if each not in self.means):
             lines += [f"{arm.label} uses none of the tuned settings.", ""]
         note = (
@@ -146,6 +149,11 @@ class Choice:
             if len(numbers) > 2 and value in (numbers[0], numbers[-1]):
                 return True
         return False
+
+    def _is_level(self, arm: Arm) -> bool:
+        """Whether another value has the mean of the chosen one."""
+        means = [mean for _, mean in self.means[arm]]
+        return means.count(dict(self.means[arm])[self.chosen[arm]]) > 1
 
     def table(self) -> list[dict[str, Any]]:
         """One row for each tuning run."""

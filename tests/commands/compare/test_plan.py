@@ -155,3 +155,10 @@ def test_arguments_of_an_own_estimator_are_not_settings_of_the_pairs() -> None:
     assert len(plan_arms([], [weightings, parse_variation(f"{own}.temperature=0.1,1")])) == 4
     rewards = parse_variation("model.rewards.0.init_args.estimator=a,b")
     assert len(plan_arms([], [rewards, temperatures])) == 4
+
+
+def test_arguments_of_an_own_estimator_are_those_of_its_arms() -> None:
+    powers = parse_variation("model.algorithm.estimator.init_args.power=1,2")
+    arms = plan_arms(["lambda", "my.function", {"class_path": "my.Power"}], [powers])
+    assert [arm.label for arm in arms] == ["lambda", "my.function", "Power power=1", "Power power=2"]
+    assert len(plan_arms([], [powers])) == 2, "the base's estimator has it"

@@ -8,8 +8,16 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_lambdapo.commands.compare.plan import ESTIMATOR, parse_tuning, plan_arms, plan_runs
+from lightning_lambdapo.commands.compare.plan import (
+    ESTIMATOR,
+    decided,
+    parse_tuning,
+    parse_variation,
+    plan_arms,
+    plan_runs,
+)
 from lightning_lambdapo.commands.compare.report import PREFERRED, Report
+from lightning_lambdapo.commands.compare.runs import prepare
 from lightning_lambdapo.commands.compare.tuning import Choice, Tuning, plan_tuning
 from lightning_lambdapo.commands.main import main
 
@@ -174,6 +182,36 @@ def test_the_edge_is_said_of_three_values_at_either_end(tmp_path: Path) -> None:
     for run in two.runs:
         log(run.directory, LEVELS[run.arm.settings[ESTIMATOR], run.arm.tuned[RATE]])
     assert "edge" not in "\n".join(choose(two).markdown()), "of two values one is always at an edge"
+
+
+def test_values_that_are_equally_good_are_named(tmp_path: Path) -> None:
+    assert "equally good" not in "\n".join(choose(tuned(tmp_path, LEVELS)).markdown())
+    level = LEVELS | {("grpo", 1e-5): LEVELS["grpo", 1e-3]}
+    assert "**Several values are equally good**: grpo. The" in "\n".join(
+        choose(tuned(tmp_path / "b", level)).markdown()
+    )
+    worse = LEVELS | {("grpo", 1e-5): LEVELS["grpo", 1e-4]}
+    assert "equally good" not in "\n".join(choose(tuned(tmp_path / "c", worse)).markdown()), "they are not the best"
+
+
+def test_the_argument_of_an_own_estimator_is_tuned_beside_others(tmp_path: Path) -> None:
+    arms = plan_arms(["lambda", {"class_path": "my.Power"}], [])
+    powers = parse_tuning("model.algorithm.estimator.init_args.power=1,2")
+    tuning = plan_tuning(arms, [powers], 1, tmp_path)
+    assert [each.label for each in tuning.candidates[arms[0]]] == ["base"], "it has no such argument"
+    assert [each.label for each in tuning.candidates[arms[1]]] == ["power=1", "power=2"]
+    commands = [prepare(run, {"trainer": {}}, []) for run in tuning.runs]
+    assert len(commands) == 2
+    for run, power in zip(tuning.runs, (1, 2), strict=True):
+        config = yaml.safe_load((run.directory / "config.yaml").read_text())
+        assert config["model"]["algorithm"]["estimator"] == {"class_path": "my.Power", "init_args": {"power": power}}
+    assert arms[1].settings[ESTIMATOR] == {"class_path": "my.Power"}, "one run's value does not reach another"
+    key = next(iter(powers[0]))
+    assert not any(decided(arm, key) for arm in arms)
+    given = plan_arms([], [parse_variation(f"{key}=3,4")])
+    assert decided(given[0], key)
+    assert decided(arms[0], ESTIMATOR), "an estimator is not tuned where it is compared"
+    assert decided(arms[1], "model.algorithm")
 
 
 def test_the_metric_is_one_that_all_tuning_runs_logged(tmp_path: Path) -> None:
