@@ -165,7 +165,7 @@ class Evaluator(nn.Module):
             "k": list(self.config.k),
             "decoding": ({"greedy": True} if sampling.greedy else drawn) | {"max_new_tokens": max_new_tokens},
             "seed": seed,
-            "answer_format": getattr(self.voter, "answer_format", None),
+            "answer_format": getattr(self._stage("val").voter, "answer_format", None),
         }
 
     def _stage(self, stage: str) -> Evaluation:
