@@ -20,10 +20,11 @@ from lightning_lambdapo import LambdaPOModule, config
 from lightning_lambdapo.checkpointing import release_0_1
 from lightning_lambdapo.commands import score
 from lightning_lambdapo.commands.compare import command
-from lightning_lambdapo.commands.compare.plan import ESTIMATOR, parse_variation
-from lightning_lambdapo.commands.compare.settings import option_keys
+from lightning_lambdapo.commands.compare.plan import plan_runs
+from lightning_lambdapo.commands.compare.runs import prepare
 from lightning_lambdapo.commands.main import COMMANDS, LambdaPOCLI
 from lightning_lambdapo.data import PRESETS, LambdaPODataModule
+from lightning_lambdapo.runs.files import load_yaml
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -61,6 +62,15 @@ SECTIONS = {
     "performance": config.PerformanceConfig,
 }
 
+#: The module that the examples call the user's own.
+OWN = """
+def above_median(rewards, confidence, valid): ...
+mine = above_median
+class Clipped:
+    def __init__(self, limit: float = 1.0): ...
+    def __call__(self, rewards, confidence, valid): ...
+"""
+
 
 def blocks(language: str, *names: str) -> list[str]:
     texts = [TEXTS[name] for name in names or TEXTS]
@@ -68,11 +78,15 @@ def blocks(language: str, *names: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    """The words of every command in a bash block."""
+    """The words of every command in a bash block, with the values of the block's own variables."""
     found = []
     for block in blocks("bash"):
+        values = dict(re.findall(r"^(\w+)=(\S+)$", block, re.MULTILINE))
         for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
+            words = [
+                re.sub(r"\$(\w+)", lambda name: values.get(name[1], name[0]), word)  # noqa: B023
+                for word in shlex.split(line, comments=True)
+            ]
             while "&&" in words:
                 found.append(words[: words.index("&&")])
                 words = words[words.index("&&") + 1 :]
@@ -172,7 +186,7 @@ def test_set_up_takes_two_commands() -> None:
     assert len(re.findall(r"^python3 -m venv", found, re.MULTILINE)) == 2
     last = blocks("bash", "README.md")[1].strip().split(" && ")
     ci = (ROOT / ".ci" / "run").read_text()
-    assert last[-1] in ci.splitlines()[-1]
+    assert f"    {last[-1]} -q" in ci.splitlines()
     assert "-e '.[dev]'" in last[-2]
     assert "-e '.[dev]'" in ci
 
@@ -227,21 +241,25 @@ def test_commands_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("words", [words for words in own_commands() if words[0] == "compare"], ids=" ".join)
-def test_comparisons_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each value that is varied, and all other options, are such as ``fit`` takes."""
+def test_comparisons_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every value that is varied or tuned occurs in a run that ``fit`` takes."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "configs" / "evidence"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "my_module.py").write_text(OWN)
     options, others = command._parser().parse_known_args(words[1:])
-    base = [f"--config={options.config[0]}", *others]
-    assert options.estimators or options.vary
-    settings = [{ESTIMATOR: name} for name in options.estimators.split(",") if name]
-    settings += [each for text in (*options.vary, *options.tune) for each in parse_variation(text)]
-    for each in settings:
-        parse(["fit", *base, *(f"--{key}={_text(value)}" for key, value in each.items() if ".rewards." not in key)])
-    assert not set(option_keys(others)) & {key for each in settings for key in each}
-
-
-def _text(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    options.output = tmp_path
+    arms = command._arms(options, others)
+    tuning = command._tuning(options, arms, others)
+    final = arms if tuning is None else tuning.untuned
+    runs = [*([] if tuning is None else tuning.runs), *plan_runs(final, [1], tmp_path)]
+    seen: set[str] = set()
+    for run in runs:
+        values = {f"{key}={value}" for key, value in (run.arm.settings | run.arm.tuned).items()}
+        if values - seen:
+            parse(prepare(run, load_yaml(options.config[0]), others)[:-1])  # without --ckpt_path
+        seen |= values
 
 
 @pytest.mark.parametrize("words", [words for words in own_commands() if words[0] == "score"], ids=" ".join)
