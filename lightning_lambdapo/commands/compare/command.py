@@ -68,7 +68,7 @@ def main(args: list[str]) -> None:
     progress = _Progress(console, total=len(first) + len(runs), done=done, workers=options.workers)
     choice = None
     if tuning is not None:
-        _rehearse(later)  # before the other arms are tuned
+        _rehearse(_unfinished(later))  # before the other arms are tuned
         if _train(console, commands, progress):
             console.print("Values are chosen when all tuning runs have finished. The same command continues.")
             raise SystemExit(1)
@@ -101,7 +101,7 @@ def main(args: list[str]) -> None:
 
 def _train(console: Console, commands: Sequence[tuple[Run, list[str]]], progress: "_Progress") -> list[Run]:
     """Train the runs that have not finished, and name those that fail."""
-    todo = [(run, command) for run, command in commands if not running.finished(run)]
+    todo = _unfinished(commands)
     _rehearse(todo)
     failed = running.train_all(todo, workers=progress.workers, report=progress)
     for run in failed:
@@ -109,9 +109,13 @@ def _train(console: Console, commands: Sequence[tuple[Run, list[str]]], progress
     return failed
 
 
+def _unfinished(commands: Sequence[tuple[Run, list[str]]]) -> list[tuple[Run, list[str]]]:
+    return [(run, command) for run, command in commands if not running.finished(run)]
+
+
 def _rehearse(commands: Sequence[tuple[Run, list[str]]]) -> None:
     """Find mistakes in the settings of each arm."""
-    for command in {run.arm.label: command for run, command in commands if not running.finished(run)}.values():
+    for command in {run.arm.label: command for run, command in commands}.values():
         rehearse(command)
 
 

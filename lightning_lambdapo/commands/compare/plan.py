@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import yaml
 
-from lightning_lambdapo.commands.compare.settings import is_part, same_key
+from lightning_lambdapo.commands.compare.settings import is_part, key_parts, same_key
 from lightning_lambdapo.config import Estimator
 
 ESTIMATOR = "model.algorithm.estimator"
@@ -181,7 +181,7 @@ def _plain(text: str) -> Any:
 
 def _idle(key: str, settings: Mapping[str, Any]) -> bool:
     chosen = {_of_algorithm(each): value for each, value in settings.items()}
-    if _parts(key)[:3] == _parts(ESTIMATOR) and len(_parts(key)) > 3:  # an argument of the estimator
+    if is_part(key, ESTIMATOR) and not is_part(ESTIMATOR, key):  # an argument of the estimator
         return not isinstance(chosen.get("estimator", {}), Mapping)
     name = _of_algorithm(key)
     if name not in _PAIRWISE:
@@ -193,7 +193,7 @@ def _idle(key: str, settings: Mapping[str, Any]) -> bool:
 
 def _of_algorithm(key: str) -> str | None:
     """The name of a setting of the algorithm itself. Arguments of a function of the user's own are none."""
-    parts = _parts(key)
+    parts = key_parts(key)
     return parts[-1] if parts[:-1] == ["model", "algorithm"] else None
 
 
@@ -224,7 +224,7 @@ def _short_names(keys: Sequence[str]) -> dict[str, str]:
     """Each key's shortest ending that no other key has."""
 
     def endings(key: str) -> Iterator[str]:
-        parts = _parts(key)
+        parts = key_parts(key)
         return (".".join(parts[-length:]) for length in range(1, len(parts) + 1))
 
     taken = {key: set(endings(key)) for key in keys}
@@ -238,10 +238,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict) and "class_path" in value:
         return str(value["class_path"]).rpartition(".")[2]
     return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
-
-
-def _parts(key: str) -> list[str]:
-    return [part for part in key.split(".") if part != "init_args"]
 
 
 def _last(key: str) -> str:

@@ -109,8 +109,13 @@ def same_key(one: str, other: str) -> bool:
 
 def is_part(key: str, whole: str) -> bool:
     """Whether a dotted key names the setting ``whole`` or something in it."""
-    first, second = ([part for part in name.split(".") if part != "init_args"] for name in (key, whole))
-    return first[: len(second)] == second
+    parts = key_parts(whole)
+    return key_parts(key)[: len(parts)] == parts
+
+
+def key_parts(key: str) -> list[str]:
+    """The parts of a dotted key. It may name ``init_args`` or omit them, and they are no part."""
+    return [part for part in key.split(".") if part != "init_args"]
 
 
 def given_besides(key: str, arguments: Sequence[str]) -> bool:
