@@ -40,7 +40,7 @@ from lightning_lambdapo.rollout.sampling import TokenSampler
 STEPS_PER_EPOCH = 4
 EPOCHS = 3
 PROMPTS = 4  # per step, over all ranks
-TIMEOUT = timedelta(seconds=30)
+TIMEOUT = timedelta(minutes=10)
 
 
 class Noisy(Reward):

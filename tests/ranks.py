@@ -39,11 +39,10 @@ def _start_server() -> None:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a rank ended: its exit code (negative for a signal), what it printed, and after how many seconds."""
+    """How a rank ended: its exit code (negative for a signal), and what it printed."""
 
     code: int
     log: str
-    seconds: float
 
 
 def on_ranks(
@@ -70,14 +69,10 @@ def on_ranks(
         _CONTEXT.Process(target=_rank, args=(rank, count, nodes, port, files[rank], function, arguments, options))
         for rank in range(count)
     ]
-    seconds = [0.0] * count
     try:
         for process in ranks:
             process.start()
         while any(process.exitcode is None for process in ranks):
-            for index, process in enumerate(ranks):
-                if process.exitcode is not None and not seconds[index]:
-                    seconds[index] = time.monotonic() - start
             if time.monotonic() - start > timeout:
                 for process in ranks:
                     if process.exitcode is None and process.pid is not None:
@@ -91,10 +86,9 @@ def on_ranks(
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.join(10)
-    now = time.monotonic() - start
     return [
-        Ended(int(process.exitcode or 0), file.read_text(errors="replace"), taken or now)
-        for process, file, taken in zip(ranks, files, seconds, strict=True)
+        Ended(int(process.exitcode or 0), file.read_text(errors="replace"))
+        for process, file in zip(ranks, files, strict=True)
     ]
 
 

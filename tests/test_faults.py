@@ -77,10 +77,8 @@ def test_a_faulty_reward_stops_the_run_and_nothing_is_lost(base: str, tmp_path: 
     """Saved inside the step, before its first update: the step is done again from its start."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     fitting.train(whole, base, validate=False)
-    start = time.monotonic()
     with pytest.raises((RuntimeError, ValueError), match=MESSAGES[kind]):
         fitting.train(broken, base, validate=False, save_on_exception=True, rewards=[Trouble(kind, 8)])
-    assert time.monotonic() - start < 60
     held = torch.load(fitting.checkpoint(broken), weights_only=True)["lambdapo"]
     assert (held["rollout_step"], held["updates_in_unfinished_step"]) == (7, 0)
     fitting.train(broken, base, validate=False, resume="last")
@@ -98,7 +96,6 @@ def test_a_faulty_reward_on_one_rank_ends_both(base: str, tmp_path: Path, kind: 
         base,
         rewards=[Trouble(kind, 6, rank=1)],
         logs=tmp_path / "logs",
-        timeout=25,
         **options,
     )
     assert all(each.code != 0 for each in ended)
@@ -308,18 +305,20 @@ def test_a_data_file_that_changes_between_epochs(base: str, tmp_path: Path) -> N
 
 
 def test_a_plain_function_gets_a_deadline_too() -> None:
+    returned: list[bool] = []
+
     def slow(completions: list[str]) -> list[float]:
         time.sleep(30)
+        returned.append(True)
         return [0.0]
 
     from lightning_lambdapo.rewards.judging import judge
 
     inputs = RewardInputs(["?"] * 2, ["a", "b"], [None] * 2, [None] * 2, [1, 1], [False] * 2, [{}] * 2)
     before = signal.getsignal(signal.SIGVTALRM)
-    start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"The reward 'slow' did not return within 0\.2 seconds"):
         judge([FunctionReward(slow, timeout=0.2)], inputs, group_size=2)
-    assert time.monotonic() - start < 10
+    assert not returned
     assert signal.getsignal(signal.SIGVTALRM) == before
     with pytest.raises(ValueError, match="timeout of the reward 'slow' must be above 0 seconds, got 0"):
         FunctionReward(slow, timeout=0)
@@ -340,7 +339,7 @@ def hang_without_python(directory: Path) -> None:
 
 @pytest.mark.slow
 def test_code_that_never_comes_back_ends_the_program_with_a_traceback(tmp_path: Path) -> None:
-    (ended,) = on_ranks(1, hang_without_python, tmp_path, logs=tmp_path, timeout=30)
+    (ended,) = on_ranks(1, hang_without_python, tmp_path, logs=tmp_path)
     assert ended.code == 1
     assert "Timeout" in ended.log
     assert "hang_without_python" in ended.log

@@ -98,7 +98,7 @@ def test_sigterm_saves_at_the_end_of_the_step(
     assert ended.code != 0
     assert "SIGTERMException" in ended.log
     assert torch.load(fitting.checkpoint(tmp_path), weights_only=True)["lambdapo"]["rollout_step"] == saved
-    succeed(on_ranks(1, fitting.train, tmp_path, base, resume="last", logs=tmp_path / "resumed", timeout=60, **options))
+    succeed(on_ranks(1, fitting.train, tmp_path, base, resume="last", logs=tmp_path / "resumed", **options))
     assert_same_run(whole("one", "dropout"), tmp_path, saved)
 
 
@@ -109,7 +109,7 @@ def test_sigterm_ends_both_ranks_after_the_same_step(
 ) -> None:
     death: dict[str, Any] = {"death": f"rollout 7 SIGTERM {rank}", "save_on_exception": save}
     options: dict[str, Any] = {"how": "ddp", "trainer": VALIDATES}
-    ended = on_ranks(2, fitting.train, tmp_path, base, logs=tmp_path / "killed", timeout=25, **options, **death)
+    ended = on_ranks(2, fitting.train, tmp_path, base, logs=tmp_path / "killed", **options, **death)
     assert all("SIGTERMException" in each.log for each in ended), [each.log[-2000:] for each in ended]
     held = torch.load(fitting.checkpoint(tmp_path), weights_only=True)
     assert held["lambdapo"]["rollout_step"] == (7 if save else 6)

@@ -106,6 +106,6 @@ def test_one_rank_that_is_short_of_memory_starts_over_by_itself(base: str, tmp_p
 @pytest.mark.slow
 def test_ranks_that_hold_shards_stop_with_a_message(base: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"how": "fsdp", "kind": "lora64", "validate": False}
-    ended = on_ranks(2, train_scarcely, tmp_path, base, logs=tmp_path / "logs", timeout=60, **options)
+    ended = on_ranks(2, train_scarcely, tmp_path, base, logs=tmp_path / "logs", **options)
     assert all(each.code != 0 for each in ended)
     assert "Rank 1 ran out of memory in the learning pass. Ranks that hold shards cannot start over" in ended[1].log

@@ -76,7 +76,7 @@ def test_learning_does_not_wait(base: str, tmp_path: Path, monkeypatch: pytest.M
     def observed(learner: Learner, update: Any) -> None:
         engine: Any = model.engine
         if len(seen) % 4 < 3:  # in an epoch's last step nothing follows
-            seen.append(engine.begun.wait(20))
+            seen.append(engine.begun.wait(100))
         else:
             seen.append(True)
         engine.begun.clear()

@@ -103,7 +103,7 @@ def stubs() -> Iterator[list[Stub]]:
 
 
 def engine(stubs: list[Stub], **settings: Any) -> VLLMServerEngine:
-    config = VLLMServerConfig(urls=[each.url for each in stubs], **({"deadline": 20.0} | settings))
+    config = VLLMServerConfig(urls=[each.url for each in stubs], **({"deadline": 100.0} | settings))
     made = VLLMServerEngine(tiny.tokenizer(), (1,), 0, PolicyConfig("model"), config)
     made._run, made.version, made._adapter = "run", 1, True
     return made
@@ -200,7 +200,7 @@ def test_cached_prompts_are_forgotten_before_the_weights_get_their_name(stubs: l
     """vLLM refuses while requests run, with status 200."""
     stubs[0].busy_for = 2
     server = Server(stubs[0].url)
-    server.deliver("run-7", Path("weights"), adapter=False, timeout=10.0)
+    server.deliver("run-7", Path("weights"), adapter=False, timeout=100.0)
     assert [path for path, _, _ in stubs[0].seen][-2:] == ["/reset_prefix_cache", "/update_weight_version"]
     assert stubs[0].resets == 3
     stubs[0].busy_for, stubs[0].resets = 10**6, 0
@@ -239,17 +239,17 @@ def test_closing_ends_a_rollout_that_nobody_waits_for(stubs: list[Stub]) -> None
     thread.start()
     time.sleep(0.5)
     made.close()
-    thread.join(15)
+    thread.join(100)
     assert not thread.is_alive()
     assert "was closed while" in str(seen[0])
 
 
 def test_a_refusal_is_told_at_once(stubs: list[Stub]) -> None:
     stubs[0].status = stubs[1].status = 403
-    start = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"/inference/v1/generate answered 403: .*no such thing"):
+    with pytest.raises(RuntimeError, match=r"/inference/v1/generate answered 403: .*no such thing") as raised:
         sampled(engine(stubs))
-    assert time.monotonic() - start < 15  # far from the deadline
+    assert "deadline" not in str(raised.value)
+    assert sum(each.asked() for each in stubs) <= 24  # nothing is asked twice
 
 
 def test_answers_of_other_weights_are_not_taken(stubs: list[Stub]) -> None:
