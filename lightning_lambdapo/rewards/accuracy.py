@@ -27,6 +27,7 @@ from lightning_lambdapo.rewards.verifier.extraction import (
     unmarked_answer,
     unmarked_letter,
 )
+from lightning_lambdapo.rewards.verifier.likeness import as_tuples, says_more
 from lightning_lambdapo.rewards.verifier.pool import MathVerifier, Verdict
 
 _MAX_CHARACTERS = 512
@@ -170,8 +171,9 @@ class AccuracyReward(Reward):
         if self.answer_format == "auto" and completion.strip() == gold.strip():
             return gold, gold  # also a list, of which the last number alone would be taken
         answer = final_answer(completion, self.answer_format)
-        short = answer is not None and len(answer) <= _MAX_CHARACTERS
-        return gold, without_approximation(gold, answer) if answer and short else answer
+        if answer is None or max(len(gold), len(answer)) > _MAX_CHARACTERS:
+            return gold, answer
+        return as_tuples(gold, without_approximation(gold, answer))
 
     def _verify(self, hard: dict[tuple[str, str], list[int]], verdicts: list[float | None]) -> None:
         """Fill in the verdicts that only math-verify can give."""
@@ -201,12 +203,14 @@ def _cheap_verdict(gold: str, answer: str) -> bool | None:
     same = gold.strip() == answer.strip()
     if same or max(len(gold), len(answer)) > _MAX_CHARACTERS:
         return same or None
+    changed = says_more(gold, answer)
     gold, answer = clean(gold), clean(answer)
-    if gold == answer or not answer:
-        return bool(answer)
+    if gold == answer or changed or not answer:
+        return bool(answer) and not changed
     wordy = is_text(gold), is_text(answer)
     if all(wordy) and (gold.casefold() == answer.casefold() or _WORD.search(gold + " " + answer)):
-        return gold.casefold() == answer.casefold()  # math-verify would multiply the letters: "north" = "thorn"
+        # math-verify would multiply the letters: "north" = "thorn"
+        return gold.casefold().removesuffix("s") == answer.casefold().removesuffix("s")
     written = notation(gold), notation(answer)
     if written[0] and written[1]:
         return written[0] == written[1]

@@ -17,7 +17,19 @@ _COMMA_SPACE = re.compile(r"(?<=\d),(?:\\[!,;: ]){1,4}")
 _SPACED_GAP = re.compile(r"(?<!\w)(?<!\d,)\s+|\s+(?!\w)")  # of 32, 349, which is no 32,349
 _SPACED_LIST = re.compile(r"[-+]?\d[\d.]*(?:, ?[-+]?\d[\d.]*)*, \d{3}(?:,? ?[-+]?\d[\d.]*)*[.,;]?", re.ASCII)
 _GROUPING = re.compile(r"(?<=\d)(?:,|\{,\})(?=\d{3})")
-_CHARACTERS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2044": "/", "\u00a0": " ", "\u202f": " ", "\u2009": " "})
+_CHARACTERS = str.maketrans(
+    "\u2212\u2013\u2010\u2011\uff0d\u2044\u00a0\u202f\u2009\uff05"
+    + "".join(chr(zero + n) for zero in (0xFF10, 0x660) for n in range(10)),
+    "-----/   %" + "0123456789" * 2,
+)
+_FIELD = re.compile(r"\\mathbb\s([A-Z])(?![A-Za-z])")
+_STYLE = re.compile(
+    r"\\(?:text)?color\s?\{[A-Za-z!\d]{1,20}\}|\\(?:bf|bfseries|bm|boldsymbol|pmb|[lL]arge|LARGE|[hH]uge|small)(?![A-Za-z])\s?"
+)
+_BOLD = re.compile(r"(?<![\w)])\*\*([^*\s](?:[^*\n]{0,80}[^*\s])?)\*\*(?![\w(])")
+_BRACED = re.compile(r"\{([^{},\\]*)\}")
+_NEGATIVE = re.compile(r"(?:minus|negative) (?=[\d.])")
+_SEPARATOR = re.compile(r"\\(?:text|textrm|mathrm|mbox)\s?\{\s?[,;]\s?\}")
 _RELATIONS = str.maketrans({"\u2264": "\\le ", "\u2265": "\\ge ", "\u2260": "\\ne ", "\u221e": "\\infty "})
 _TEXT = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)*")
 _SUPERSCRIPTS = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b"
@@ -52,7 +64,8 @@ _QUANTITY = re.compile(
 _UNIT_NAMES = (
     "mm millimeter millimetre/cm centimeter centimetre/m meter metre/km kilometer kilometre/in inch inches/"
     "ft foot feet/yd yard/mi mile/mg milligram/g gram/kg kilogram/lb pound/oz ounce/ml milliliter millilitre/"
-    "l liter litre/s sec second/min minute/h hr hour/day/week/month/year/degree deg/cent/dollar usd/mph/kph"
+    "l liter litre/s sec second/min minute/h hr hour/day/week/month/year/degree deg/celsius/fahrenheit/cent/dollar usd/"
+    "mph/kph"
 )
 _UNITS = {name: names.split()[0] for names in _UNIT_NAMES.split("/") for name in names.split()}
 _SCALES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
@@ -64,7 +77,10 @@ _NOT_UNITS = frozenset(
         "quarters third thirds mod choose factorial not less more or squared cubed",
     )
 )
-_DEGREE = re.compile(r"\^?\{?\\(?:circ|degree)\}?|°")
+_DEGREE = re.compile(
+    r"(?:\^?\{?\\(?:circ|degree)\}?|°|\bdegrees?(?= (?:[CF]\b|(?i:celsius|fahrenheit))))"
+    r"(?:\s?(?:(?P<celsius>C\b|(?i:celsius))|(?P<fahrenheit>F\b|(?i:fahrenheit))))?|\u2103|\u2109"
+)
 _ASSIGNED = re.compile(r"^[A-Za-z]=(?=[^=]+$)")
 _ASSIGNED_FIRST = re.compile(r"[A-Za-z]=")
 _POWER = re.compile(r"(?<=[A-Za-z])\^\{?[23]\}?")  # of a unit, never of the number
@@ -108,7 +124,7 @@ def latex(text: str) -> str:
         >>> latex(r"\mathrm{e}^{2\pi\mathrm{i}}"), latex("x &= 3")
         ('e^{2\\pi i}', 'x= 3')
     """
-    text = _HTML.sub(" ", text)
+    text = _SEPARATOR.sub(", ", _STYLE.sub("", _FIELD.sub(r"\\mathbb{\1}", _HTML.sub(" ", text))))
     text = _RAISED.sub(lambda match: f"^{{{match[0].translate(_LOWERED)}}}", text)
     text = _ROOT.sub(lambda match: rf"\sqrt{{{match[1]}}}", text)
     text = _EMPTY.sub(r"\\emptyset ", _PI.sub(r"\\pi ", text)).translate(_RELATIONS)
@@ -123,14 +139,16 @@ def clean(text: str) -> str:
         ('(1,\\frac{1}{2})', '18 dollars')
     """
     text = latex(text).translate(_CHARACTERS)
-    text = (
-        re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text).replace("{,}", ",").replace("\\%", "%").replace("\\$", "$")
-    )
+    text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
+    text = re.sub(r"\{([,:])\}|\\([%$])", r"\1\2", text)
     for _ in range(3):  # nested \text{\textbf{...}}
         text = _WRAPPED.sub(r" \1 ", text)
-    text = " ".join(_NOISE.sub(" ", _COMMA_SPACE.sub(",", text)).split())
+    text = " ".join(_NOISE.sub(" ", _COMMA_SPACE.sub(",", _BOLD.sub(r"\1", text))).split())
+    text = _NEGATIVE.sub("-", text) if _NEGATIVE.match(text) else text
     gap = _SPACED_GAP if _SPACED_LIST.fullmatch(text) else _GAP
-    return gap.sub("", text).lstrip('*_"“ ').rstrip('*_"”.,;: ')
+    text = gap.sub("", text).lstrip('*_"“ ').rstrip('*_"”.,;: ')
+    braced = _BRACED.fullmatch(text)
+    return braced[1] if braced else text
 
 
 def quantity(text: str) -> Quantity | None:
@@ -182,7 +200,8 @@ def same_quantity(gold: Quantity, answer: Quantity) -> bool:
         >>> same_quantity(quantity("1/2"), quantity("50%")), same_quantity(quantity("3 cm"), quantity("3 km"))
         (True, False)
     """
-    if gold.unit and answer.unit and gold.unit != answer.unit:
+    units = {gold.unit, answer.unit}
+    if len(units) > 1 and "" not in units and units not in ({"degree", "celsius"}, {"degree", "fahrenheit"}):
         return False
     if gold.value == answer.value or _rounds_to(gold, answer) or _rounds_to(answer, gold):
         return True
@@ -248,10 +267,14 @@ def without_approximation(gold: str, answer: str) -> str:
     Example:
         >>> [without_approximation(gold, r"\frac{10}{3} \approx 3.33") for gold in ("3.33", r"\frac{10}{3}", "3")]
         ['3.33', '\\frac{10}{3}', '\\frac{10}{3}']
+        >>> without_approximation("3.33", r"\approx 3.33")
+        '3.33'
     """
     sides = [side.strip() for side in _APPROXIMATELY.split(answer)]
-    if len(sides) != 2 or not all(sides):
+    if len(sides) != 2 or not sides[1]:
         return answer
+    if not sides[0]:
+        return sides[1]
     wanted, rounded = quantity(clean(gold)), quantity(clean(sides[1]))
     alike = wanted is not None and rounded is not None and wanted.decimals == rounded.decimals is not None
     return sides[1] if alike else sides[0]
@@ -345,10 +368,16 @@ def _rounds_to(ratio: Quantity, decimal: Quantity) -> bool:
     return near and round(ratio.value, decimal.decimals) == decimal.value
 
 
+def _degrees(match: re.Match[str]) -> str:
+    if match["celsius"] or match[0] == "\u2103":
+        return " celsius"
+    return " fahrenheit" if match["fahrenheit"] or match[0] == "\u2109" else " degrees"
+
+
 def _read_unit(tail: str, *, spaced: bool) -> tuple[int, str] | None:
     """Scale and canonical unit of what follows a number. None where it is not a unit or a few plain words."""
     spaced = spaced or tail.startswith(" ")
-    tail = _SPEED.sub(lambda match: "kph" if match[1] else "mph", _DEGREE.sub(" degrees", tail)).strip()
+    tail = _SPEED.sub(lambda match: "kph" if match[1] else "mph", _DEGREE.sub(_degrees, tail)).strip()
     power = _FIRST_POWER.match(tail)
     tail = _POWER.sub("", tail)
     if not tail:

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from typing import Literal
 
 from lightning_lambdapo.rewards.verifier.denials import without_denied
+from lightning_lambdapo.rewards.verifier.exact import clean, quantity, same_quantity
 from lightning_lambdapo.rewards.verifier.letters import (
     chosen_letters,
     final_letter_of,
+    first_letter,
     leading_letter,
     only_option,
     trailing_letter,
@@ -39,19 +41,39 @@ __all__ = [
 
 AnswerFormat = Literal["auto", "boxed", "hash", "tag", "letter"]
 
+_MINUS = r"[-\u2010\u2011\u2013\u2212\uff0d]"
 _NUMBER = re.compile(
-    r"(?:(?<![\w)\]}.])[-\u2212])?"
-    r"(?:\\[dt]?frac\s?\{-?\d+\}\s?\{\d+\}|\d+\s\d+/\d+|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|\.\d+)"
-    r"(?:\s?\\?%)?"
+    rf"(?:(?<![\w)\]}}.]){_MINUS}(?:\\?[$€£¥])?|(?<==){_MINUS}\s(?=\d)|(?<==\s){_MINUS}\s(?=\d))?"
+    r"(?:\\[dt]?frac\s?\{-?\d+\}\s?\{\d+\}|\d+\s\d+/\d+|\d+(?::\d+){1,4}"
+    r"|(?:\d{1,3}(?:[,\u00a0\u202f]\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|\.\d+)"
+    r"(?:\s?\\?%|\s?[\u00d7*]\s?10\^\{?-?\d{1,3}\}?)?"
 )
 _HEADING = re.compile(r"[*_]{0,2}(?:the )?(?:final |correct )?answer[*_:]{0,4}", re.IGNORECASE)
+_TITLE = re.compile(  # of a part of the text: "Step 2: add", "3. Total cost", "Explanation"
+    r"[*_]{0,2}(?:(?:step|part|case)\s\d|(?:verif|explan|solution|check|note|reason|approach|method|analysis|calculat|"
+    r"conclu|summary|result|proof|given|interpret|understand|simplif|setup)[a-z]*[\s*_:]{0,4}(?:\Z|:)"
+    r"|\d{1,2}[.)]\s{1,3}[*_]{0,2}[A-Za-z]{2})",
+    re.IGNORECASE,
+)
+_NEGATIVE = re.compile(r"(?<!\d\s)(?<!\d)\b(?:minus|negative)\s\Z", re.IGNORECASE)
+_GROUP = re.compile(r"[(\[{]\s?-?\d[\d.]{0,20}(?:,\s?-?\d[\d.]{0,20}){1,9}\s?[)\]}]")
+_LABEL = re.compile(
+    r"\b(?:week|day|month|year|step|part|case|problem|question|stage|round|room|group|team|page|phase|item|row|level)\s\Z",
+    re.IGNORECASE,
+)
+_BEFORE_PEER = re.compile(r"(?<![\w/.,)\]}=+*-])(?<![-+*/=]\s)(-?\d[\d.,/]{0,20}%?),?\s(?:and|or)\s(?:[a-z]\s?=\s?)?\Z")
+_TERM_BEFORE = re.compile(  # x > 2, y = 2x + 7
+    r"(?<![A-Za-z])[A-Za-z]\s?(?:[<>]=?|[\u2264\u2265\u2260])\s?\Z"
+    r"|(?<![\w^])(?:[a-z]\s?=\s?)?-?\d{0,9}[xyznt](?:\^\d)?\s[-+]\s\Z"
+)
 _PERCENT = re.compile(r"\s?(?:\\?%|percent\b|pct\b)")
 _CLOSING = re.compile(r"[\s.,;:!*_\"'\u201d)\]}<>/|`-]*")
 _BETWEEN = re.compile(r"\s{0,3}(?:[,;]|,?\s?\b(?:and|or)\b)\s{0,3}")
 _ALIKE = re.compile(r"\s*([A-Za-z](?:_(?:\w|\{[^{}]{0,9}\}))?)\s*=")
 _UNIT = re.compile(r"\s*(?:\\(?:text|mathrm|textrm|mbox)\s?\{[^{}]{0,40}\}\s*(?:\^\{?\d\}?)?|\\?%)\s*")
 _TOLD = re.compile(r"\b(?:is|are|be|equals?|becomes?|gives?|get|obtain)[\s:]{1,3}\Z")
-_IN_COMMAND = re.compile(r"\\(?:sqrt|binom|log|ln)|\^\{")
+_IN_MATHS = re.compile(r"\\(?:sqrt|binom|log|ln)|[\^\u221a\u03c0\u221e]|(?<![A-Za-z])(?:ln|log|sqrt|sin|cos|tan|exp)\(")
+_BOLD = re.compile(r"(?<![\w*])\*\*(?![\s*])([^*\n]{1,120})\*\*(?![\w*])(?!\s{0,2}:)")
 _LONGEST_TOKEN = 80
 
 
@@ -102,10 +124,7 @@ def marked_answer(text: str, answer_format: AnswerFormat = "auto", *, phrases: b
         following = unmarked_answer(text[announced:])
         if following is not None:
             return following
-    if best is None:
-        return None
-    inner = last_box(best[2])
-    return inner[1] if inner else best[2]
+    return _inner(best[2]) if best else None
 
 
 def unmarked_answer(text: str) -> str | None:
@@ -119,6 +138,9 @@ def unmarked_answer(text: str) -> str | None:
         >>> unmarked_answer("It isn't 73.")
     """
     text = without_denied(spoken(text))
+    bold = _bold_value(text)
+    if bold is not None:
+        text = bold
     found = spans(text)
     number = attached = None
     index = 0
@@ -127,9 +149,9 @@ def unmarked_answer(text: str) -> str | None:
             index += 1
         if index == len(found) or match.start() < found[index].start:
             before, after = text[max(match.start() - 1, 0) : match.start()], text[match.end() : match.end() + 1]
-            if not before.isalpha() and before not in ("^", "_"):
+            if not _is_letter(before) and before not in ("^", "_"):
                 number = match
-            elif not after.isalpha():
+            elif not _is_letter(after):
                 attached = match
     last = _last_of_value(text, found)
     if last is None and number is None:
@@ -167,7 +189,8 @@ def final_letter(text: str) -> str | None:
         (None, None)
     """
     text = spoken(text)
-    return final_letter_of(_marked(text, "auto"), without_denied(text))
+    told = ((start, 0, content) for start, content in phrases(text))
+    return final_letter_of(_marked(text, "auto", with_phrases=False), told, without_denied(text))
 
 
 def unmarked_letter(text: str) -> str | None:
@@ -179,7 +202,7 @@ def unmarked_letter(text: str) -> str | None:
     """
     text = without_denied(spoken(text))
     chosen = max(chosen_letters(text, strict=True), default=None)
-    return chosen[1] if chosen else trailing_letter(text) or only_option(text)
+    return chosen[1] if chosen else first_letter(text) or trailing_letter(text) or only_option(text)
 
 
 def _marked(text: str, answer_format: AnswerFormat, *, with_phrases: bool = True) -> Iterator[tuple[int, int, str]]:
@@ -195,12 +218,29 @@ def _marked(text: str, answer_format: AnswerFormat, *, with_phrases: bool = True
     if answer_format not in ("boxed", "tag"):
         headings = answer_format != "hash"
         for start, content in hashed(text):
-            if content and not (headings and _HEADING.fullmatch(content)):
+            if content and not (headings and (_HEADING.fullmatch(content) or _TITLE.match(content))):
                 yield start, 0, content
     if answer_format not in ("boxed", "hash"):
         yield from ((start, 0, content) for start, content in tagged(text) if content)
     if with_phrases and answer_format in ("auto", "letter"):
         yield from ((start, 0, content) for start, content in phrases(text))
+
+
+def _bold_value(text: str) -> str | None:
+    """What is bold in the last sentence, if it is one value: of "She has **5 eggs** for 2 days" it is 5 eggs."""
+    line = text.rstrip().rpartition("\n")[2]
+    bold = [match for match in _BOLD.finditer(line) if re.search(r"\d", match[1])]
+    if len(bold) != 1 or bold[0][1].rstrip().endswith(":"):
+        return None
+    after = re.split(r"[.?!]\s", line[bold[0].end() :], maxsplit=1)
+    return None if re.search(r"\d", after[-1]) and len(after) > 1 else bold[0][1]
+
+
+def _inner(content: str) -> str:
+    """The answer that a mark holds: a box, or what a sentence says, as in <answer>The answer is 73.</answer>."""
+    box = last_box(content)
+    told = [value for _, value in phrases(content) if value]
+    return box[1] if box else told[-1] if told else content
 
 
 def _last_of_value(text: str, found: list[Span], *, closing: bool = False) -> int | None:
@@ -239,13 +279,37 @@ def _with_peers(text: str, found: list[Span], last: int) -> str:
 
 
 def _whole(text: str, number: re.Match[str]) -> str:
-    r"""A number, or the word that it is an argument in: the answer of "\sqrt{7}" is no 7."""
-    if text[number.start() - 1 : number.start()] != "{":
-        return number.group()
+    r"""A number with what belongs to it: the answer of "x > 2", "\sqrt{7}" or "(2, 3)" is not its last number."""
+    around = max(number.start() - _LONGEST_TOKEN, 0)
+    for group in _GROUP.finditer(text, around, number.end() + _LONGEST_TOKEN):
+        if group.start() < number.start() < group.end():
+            return group.group()
     start, end = number.start(), number.end()
-    while start > max(number.start() - _LONGEST_TOKEN, 0) and not text[start - 1].isspace():
+    while start > around and not text[start - 1].isspace():
         start -= 1
     while end < min(number.end() + _LONGEST_TOKEN, len(text)) and not text[end].isspace():
         end += 1
-    token = text[start:end].strip(".,;:!?*")
-    return token if _IN_COMMAND.search(token) else number.group()
+    token = text[start:end].strip(".,;:!?*").rpartition("=")[2]
+    if _IN_MATHS.search(token):
+        return token
+    term = _TERM_BEFORE.search(text, max(number.start() - 24, 0), number.start())
+    if term:
+        return term.group() + number.group()
+    peer = _BEFORE_PEER.search(text, around, number.start())
+    if peer and not re.match(r"\s?=", text[number.end() : number.end() + 2]) and not _same(peer[1], number.group()):
+        return f"{peer[1].rstrip('.,')}, {number.group()}"
+    if ":" in number.group() and _LABEL.search(text, max(number.start() - 14, 0), number.start()):
+        return number.group().rpartition(":")[2]  # Week 3:210 pages
+    negative = _NEGATIVE.search(text, max(number.start() - 12, 0), number.start())
+    return f"-{number.group()}" if negative else number.group()
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two numbers are equal, such as 0.6 and 60%."""
+    first, second = quantity(clean(one)), quantity(clean(other))
+    return first is not None and second is not None and same_quantity(first, second)
+
+
+def _is_letter(character: str) -> bool:
+    """Whether a character is a letter of a word. Chinese and Japanese have no blanks before numbers."""
+    return character.isalpha() and character < "\u2e80"

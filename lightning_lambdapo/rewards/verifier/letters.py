@@ -8,25 +8,45 @@ _LETTER_START = re.compile(
 )
 _OPTION_START = re.compile(r"\(\s?([A-Ja-j])\s?\)(?!\s?[-+*/^=,<>])|([A-J])(?:[.)](?:\s|$)|$)")
 _MARKS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox)\s{0,4}\{|[$*_{}`]|\\[(\[\])]")
-_SEVERAL = re.compile(r"\(?[A-J]\)?(?:\s?[,&/]\s?|,?\s(?:and|or)\s)\(?[A-J]\)?(?:[\s.,]?$|\s?[,&/]|\s(?:and|or)\s)")
+_JOINER = r"(?:and/or|and|or else|or|as well as|plus|then|maybe|possibly|perhaps|probably)"
+_LETTER = r"(?:(?i:option|choice)\s)?[\"'\u201c]?\(?[A-J]\)?[\"'\u201d]?"
+_SEVERAL = re.compile(  # "C and D", "(C) (D)", "C, or maybe D", "option C or option D"; "(C) 15 or (D) 16"
+    rf"{_LETTER}[.)]?(?:\s?(?:[,;&/+|-]|\\\\|\\q?quad)\s?|\s|(?<=\))(?=\())\(?(?:{_JOINER}\s){{0,3}}"
+    rf"{_LETTER}(?:[\s.,)]{{0,2}}$|\s?[,;&/+]|\s{_JOINER}\s)"
+    r"|\(?[A-J]\)?[.)]?\s.{1,120}?\s(?:or|and)\s\(?[A-J]\)(?=\s|$)"
+)
 _OPTION = re.compile(r"\(([A-J])\)")
 _OPTION_LINE = re.compile(r"^[ \t*]{0,4}(?:(?:Option|Choice) )?([A-J])[.):]\*{0,2}[ \t]", re.MULTILINE)
-_LAST = re.compile(r"(?:^|[\s*:(])([A-J])\)?[\s.*]*$")
+_LAST = re.compile(r"(?:^|[\s*:(\uff1a]|(?<=[\u3001-\u9fff])(?<!\u4e0d\u662f))([A-J])\)?[\s.*\u3002]*$")
+_FIRST = re.compile(r"[\s*]{0,4}\(?([A-J])(?:\)[.:]?|[.:])?[ \t*]{0,4}(?:\n|,\s(?:because|since|as)\b)")
 _AND = r"(?:[,&/]|,?\s?\b(?:and|or|nor)\b)"
-_LISTED = re.compile(rf"(?<![A-Za-z'])\(?([A-J])[\s)*]{{0,4}}{_AND}[\s(*]{{0,4}}(?:(?:or|and|maybe)\s)?[\s(*]{{0,4}}\Z")
+_LISTED = re.compile(
+    rf"(?<![A-Za-z'])\(?([A-J])[\s)*]{{0,4}}{_AND}[\s(*]{{0,4}}(?:{_JOINER}\s)?[\s(*]{{0,4}}\Z"
+    r"|\(([A-J])\)(?:\s{0,3}\(?|(?:\s(?!(?:is|are|was|has|have|gives?|would|can|does)\b)[^\s().]{1,20}){1,4}\s(?:or|and)\s\(?)\Z"
+    r"|(?<![A-Za-z'])([A-J])(?:[.;]\s|\n)\s{0,2}\Z"
+)
 _GOES_ON = re.compile(rf"[)*\s]{{0,3}}{_AND}[\s(*]{{0,4}}[A-J](?![\w'])[)*.]{{0,3}}(?:\s*$|\s?{_AND})", re.MULTILINE)
 
 _VARIABLE = re.compile(r"\)?\s{0,4}(?:[=<>+*/^-]|\\(?![)\]]))")
 _NAME = r"(?i:option|choice|answer choice|answer)s?"
 _RIGHT = r"(?i:correct|right|best|true|appropriate|accurate|suitable)"
+_CALLED = (  # a plain "correct" may judge one of several statements
+    r"(?:(?P<judged>(?i:correct|right|true)\b(?!\s(?:option|choice|answer|one)\b))|(?:correct|right|true|answer)\b|"
+    r"(?:best|most \w{1,20})(?=\s(?:option|choice|answer|one)\b|[.,;!*]|\s*$))"
+)
+_OTHERS = re.compile(
+    r"(?:\bif (?:we|you|I|one)|(?<!\bI )(?<!\bwe )\b(?:would|could|might|may)|"
+    r"\b(?:students|people|many|some|who|they|you))\s(?:[a-z]{1,12}\s)?\Z",
+    re.IGNORECASE,
+)
 _START = r"(?:^|[.,:;]\s|\b(?i:so|that|hence|thus|therefore|only)\s)"
 _SIGNS = r"[\s*_(:$]"
 _CHOSEN = re.compile(
     # Option C is correct, (C) is the right answer, so C must be correct
     rf"(?:(?:\b{_NAME}{_SIGNS}{{1,4}}|\((?=[A-Ja-j]\)))([A-Ja-j])|{_START}\**([A-J]))(?![\w'])[\s*_).:]{{0,4}}"
     r"\b(?:is|(?:must|would|has to) be|seems(?: to be)?|looks)\s"
-    r"(?:(?:therefore|thus|hence|clearly|indeed|also|the|only|most)\s){0,3}"
-    rf"(?:{_RIGHT}|answer)\b(?!-|\s(?:angle|triangle))"
+    r"(?:(?:therefore|thus|hence|clearly|indeed|also|the|only)\s){0,3}"
+    rf"{_CALLED}(?!-|\s(?:angle|triangle))"
     # the correct option is C, the best choice: (C)
     rf"|\b(?:{_RIGHT}|final|only|chosen)\s(?i:option|choice)\s?(?:is|:){_SIGNS}{{0,6}}"
     rf"(?:{_NAME}{_SIGNS}{{1,4}})?([A-J])(?![\w'])"
@@ -36,24 +56,27 @@ _CHOSEN = re.compile(
 )
 
 
-def final_letter_of(marked: Iterable[tuple[int, int, str]], text: str) -> str | None:
+def final_letter_of(
+    marked: Iterable[tuple[int, int, str]], told: Iterable[tuple[int, int, str]], text: str
+) -> str | None:
     """As :func:`~lightning_lambdapo.rewards.verifier.extraction.final_letter`, of a text and its marked answers.
 
     Args:
-        marked: position, rank and content of the marked answers.
+        marked: position, rank and content of the answers in boxes, tags and lines with ``####``.
+        told: the same of "the answer is ...".
         text: the text, without what it says is wrong.
     """
-    letters = [
-        (start, rank, letter, content[:256]) for start, rank, content in marked if (letter := leading_letter(content))
-    ]
-    letters += ((start, 0, letter, letter) for start, letter in chosen_letters(text))
+    letters = _lettered(marked)
+    chosen = [] if letters else [(start, 0, letter, letter) for start, letter in chosen_letters(text)]
+    letters += _lettered(told) + chosen
     if letters:
         *_, letter, content = max(letters)
-        return None if _SEVERAL.match(_unmarked(content)) else letter
+        return None if _several(content) else letter
     options = list(_OPTION.finditer(text))
-    if options:
+    first = first_letter(text)
+    if options and not first:
         return None if _is_listed(text, options[-1].start(), options[-1][1]) else options[-1][1]
-    return trailing_letter(text) or only_option(text)
+    return first or trailing_letter(text) or only_option(text)
 
 
 def leading_letter(content: str, *, strict: bool = False) -> str | None:
@@ -61,7 +84,8 @@ def leading_letter(content: str, *, strict: bool = False) -> str | None:
 
     Args:
         content: the content of the mark.
-        strict: accept only what cannot be a word or a variable: ``(C)``, ``C)``, ``C.`` or the letter alone.
+        strict: accept only what cannot be a word or a variable: ``(C)``, ``C)``, ``C.`` or the letter alone, and no
+            first one of several.
 
     Example:
         >>> leading_letter("(C) 15"), leading_letter(r"\textbf{b}"), leading_letter("15")
@@ -69,6 +93,8 @@ def leading_letter(content: str, *, strict: bool = False) -> str | None:
         >>> leading_letter("A cat"), leading_letter("A cat", strict=True)
         ('A', None)
     """
+    if strict and _several(content):
+        return None
     match = (_OPTION_START if strict else _LETTER_START).match(_unmarked(content))
     return next(letter for letter in match.groups() if letter).upper() if match else None
 
@@ -87,13 +113,36 @@ def chosen_letters(text: str, *, strict: bool = False) -> Iterator[tuple[int, st
         ([], [(2, 'C')])
     """
     last_digit = max((digit.start() for digit in re.finditer(r"\d", text)), default=-1) if strict else -1
+    judged: dict[int, str] = {}
     for match in _CHOSEN.finditer(text):
-        index = match.lastindex or 0
-        bare = strict and index in (2, 4)
+        index = next(index for index in (1, 2, 4, 5) if match[index])
+        bare = strict and index in (2, 5)
         if bare and (last_digit > match.end() or _VARIABLE.match(text, match.end(index))):
             continue
+        if index == 5 and _OTHERS.search(text, max(match.start() - 40, 0), match.start()):
+            continue
         if not _is_listed(text, match.start(index), match[index]) and not _goes_on(text, match.end(index)):
-            yield match.start(), match[index].upper()
+            if match["judged"]:
+                judged[match.start()] = match[index].upper()
+            else:
+                yield match.start(), match[index].upper()
+    if len(set(judged.values())) == 1:
+        yield from judged.items()
+
+
+def first_letter(text: str) -> str | None:
+    r"""The capital letter A to J that a text starts with, alone on its line or before a reason. None where one ends it.
+
+    Example:
+        >>> first_letter("**C**\n\nNo other (A) fits."), first_letter("(C), because (A) is small")
+        ('C', 'C')
+        >>> first_letter("C\n\nNo, B."), first_letter("A cat")
+        (None, None)
+    """
+    first = _FIRST.match(text)
+    if first is None or _OPTION_LINE.search(text, first.end()) or _LAST.search(_tail(text)):
+        return None
+    return first[1]
 
 
 def trailing_letter(text: str) -> str | None:
@@ -105,7 +154,7 @@ def trailing_letter(text: str) -> str | None:
         >>> trailing_letter(r"so \(\text{D}\)."), trailing_letter("either A or D")
         ('D', None)
     """
-    tail = _MARKS.sub(" ", text[-64:])
+    tail = _tail(text)
     match = _LAST.search(tail)
     return match[1] if match and not _is_listed(tail, match.start(1), match[1]) else None
 
@@ -121,6 +170,23 @@ def only_option(text: str) -> str | None:
     return letters.pop() if len(letters) == 1 else None
 
 
+def _lettered(marked: Iterable[tuple[int, int, str]]) -> list[tuple[int, int, str, str]]:
+    """Position, rank, letter and start of the marked answers that have a letter."""
+    return [
+        (start, rank, letter, content[:256]) for start, rank, content in marked if (letter := leading_letter(content))
+    ]
+
+
+def _several(content: str) -> bool:
+    """Whether a marked answer gives several letters."""
+    lines = {match[1] for match in _OPTION_LINE.finditer(content)}
+    return len(lines) > 1 or _SEVERAL.match(_unmarked(content)) is not None
+
+
+def _tail(text: str) -> str:
+    return _MARKS.sub(" ", text[-64:])
+
+
 def _unmarked(content: str) -> str:
     """The start of a marked answer, without commands and signs around letters."""
     return " ".join(_MARKS.sub(" ", content[:256]).split())
@@ -128,8 +194,8 @@ def _unmarked(content: str) -> str:
 
 def _is_listed(text: str, start: int, letter: str) -> bool:
     """Whether the letter that starts here is the last of several, as in (A) or (D)."""
-    listed = _LISTED.search(text[max(start - 24, 0) : start])
-    return listed is not None and listed[1] != letter
+    listed = _LISTED.search(text[max(start - 80, 0) : start])
+    return listed is not None and letter not in listed.groups()
 
 
 def _goes_on(text: str, end: int) -> bool:

@@ -17,6 +17,18 @@ _PHRASE = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _WINDOW = 600
+_NOT_ITS_OWN = re.compile(  # a wrong answer is, the student's answer is, if the answer is, some would say the answer is
+    r"(?:\b(?:wrong|incorrect|false|mistaken|tempting|student['\u2019]s|initial|previous)\s"
+    r"|\b(?:if|suppose|assum(?:e|ing)|(?:one|some|many|you|people|students)\s(?:[a-z]{1,12}\s){0,2}(?:say|think|believe|guess)"
+    r"|(?:thought|guessed|assumed|believed))\s(?:that\s)?(?:the\s)?(?:final\s|correct\s)?)\Z",
+    re.IGNORECASE,
+)
+_HEDGE = r"(?:(?:or|possibly|maybe|perhaps)\b|if\b[^()\n]{1,40}\)\s(?:or|and)\b)"
+_RETRACTED = re.compile(
+    r"[^.\n]{0,40}?[.!?]?\s{1,3}(?:(?:wait|hmm|oops|sorry|actually)[,.!\u2014-]{1,3}\s)?"
+    r"(?:no\s?[,.!:\u2014-]|that(?:'s|\u2019s| is) (?:wrong|not right|incorrect)|correction:|i made a mistake)",
+    re.IGNORECASE,
+)
 
 # What may come before the value. Adverbs come before words as well, the rest only before numbers, maths and letters.
 _ADVERB = (
@@ -64,11 +76,13 @@ _NOT = r"(?:(?:and|but)\s)?(?:(?:definitely|certainly|clearly)\s)?(?:not|never|h
 _END = re.compile(rf"\n|[.](?:\s|$)|\u3002|</|,?\s(?:which|because|since|where|when)\b|[,;(\u2013\u2014]\s?\(?{_NOT}")
 _CLAUSE = r"(?:it|this|that|these|we|I|you|he|she|they|there|the|so|thus|hence|therefore|as|but|making|meaning|giving)"
 _EXPLAINED = re.compile(
-    rf"\?(?=\s)|,?\s[(\[]?(?:{_NOT}|(?:rather than|instead of|as|unlike|so|after|obtained|rounded|but|while|whereas|by|"
+    rf"\?(?=\s)|,?\s[(\[]?(?:{_NOT}|(?:rather than|instead of|(?<!well )as(?! well as)|unlike|so|after|obtained|"
+    r"rounded|but(?! (?:it|this|that|I) (?:could|might|may))|while|whereas|by|i\.e|that is|namely|"
     r"using|via|given|from|thus|hence|therefore)\b)"
-    rf"|[,;]\s(?:and\s)?{_CLAUSE}\b|,\s[^,\s]{{1,20}}\s(?:is|are|was|were|isn't|cannot)\b"
-    r"|;\s(?=[A-Za-z]{2})|\s[-\u2013\u2014]{1,2}\s(?=[a-z]{2})"
-    r"|\s[(\[](?!mod\b|\\)(?=[^()\[\]]{0,200}(?<![\\A-Za-z])[A-Za-z]?[a-z]{2})"
+    rf"|[,;]\s(?:and\s)?{_CLAUSE}\b(?!(?:\s(?:it|this|that|I))?\s(?:could|might|may)\b)|,\s[^,\s]{{1,20}}\s(?:is|are|was|were|isn't|cannot)\b"
+    rf"|;\s(?=[A-Za-z]{{2}})|\s[-\u2013\u2014]{{1,2}}\s(?!{_HEDGE})(?=[a-z]{{2}})|\s\u2014\s(?!{_HEDGE})"
+    rf"|\s[(\[](?!mod\b|\\|{_HEDGE})(?=[^()\[\]]{{0,200}}(?<![\\A-Za-z])[A-Za-z]?[a-z]{{2}})"
+    r"|(?<=\d)\s\((?=[^()\n]{1,40}[\u00d7*+=/])"
 )
 _REFUTED = re.compile(REFUTED)
 _CORRECTED = re.compile(
@@ -104,6 +118,8 @@ def phrases(text: str) -> Iterator[tuple[int, str]]:
         [(32, '')]
     """
     for match in _PHRASE.finditer(text):
+        if _NOT_ITS_OWN.search(text, max(match.start() - 60, 0), match.start()):
+            continue
         rest = text[match.end() : match.end() + _WINDOW]
         value = _corrected(rest) if denied_before(text, match.start()) else _value(rest)
         if value is not None:
@@ -118,8 +134,11 @@ def _value(rest: str) -> str | None:
     if steps and steps.start() <= opened:
         return ""
     if _VALUE_START.match(rest, opened):
-        refuted = _REFUTED.match(rest, _line_end(rest, opened))
-        return _corrected(rest[refuted.end() :]) if refuted else _read(rest, opened)
+        end = _line_end(rest, opened)
+        refuted = _REFUTED.match(rest, end)
+        if refuted:
+            return _corrected(rest[refuted.end() :])
+        return "" if _RETRACTED.match(rest, end) else _read(rest, opened)
     denied = DENIED_FOLLOWING.match(rest, start)
     if denied and _VALUE_START.match(rest, denied.end()):
         return _corrected(rest[denied.end() :])

@@ -29,6 +29,38 @@ def judged(reward: AccuracyReward, pairs: list[tuple[str, str]]) -> dict[tuple[s
 #: kind, pairs that are equal, pairs that differ
 PAIRS = [
     (
+        "words after a value",
+        [("12", r"12 \text{ more apples}"), ("12", r"12\text{ square cm}"), (r"\frac{3}{4}",
+         r"\frac{3}{4} \text{ (or 0.75)}"),
+         ("2, 3", r"2 \text{ or } 3"), ("16", r"16\text{ half-lives}"), (r"x<1 \text{ or } x>3",
+         r"x<1 \text{ or } x>3")],
+        [("12", r"12 \text{ or more}"), ("12", r"12 \text{ (or 13)}"), ("12", r"12 \text{ squared}"), ("12",
+         r"12 \text{ minus one}"),
+         (r"\sqrt{2}", r"\sqrt{2} \text{ or possibly } \sqrt{3}"), (r"\sqrt{2}", r"\sqrt{2}\text{; }\sqrt{3}"),
+         (r"\pi", r"\pi \text{ and a half}"), (r"\frac{3}{4}", r"\frac{3}{4} \text{ (or 0.7)}")],
+    ),
+    (
+        "named values",
+        [("x=2, y=3", "(2,3)"), ("x=2, y=3", "2, 3"), ("y=3, x=2", "(2,3)"), ("(2,3)", "x=2, y=3"), ("(2,3)",
+         "y=3,x=2"),
+         ("a=3, b=5", r"a = 3 \text{ and } b = 5"), ("m=2,b=-1", "(2,-1)"), ("x=2, x=3", r"\{2,3\}")],
+        [("x=2, y=3", "(3,2)"), ("x=2, y=3", "3, 2"), ("x=2, y=3", r"3 \text{ and } 2"), ("(2,3)", "x=3, y=2"),
+         ("a=3, b=5", "(5,3)"), ("x=2, y=3, z=4", "(4,3,2)"), ("x=2, y=3", "2"), ("m=2,b=-1", "(-1,2)")],
+    ),
+    (
+        "type, colours and degrees",
+        [("7", r"\bf 7"), ("7", r"\bm{7}"), ("7", r"\color{red}{7}"), ("7", r"{\large 7}"), ("7",
+         r"\textcolor{blue}{7}"),
+         ("16", "16 °C"), ("16^\\circ C", "16"), (r"16^\circ\text{C}", "16°C"), ("16°C", "16 degrees Celsius"),
+         ("16°F", "16^\\circ"),
+         ("16", r"16\ ℃"), ("3.33", r"\approx 3.33"), (r"\mathbb{R}", r"\mathbb R"), ("10:30", "10{:}30"), ("-5",
+         r"\text{minus }5"),
+         (r"\text{no solution}", r"\text{No solutions}")],
+        [("7", r"\bf 8"), ("7", r"\color{red}{8}"), ("16°C", "16°F"), ("16°C", "17°C"), ("16 °F",
+         "16 degrees celsius"), ("5", "minus 5"),
+         (r"\mathbb{R}", r"\mathbb{Q}"), ("10:30", "10{:}31")],
+    ),
+    (
         "tiny numbers",
         [("5^{-40}", r"\frac{1}{5^{40}}"), ("5^{-40}", "25^{-20}"), (r"\frac{1}{25!}", r"\frac{1}{25\cdot 24!}"),
          (r"7\times10^{-30}", r"70\times 10^{-31}"), ("(5^{-40},1)", r"(\frac{1}{5^{40}},1)"),

@@ -160,6 +160,16 @@ def test_strict_letters_are_no_words_or_variables(content: str, letter: str | No
         "</think>" * 20_000,
         "&" * 100_000,
         "\\text{\\text{" * 10_000,
+        "**5**" + ". " * 50_000,
+        "**5** " * 20_000,
+        "(A) " * 20_000,
+        "(A) is true. " * 10_000,
+        "#### Step 1\n" * 10_000,
+        "the wrong answer is 1. " * 5_000,
+        "the answer is 1. No, " * 5_000,
+        "1 and " * 20_000 + "1",
+        "(1, " * 20_000 + "1",
+        "1:" * 50_000,
     ],
 )
 def test_hostile_texts_are_read_in_linear_time(text: str) -> None:
