@@ -22,11 +22,12 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, PolynomialLR
 from transformers import PreTrainedModel
 
 from lightning_lambdapo.config import AdapterConfig, AlgorithmConfig, SamplingConfig
+from lightning_lambdapo.datatypes import ROW_FIELDS
 from lightning_lambdapo.distributed.fsdp1 import flattens
 from lightning_lambdapo.distributed.lightning_internals import expand_home
 from lightning_lambdapo.distributed.parallel import is_sharded
 from lightning_lambdapo.functional.ranges import check_real, check_seed, check_whole
-from lightning_lambdapo.rewards import Reward
+from lightning_lambdapo.rewards import FunctionReward, Reward
 
 T = TypeVar("T")
 
@@ -334,12 +335,16 @@ def check_reserve(reserve: int, prompts: int) -> int:
 
 
 def check_fields(rewards: Sequence[Reward], rows: Sequence[Mapping[str, Any]], kind: str = "training") -> None:
-    """Refuse a training set in which no row has a field that a reward needs. Empty text counts as none.
+    """Refuse a training set in which no row has a field or column that a reward needs. Empty text counts as none.
 
     Raises:
+        TypeError: a reward function takes a column that the data has not.
         ValueError: naming the reward and the missing field.
     """
+    columns = list(dict.fromkeys(name for row in rows for name in row if name not in ROW_FIELDS))
     for reward in rewards:
+        if isinstance(reward, FunctionReward):
+            reward.check_columns(columns)
         for field in reward.requires:
             if not _has(rows, field):
                 raise ValueError(

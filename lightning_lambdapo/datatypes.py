@@ -55,6 +55,10 @@ class PromptBatch(NamedTuple):
         )
 
 
+#: Keys of a data row that are no columns.
+ROW_FIELDS = ("prompt", "answer", "reference", "prompt_id")
+
+
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """Completions sampled from the policy for one batch of prompts.

@@ -8,17 +8,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lightning_lambdapo.data.presets import LONE_SURROGATE
+from lightning_lambdapo.data.presets import LONE_SURROGATE, RowError, text_of
 from lightning_lambdapo.data.templates import PromptTemplate
-from lightning_lambdapo.datatypes import PromptBatch
-
-_OWN = ("prompt", "answer", "reference", "prompt_id")
+from lightning_lambdapo.datatypes import ROW_FIELDS, PromptBatch
 
 
 class PromptCollator:
     """``collate_fn`` of a DataLoader whose rows are mappings.
 
-    A row has ``prompt`` (text or chat messages), and may have ``answer``, ``reference`` (text or None) and
+    A row has ``prompt`` (text or chat messages), and may have ``answer``, ``reference`` (text, a number or None) and
     ``prompt_id`` (a stable whole number, by default a 63-bit hash of the prompt's text). All other keys
     reach the rewards as columns.
 
@@ -64,7 +62,7 @@ class PromptCollator:
 
         Raises:
             ValueError: as :meth:`encode`, there is no row, a prompt is longer than ``max_prompt_length``, or a
-                ``prompt_id`` is not a whole number of 64 bits.
+                ``prompt_id`` is not a whole number of 64 bits, or an answer or reference is no text and no number.
         """
         if not rows:
             raise ValueError("There are no rows to collate.")
@@ -84,10 +82,17 @@ class PromptCollator:
             attention_mask=torch.tensor([[False] * (width - len(ids)) + [True] * len(ids) for ids in encoded]),
             prompt_ids=torch.tensor(prompt_ids, dtype=torch.int64),
             prompts=list(texts),
-            answers=[row.get("answer") for row in rows],
-            references=[row.get("reference") for row in rows],
-            columns=[{name: value for name, value in row.items() if name not in _OWN} for row in rows],
+            answers=[_text(row, "answer") for row in rows],
+            references=[_text(row, "reference") for row in rows],
+            columns=[{name: value for name, value in row.items() if name not in ROW_FIELDS} for row in rows],
         )
+
+
+def _text(row: Mapping[str, Any], field: str) -> str | None:
+    try:
+        return text_of(row.get(field))
+    except RowError as error:
+        raise ValueError(f"The row with the prompt {row['prompt']!r:.80}: {error}. A row has one answer.") from error
 
 
 def _prompt_id(row: Mapping[str, Any], text: str) -> int:

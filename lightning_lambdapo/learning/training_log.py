@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_lambdapo.config import AlgorithmConfig
@@ -13,6 +14,8 @@ from lightning_lambdapo.distributed.tally import Tally
 from lightning_lambdapo.evaluation.evaluator import PROGRESS_BAR, density_metric, tally_rollout
 from lightning_lambdapo.evaluation.metrics import GroupDiagnostics
 from lightning_lambdapo.rewards import Reward
+
+_UNUSABLE_ROLLOUTS = 3
 
 
 class TrainingLog(nn.Module):
@@ -32,6 +35,7 @@ class TrainingLog(nn.Module):
             temperature=algorithm.temperature,
         )
         self.names: set[str] = set()
+        self._unusable = 0
 
     def update(
         self,
@@ -57,12 +61,23 @@ class TrainingLog(nn.Module):
         )
 
     def finish(self, tally: Tally) -> dict[str, float]:
-        """The step's statistics and those of ``tally``, over all ranks, and a reset. A collective."""
+        """The step's statistics and those of ``tally``, over all ranks, and a reset. A collective.
+
+        Warns when no row of three rollouts in a row had a usable reward.
+        """
         values = tally.reduce()
         values |= {name: float(value) for name, value in self.groups.compute().items()}
         values |= {f"density_{name}": float(value) for name, value in self.density.compute().items()}
         self.groups.reset()
         self.density.reset()
+        self._unusable = self._unusable + 1 if values.get("valid") == 0.0 else 0
+        if self._unusable == _UNUSABLE_ROLLOUTS:
+            rank_zero_warn(
+                f"No completion of the last {_UNUSABLE_ROLLOUTS} rollouts had a usable reward, so nothing was learnt. "
+                "Either every reward returned None for all of them (do the rows have the `answer` or `reference` that "
+                "the rewards need?), or all were cut off at `rollout.max_new_tokens` and `algorithm.mask_truncated` "
+                "leaves those out."
+            )
         return values
 
     def log(self, module: LightningModule, values: Mapping[str, float], **settings: Any) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar
@@ -185,20 +185,33 @@ class FunctionReward(Reward):
             if field.name != "columns"
         }
         columns = list(dict.fromkeys(name for row in inputs.columns for name in row))
+        self.check_columns(columns)
+        arguments |= {name: [row.get(name) for row in inputs.columns] for name in columns}
+        chosen = {name: value for name, value in arguments.items() if self._takes_all or name in self._takes}
+        return self.function(**chosen)
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Refuse data without a column that the function takes.
+
+        Args:
+            columns: names of the columns of all rows, besides the arguments that every function may take.
+
+        Raises:
+            TypeError: naming what the function takes and what there is.
+            ValueError: a column has the name of such an argument.
+        """
+        arguments = [field.name for field in dataclasses.fields(RewardInputs) if field.name != "columns"]
         taken = [name for name in columns if name in arguments]
         if taken:
             raise ValueError(
                 f"The data has columns named {taken}, but these are arguments of every reward function. Rename them."
             )
-        missing = self._needs - arguments.keys() - set(columns)
+        missing = self._needs.difference(arguments, columns)
         if missing:
             raise TypeError(
                 f"The reward function {self.name!r} takes {sorted(missing)}, which is no column of the data. There are "
                 f"{[*arguments, *columns]}."
             )
-        arguments |= {name: [row.get(name) for row in inputs.columns] for name in columns}
-        chosen = {name: value for name, value in arguments.items() if self._takes_all or name in self._takes}
-        return self.function(**chosen)
 
 
 #: What a user may put into a list of rewards.

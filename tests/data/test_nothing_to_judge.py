@@ -1,5 +1,6 @@
 """Data without a single answer or reference is refused before the first rollout, however the lack is written."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,38 @@ def test_without_answers_it_is_said_that_nothing_is_accurate(base: str, tmp_path
     assert len([each for each in told if "has an answer" in str(each.message)]) == 1
     assert "val/reward" in run.callback_metrics
     assert not [name for name in run.callback_metrics if name.startswith("val/") and "pass_at" in name]
+
+
+@pytest.mark.usefixtures("no_rollout")
+def test_a_function_that_takes_an_unknown_column(base: str, tmp_path: Path) -> None:
+    def topical(completions: list[str], topic: list[str]) -> list[float]:
+        return [0.0] * len(completions)
+
+    with pytest.raises(TypeError, match=r"'topical' takes \['topic'\], which is no column of the data"):
+        trainer(tmp_path).fit(module(base, rewards=[topical]), Rows(batch_size=8))
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_rollouts_without_a_usable_reward_are_warned_of(base: str, tmp_path: Path, steps: int) -> None:
+    def unable(completions: list[str]) -> list[None]:
+        return [None] * len(completions)
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer(tmp_path, max_steps=steps, max_epochs=-1).fit(module(base, rewards=[unable]), Rows(batch_size=4))
+    found = [str(each.message) for each in told if "usable reward" in str(each.message)]
+    assert len(found) == (steps == 3)
+
+
+def test_one_usable_rollout_in_three_is_enough(base: str, tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def rarely(completions: list[str]) -> list[float | None]:
+        calls.append(len(completions))
+        return [float(index) if len(calls) % 3 == 0 else None for index in range(len(completions))]
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer(tmp_path, max_steps=8, max_epochs=-1).fit(module(base, rewards=[rarely]), Rows(batch_size=4))
+    assert len(calls) == 8
+    assert not [each for each in told if "usable reward" in str(each.message)]

@@ -128,5 +128,22 @@ def test_bad_rows_are_errors() -> None:
         collator([{"question": "1"}])
     with pytest.raises(ValueError, match="has no tokens"):
         collator([{"prompt": ""}])
+    answers: list[Any] = [["6", "six"], {"a": 1}, (6,), float("nan")]
+    for answer in answers:
+        for field in ("answer", "reference"):
+            with pytest.raises(
+                ValueError, match=r"The row with the prompt '1': an answer or reference must be text or a"
+            ):
+                collator([{"prompt": "1", field: answer}])
+
+
+def test_answers_become_text() -> None:
+    collator = PromptCollator(tiny.tokenizer())
+    answers: list[Any] = [6, 6.0, 0.5, " six ", None]
+    batch = collator([{"prompt": "1", "answer": answer, "reference": answer} for answer in answers])
+    assert batch.answers == batch.references == ["6", "6", "0.5", "six", None]
+
+
+def test_a_prompt_has_to_fit() -> None:
     with pytest.raises(ValueError, match="`max_prompt_length` must be at least 1, got 0"):
         PromptCollator(tiny.tokenizer(), max_prompt_length=0)
