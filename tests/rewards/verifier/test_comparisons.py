@@ -30,7 +30,7 @@ def judged(reward: AccuracyReward, pairs: list[tuple[str, str]]) -> dict[tuple[s
 PAIRS = [
     (
         "words after a value",
-        [("12", r"12 \text{ more apples}"), ("12", r"12\text{ square cm}"), (r"\frac{3}{4}",
+        [("12", r"12 \text{ more apples}"), ("12", r"12\text{ square cm}"), ("12", r"12 \text{ cm squared}"), (r"\frac{3}{4}",
          r"\frac{3}{4} \text{ (or 0.75)}"),
          ("2, 3", r"2 \text{ or } 3"), ("16", r"16\text{ half-lives}"), (r"x<1 \text{ or } x>3",
          r"x<1 \text{ or } x>3")],

@@ -220,6 +220,13 @@ def test_a_mention_of_boxes_is_none(text: str) -> None:
     assert boxed(text) == []
 
 
+def test_a_mark_may_hold_a_sentence() -> None:
+    assert final_answer("<answer>The final answer is 33.</answer>", "tag") == "33"
+    assert final_answer("#### Answer: 7", "hash") == "7"
+    assert final_answer("<answer>33 is prime</answer>", "tag") == "33 is prime"
+    assert final_answer("#### Step 1", "hash") == "Step 1"
+
+
 def test_boxes_in_boxes_without_braces() -> None:
     assert boxed(r"\boxed\boxed{5}") == [(6, "5")]
     assert boxed(r"\boxed{a\boxed 5}") == [(8, "5"), (0, r"a\boxed 5")]
