@@ -290,6 +290,7 @@ class LambdaPOModule(LightningModule):
         """Build optimizer and schedule over all the policy's parameters (frozen ones get no gradient)."""
         checks.check_trainable(self.policy)
         optimizer = checks.built("optimizer", self.optimizer_factory, self.policy.parameters())
+        state.note_optimizer(self, self.run_state, optimizer)
         if self.lr_scheduler_factory is None:
             return optimizer
         scheduler = checks.built("lr_scheduler", self.lr_scheduler_factory, optimizer)

@@ -22,9 +22,11 @@ import yaml
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
+from torch.optim import Optimizer
 
 from lightning_lambdapo.checkpointing import fingerprint, pending_validation, stopped_epoch
-from lightning_lambdapo.checkpointing.files import IN_SHARDS, CheckpointError, Shapes, read_header
+from lightning_lambdapo.checkpointing import optimizer as optimizers
+from lightning_lambdapo.checkpointing.files import IN_SHARDS, CheckpointError, Shapes, naming, read_header
 from lightning_lambdapo.checkpointing.release_0_1 import upgraded
 from lightning_lambdapo.config import AdapterConfig
 from lightning_lambdapo.distributed.fsdp1 import flattens, plain_name
@@ -59,6 +61,8 @@ class RunState:
         pending_validation: the run resumed from a checkpoint that was saved before the end of a validation.
         streams: generation of the rows' random streams. A run of release 0.1 keeps its own when it is resumed.
         policy: fingerprint of the policy that training starts from. Empty until the policy is built.
+        optimizer: description of the optimizer. Empty until it is built.
+        resumed_optimizer: that of the checkpoint, until the optimizer that is to go on from it is built.
     """
 
     rollout_step: int = 0
@@ -68,6 +72,8 @@ class RunState:
     pending_validation: bool = False
     streams: int = STREAMS
     policy: dict[str, Any] = dataclasses.field(default_factory=dict)
+    optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    resumed_optimizer: dict[str, Any] | None = None
 
 
 def save(module: LightningModule, state: RunState, checkpoint: dict[str, Any], *, seed: int) -> None:
@@ -94,6 +100,8 @@ def save(module: LightningModule, state: RunState, checkpoint: dict[str, Any], *
         "owes_validation": trainer is not None
         and pending_validation.is_pending(trainer, so_far=state.pending_validation),
     }
+    if state.optimizer:
+        checkpoint[CHECKPOINT_KEY]["optimizer"] = state.optimizer
     if rewards := {each.name: found for each in getattr(module, "rewards", []) if (found := each.checkpoint_state())}:
         checkpoint[CHECKPOINT_KEY]["rewards"] = rewards
     if not updates:  # the step will be repeated from its start
@@ -187,6 +195,37 @@ def check(module: LightningModule, checkpoint: Mapping[str, Any], shapes: Shapes
     current = getattr(module, "run_state", None)
     if isinstance(current, RunState):
         fingerprint.compare(own.get("policy") or {}, current.policy, checkpoint.get("hyper_parameters") or {})
+    trainer = attached_trainer(module)
+    if isinstance(current, RunState) and trainer is not None and trainer.state.fn == "fit":
+        current.resumed_optimizer = optimizers.noted(checkpoint, own)
+        if trainer.strategy.restore_checkpoint_after_setup:
+            _compare_optimizers(current)
+
+
+def note_optimizer(module: LightningModule, state: RunState, optimizer: Optimizer) -> None:
+    """Note the optimizer for checkpoints, and compare it with the one of the checkpoint that the run resumes from.
+
+    Args:
+        module: it has built the optimizer, and no schedule yet.
+        state: its counters, changed in place.
+        optimizer: a new one.
+
+    Raises:
+        CheckpointError: it cannot go on from the checkpoint.
+    """
+    state.optimizer = optimizers.describe(optimizer)
+    trainer = attached_trainer(module)
+    if trainer is None or trainer.ckpt_path is None:
+        state.resumed_optimizer = None
+        return
+    with naming(trainer.ckpt_path):
+        _compare_optimizers(state)
+
+
+def _compare_optimizers(state: RunState) -> None:
+    saved, state.resumed_optimizer = state.resumed_optimizer, None
+    if saved is not None:
+        state.optimizer = optimizers.compare(saved, state.optimizer)
 
 
 @contextmanager

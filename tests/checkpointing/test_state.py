@@ -85,6 +85,9 @@ def test_checkpoints_hold_what_is_trained_and_load_weights_only(base: str, tmp_p
     noted = checkpoint["lambdapo"].pop("policy")
     assert noted["adapter"] == {"lora_alpha": 32}
     assert noted["base"]
+    optimizer = checkpoint["lambdapo"].pop("optimizer")
+    assert optimizer["class"] == "torch.optim.adamw.AdamW"
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer["groups"]] == [(1e-2, 0.1)]
     assert checkpoint["lambdapo"] == {
         "version": 1,
         "rollout_step": 4,
