@@ -138,7 +138,9 @@ class LambdaPOModule(LightningModule):
         checks.check_settings(self)
         self.automatic_optimization = False
         self.strict_loading = False  # frozen tensors are absent, and `load_state_dict` checks the others
-        self.run_state = state.RunState()
+        own_optimizer = None if optimizer is _adamw else optimizer
+        live = state.live_objects(rewards=rewards, optimizer=own_optimizer, lr_scheduler=lr_scheduler)
+        self.run_state = state.RunState(live_objects=live)
         self.interrupts = Interrupts()
         self.tally = Tally()
         self.reference: PreTrainedModel | None = None

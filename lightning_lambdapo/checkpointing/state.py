@@ -30,13 +30,14 @@ from lightning_lambdapo.checkpointing.files import IN_SHARDS, CheckpointError, S
 from lightning_lambdapo.checkpointing.release_0_1 import upgraded
 from lightning_lambdapo.config import AdapterConfig
 from lightning_lambdapo.distributed.fsdp1 import flattens, plain_name
-from lightning_lambdapo.distributed.lightning_internals import attached_trainer, mend_epochs
+from lightning_lambdapo.distributed.lightning_internals import attached_trainer, built_by_cli, mend_epochs
 from lightning_lambdapo.distributed.parallel import saves_shards
 from lightning_lambdapo.distributed.seeding import STREAMS
-from lightning_lambdapo.functional.own_functions import plain_function
+from lightning_lambdapo.functional.own_functions import function_name, plain_function
 
 CHECKPOINT_KEY = "lambdapo"
 CHECKPOINT_VERSION = 1
+GIVEN_IN_PYTHON = "made in Python with"  # in a warning
 _UNAVERAGED = "current_model_state"  # beside the averages of Lightning's WeightAveraging, which are the state_dict
 _NUMBERS = (
     "max_grad_norm",
@@ -62,6 +63,7 @@ class RunState:
         streams: generation of the rows' random streams. A run of release 0.1 keeps its own when it is resumed.
         policy: fingerprint of the policy that training starts from. Empty until the policy is built.
         optimizer: description of the optimizer. Empty until it is built.
+        live_objects: arguments of the module that a checkpoint cannot have, and what they are.
         resumed_optimizer: that of the checkpoint, until the optimizer that is to go on from it is built.
     """
 
@@ -73,6 +75,7 @@ class RunState:
     streams: int = STREAMS
     policy: dict[str, Any] = dataclasses.field(default_factory=dict)
     optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    live_objects: dict[str, str] = dataclasses.field(default_factory=dict)
     resumed_optimizer: dict[str, Any] | None = None
 
 
@@ -102,6 +105,8 @@ def save(module: LightningModule, state: RunState, checkpoint: dict[str, Any], *
     }
     if state.optimizer:
         checkpoint[CHECKPOINT_KEY]["optimizer"] = state.optimizer
+    if state.live_objects:
+        checkpoint[CHECKPOINT_KEY]["given_in_python"] = state.live_objects
     if rewards := {each.name: found for each in getattr(module, "rewards", []) if (found := each.checkpoint_state())}:
         checkpoint[CHECKPOINT_KEY]["rewards"] = rewards
     if not updates:  # the step will be repeated from its start
@@ -137,7 +142,8 @@ def load(module: LightningModule, state: RunState, checkpoint: dict[str, Any], *
         if found := own.get("rewards", {}).get(reward.name):
             reward.load_checkpoint_state(found)
     trainer = attached_trainer(module)
-    if trainer is None:
+    if trainer is None:  # load_from_checkpoint has just built the module
+        _warn_of_defaults(own.get("given_in_python") or {}, state.live_objects)
         return
     mend_epochs(checkpoint)
     if trainer.state.fn == "fit":
@@ -293,6 +299,32 @@ def _plain_config(config: Any) -> dict[str, Any]:
         else copy.deepcopy(value)
         for name, value in values.items()
     }
+
+
+def live_objects(**given: Any) -> dict[str, str]:
+    """The arguments of a module that its checkpoints cannot have, and what each one is.
+
+    There are none under the command line, which saves class paths and arguments.
+
+    Args:
+        given: the arguments by name. None is a default.
+    """
+    if built_by_cli():
+        return {}
+    lists = {name: value if isinstance(value, list | tuple) else [value] for name, value in given.items()}
+    return {name: ", ".join(map(function_name, lists[name])) for name, value in given.items() if value is not None}
+
+
+def _warn_of_defaults(saved: Mapping[str, str], given: Mapping[str, str]) -> None:
+    """Warn of defaults in place of what a checkpoint's run had."""
+    missing = [name for name in saved if name not in given]
+    if missing:
+        warnings.warn(
+            f"The checkpoint's run was {GIVEN_IN_PYTHON} {', '.join(f'`{name}` ({saved[name]})' for name in missing)}, "
+            "which a checkpoint does not have. The module has the defaults in their place. Give them again: "
+            f"load_from_checkpoint(path, {', '.join(f'{name}=...' for name in missing)}).",
+            stacklevel=6,
+        )
 
 
 def check_keys(module: LightningModule, keys: Any, *, strict: bool) -> Any:
