@@ -138,7 +138,9 @@ class LambdaPOModule(LightningModule):
         checks.check_settings(self)
         self.automatic_optimization = False
         self.strict_loading = False  # frozen tensors are absent, and `load_state_dict` checks the others
-        self.run_state = state.RunState()
+        own_optimizer = None if optimizer is _adamw else optimizer
+        live = state.live_objects(rewards=rewards, optimizer=own_optimizer, lr_scheduler=lr_scheduler)
+        self.run_state = state.RunState(live_objects=live)
         self.interrupts = Interrupts()
         self.tally = Tally()
         self.reference: PreTrainedModel | None = None
@@ -290,6 +292,7 @@ class LambdaPOModule(LightningModule):
         """Build optimizer and schedule over all the policy's parameters (frozen ones get no gradient)."""
         checks.check_trainable(self.policy)
         optimizer = checks.built("optimizer", self.optimizer_factory, self.policy.parameters())
+        state.note_optimizer(self, self.run_state, optimizer)
         if self.lr_scheduler_factory is None:
             return optimizer
         scheduler = checks.built("lr_scheduler", self.lr_scheduler_factory, optimizer)

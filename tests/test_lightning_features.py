@@ -62,7 +62,7 @@ def test_averaged_weights_resume(base: str, tmp_path: Path, settings: dict[str, 
     assert set(entries["state_dict"]) == set(entries["current_model_state"]) == trained
     _, resumed = run("parts", 2, str(last))
     assert equal({name: resumed.average[name] for name in trained}, {name: whole.average[name] for name in trained})
-    again = LambdaPOModule.load_from_checkpoint(tmp_path / "parts" / "last.ckpt", rewards=[Digits()])
+    again = LambdaPOModule.load_from_checkpoint(last, rewards=[Digits()], optimizer=model.optimizer_factory)
     assert equal({name: weights(again)[name] for name in trained}, {name: whole.average[name] for name in trained})
 
 

@@ -10,12 +10,11 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from lightning_lambdapo.callbacks.last_checkpoint import LastCheckpoint
-from lightning_lambdapo.callbacks.run import finished_rollouts, has_named_version
+from lightning_lambdapo.callbacks.last_checkpoint import LastCheckpoint, of_earlier_runs
+from lightning_lambdapo.callbacks.run import finished_rollouts
 from lightning_lambdapo.datatypes import PromptBatch
 from lightning_lambdapo.distributed.lightning_internals import logged_names
 from lightning_lambdapo.functional.ranges import check_whole
@@ -169,11 +168,4 @@ class RolloutCheckpoint(ModelCheckpoint, LastCheckpoint):
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         """Candidates for ``ckpt_path="last"``: of this run's directory, else of the logger's earlier runs."""
         self.asked = True
-        named = bool(trainer.loggers) and has_named_version(trainer.loggers[0])
-        found = super()._find_last_checkpoints(trainer)
-        if found or self.dirpath is not None or not trainer.loggers or named:
-            return found
-        logger = trainer.loggers[0]
-        runs = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name)
-        kind = "version_*" if isinstance(logger, CSVLogger | TensorBoardLogger) else "*"
-        return set(map(str, runs.glob(f"{kind}/checkpoints/{self.CHECKPOINT_NAME_LAST}*.ckpt")))
+        return of_earlier_runs(self, trainer, super()._find_last_checkpoints(trainer))

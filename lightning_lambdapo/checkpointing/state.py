@@ -22,19 +22,22 @@ import yaml
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
+from torch.optim import Optimizer
 
 from lightning_lambdapo.checkpointing import fingerprint, pending_validation, stopped_epoch
-from lightning_lambdapo.checkpointing.files import IN_SHARDS, CheckpointError, Shapes, read_header
+from lightning_lambdapo.checkpointing import optimizer as optimizers
+from lightning_lambdapo.checkpointing.files import IN_SHARDS, CheckpointError, Shapes, naming, read_header
 from lightning_lambdapo.checkpointing.release_0_1 import upgraded
 from lightning_lambdapo.config import AdapterConfig
 from lightning_lambdapo.distributed.fsdp1 import flattens, plain_name
-from lightning_lambdapo.distributed.lightning_internals import attached_trainer, mend_epochs
+from lightning_lambdapo.distributed.lightning_internals import attached_trainer, built_by_cli, mend_epochs
 from lightning_lambdapo.distributed.parallel import saves_shards
 from lightning_lambdapo.distributed.seeding import STREAMS
-from lightning_lambdapo.functional.own_functions import plain_function
+from lightning_lambdapo.functional.own_functions import function_name, plain_function
 
 CHECKPOINT_KEY = "lambdapo"
 CHECKPOINT_VERSION = 1
+GIVEN_IN_PYTHON = "made in Python with"  # in a warning
 _UNAVERAGED = "current_model_state"  # beside the averages of Lightning's WeightAveraging, which are the state_dict
 _NUMBERS = (
     "max_grad_norm",
@@ -59,6 +62,9 @@ class RunState:
         pending_validation: the run resumed from a checkpoint that was saved before the end of a validation.
         streams: generation of the rows' random streams. A run of release 0.1 keeps its own when it is resumed.
         policy: fingerprint of the policy that training starts from. Empty until the policy is built.
+        optimizer: description of the optimizer. Empty until it is built.
+        live_objects: arguments of the module that a checkpoint cannot have, and what they are.
+        resumed_optimizer: that of the checkpoint, until the optimizer that is to go on from it is built.
     """
 
     rollout_step: int = 0
@@ -68,6 +74,9 @@ class RunState:
     pending_validation: bool = False
     streams: int = STREAMS
     policy: dict[str, Any] = dataclasses.field(default_factory=dict)
+    optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    live_objects: dict[str, str] = dataclasses.field(default_factory=dict)
+    resumed_optimizer: dict[str, Any] | None = None
 
 
 def save(module: LightningModule, state: RunState, checkpoint: dict[str, Any], *, seed: int) -> None:
@@ -94,6 +103,10 @@ def save(module: LightningModule, state: RunState, checkpoint: dict[str, Any], *
         "owes_validation": trainer is not None
         and pending_validation.is_pending(trainer, so_far=state.pending_validation),
     }
+    if state.optimizer:
+        checkpoint[CHECKPOINT_KEY]["optimizer"] = state.optimizer
+    if state.live_objects:
+        checkpoint[CHECKPOINT_KEY]["given_in_python"] = state.live_objects
     if rewards := {each.name: found for each in getattr(module, "rewards", []) if (found := each.checkpoint_state())}:
         checkpoint[CHECKPOINT_KEY]["rewards"] = rewards
     if not updates:  # the step will be repeated from its start
@@ -129,7 +142,8 @@ def load(module: LightningModule, state: RunState, checkpoint: dict[str, Any], *
         if found := own.get("rewards", {}).get(reward.name):
             reward.load_checkpoint_state(found)
     trainer = attached_trainer(module)
-    if trainer is None:
+    if trainer is None:  # load_from_checkpoint has just built the module
+        _warn_of_defaults(own.get("given_in_python") or {}, state.live_objects)
         return
     mend_epochs(checkpoint)
     if trainer.state.fn == "fit":
@@ -187,6 +201,37 @@ def check(module: LightningModule, checkpoint: Mapping[str, Any], shapes: Shapes
     current = getattr(module, "run_state", None)
     if isinstance(current, RunState):
         fingerprint.compare(own.get("policy") or {}, current.policy, checkpoint.get("hyper_parameters") or {})
+    trainer = attached_trainer(module)
+    if isinstance(current, RunState) and trainer is not None and trainer.state.fn == "fit":
+        current.resumed_optimizer = optimizers.noted(checkpoint, own)
+        if trainer.strategy.restore_checkpoint_after_setup:
+            _compare_optimizers(current)
+
+
+def note_optimizer(module: LightningModule, state: RunState, optimizer: Optimizer) -> None:
+    """Note the optimizer for checkpoints, and compare it with the one of the checkpoint that the run resumes from.
+
+    Args:
+        module: it has built the optimizer, and no schedule yet.
+        state: its counters, changed in place.
+        optimizer: a new one.
+
+    Raises:
+        CheckpointError: it cannot go on from the checkpoint.
+    """
+    state.optimizer = optimizers.describe(optimizer)
+    trainer = attached_trainer(module)
+    if trainer is None or trainer.ckpt_path is None:
+        state.resumed_optimizer = None
+        return
+    with naming(trainer.ckpt_path):
+        _compare_optimizers(state)
+
+
+def _compare_optimizers(state: RunState) -> None:
+    saved, state.resumed_optimizer = state.resumed_optimizer, None
+    if saved is not None:
+        state.optimizer = optimizers.compare(saved, state.optimizer)
 
 
 @contextmanager
@@ -254,6 +299,32 @@ def _plain_config(config: Any) -> dict[str, Any]:
         else copy.deepcopy(value)
         for name, value in values.items()
     }
+
+
+def live_objects(**given: Any) -> dict[str, str]:
+    """The arguments of a module that its checkpoints cannot have, and what each one is.
+
+    There are none under the command line, which saves class paths and arguments.
+
+    Args:
+        given: the arguments by name. None is a default.
+    """
+    if built_by_cli():
+        return {}
+    lists = {name: value if isinstance(value, list | tuple) else [value] for name, value in given.items()}
+    return {name: ", ".join(map(function_name, lists[name])) for name, value in given.items() if value is not None}
+
+
+def _warn_of_defaults(saved: Mapping[str, str], given: Mapping[str, str]) -> None:
+    """Warn of defaults in place of what a checkpoint's run had."""
+    missing = [name for name in saved if name not in given]
+    if missing:
+        warnings.warn(
+            f"The checkpoint's run was {GIVEN_IN_PYTHON} {', '.join(f'`{name}` ({saved[name]})' for name in missing)}, "
+            "which a checkpoint does not have. The module has the defaults in their place. Give them again: "
+            f"load_from_checkpoint(path, {', '.join(f'{name}=...' for name in missing)}).",
+            stacklevel=6,
+        )
 
 
 def check_keys(module: LightningModule, keys: Any, *, strict: bool) -> Any:

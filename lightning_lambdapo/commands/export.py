@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -203,7 +204,9 @@ def _load(checkpoint: Path, settings: Record, config: Record | None, *, merge: b
     if isinstance(algorithm := settings.get("algorithm"), Mapping):  # nothing is learnt here, so none is imported
         overrides["algorithm"] = {name: value for name, value in algorithm.items() if name not in ("estimator", "loss")}
     _import_class(settings, config)
-    return LambdaPOModule.load_from_checkpoint(checkpoint, map_location="cpu", **overrides)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=f".*{state.GIVEN_IN_PYTHON}")  # an export needs none of it
+        return LambdaPOModule.load_from_checkpoint(checkpoint, map_location="cpu", **overrides)
 
 
 def _adapter_alone(

@@ -13,7 +13,7 @@ import torch
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_lambdapo.callbacks.completions import CompletionsLogger
 from lightning_lambdapo.callbacks.console import TrainingConsole
 from lightning_lambdapo.callbacks.evaluation_report import EvaluationReport
-from lightning_lambdapo.callbacks.last_checkpoint import LastCheckpoint
+from lightning_lambdapo.callbacks.last_checkpoint import LastCheckpoint, also_of_earlier_runs
 from lightning_lambdapo.commands.mistakes import DEBUG, Parser, told_in_one_sentence
 from lightning_lambdapo.commands.nested_options import nested_options
 from lightning_lambdapo.commands.release_0_1 import upgraded_arguments
@@ -95,12 +95,16 @@ class LambdaPOCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """The subcommand's arguments. Files of earlier runs are kept, and a missing last checkpoint is noticed."""
+        """The subcommand's arguments. Earlier files are kept. The last checkpoint is found, or its absence noticed."""
         arguments = super()._prepare_subcommand_kwargs(subcommand)
         keep_metrics(self.trainer)
         callbacks: list[Callback] = cast(Any, self.trainer).callbacks
-        if arguments.get("ckpt_path") == "last" and not any(isinstance(each, LastCheckpoint) for each in callbacks):
-            callbacks.append(LastCheckpoint())
+        if arguments.get("ckpt_path") == "last":
+            for each in callbacks:
+                if isinstance(each, ModelCheckpoint) and not isinstance(each, LastCheckpoint):
+                    also_of_earlier_runs(each)
+            if not any(isinstance(each, LastCheckpoint) for each in callbacks):
+                callbacks.append(LastCheckpoint())
         return arguments
 
     def after_fit(self) -> None:

@@ -11,6 +11,9 @@ Two classes inherit from Lightning's and use private methods of their parents:
 - ``LambdaPOCLI`` reads settings with ``_get``. It overrides ``_prepare_subcommand_kwargs``, because earlier files must
   be kept before a run starts, ``_parse_ckpt_path``, because a checkpoint's settings must not override the command line,
   and ``_run_subcommand``, because a rehearsal runs nothing (commands/test_main).
+
+For the same reason ``callbacks/last_checkpoint`` replaces ``_find_last_checkpoints`` of Lightning's own
+``ModelCheckpoint`` objects under the command line (commands/test_run_files).
 """
 
 import os

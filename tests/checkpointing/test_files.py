@@ -200,7 +200,8 @@ def test_shards_are_made_one_file(base: str, tmp_path: Path, shards: Path) -> No
     run = trainer(tmp_path, strategy=strategy, max_steps=2)
     run.fit(model, Rows(batch_size=4), ckpt_path=shards)
     run.save_checkpoint(tmp_path / "one.ckpt")
-    again = LambdaPOModule.load_from_checkpoint(tmp_path / "one.ckpt", rewards=model.rewards)
+    live: dict[str, Any] = {"rewards": model.rewards, "optimizer": model.optimizer_factory}
+    again = LambdaPOModule.load_from_checkpoint(tmp_path / "one.ckpt", **live)
     assert again.rollout_step == 2
     held = {
         name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in weights(model).items()

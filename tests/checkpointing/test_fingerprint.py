@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import Digits, Rows, module, trainer
+from small import Digits, Rows, adamw, module, trainer
 from transformers import AutoModelForCausalLM
 
 from lightning_lambdapo import AdapterConfig, LambdaPOModule, PolicyConfig, RolloutCheckpoint
@@ -31,7 +31,7 @@ def train(directory: Path, base: str, lora: AdapterConfig) -> Path:
 
 
 def load(path: Path, **settings: Any) -> LambdaPOModule:
-    return LambdaPOModule.load_from_checkpoint(path, rewards=[Digits()], **settings)
+    return LambdaPOModule.load_from_checkpoint(path, rewards=[Digits()], optimizer=adamw, **settings)
 
 
 def earlier(path: Path, target: Path) -> Path:

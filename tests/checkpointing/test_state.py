@@ -85,6 +85,14 @@ def test_checkpoints_hold_what_is_trained_and_load_weights_only(base: str, tmp_p
     noted = checkpoint["lambdapo"].pop("policy")
     assert noted["adapter"] == {"lora_alpha": 32}
     assert noted["base"]
+    optimizer = checkpoint["lambdapo"].pop("optimizer")
+    assert optimizer["class"] == "torch.optim.adamw.AdamW"
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer["groups"]] == [(1e-2, 0.1)]
+    assert checkpoint["lambdapo"].pop("given_in_python") == {
+        "rewards": "small.Digits",
+        "optimizer": "small.adamw",
+        "lr_scheduler": f"{__name__}.cosine",
+    }
     assert checkpoint["lambdapo"] == {
         "version": 1,
         "rollout_step": 4,
@@ -152,11 +160,62 @@ def test_when_a_validation_is_pending(base: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("lora", [None, AdapterConfig(r=4)], ids=["full", "lora"])
 def test_load_from_checkpoint_of_a_module_built_in_python(base: str, tmp_path: Path, lora: Any) -> None:
     model, _, _ = run(tmp_path, base, every=4, max_epochs=1, lora=lora)
-    again = LambdaPOModule.load_from_checkpoint(tmp_path / "rollout-step=4.ckpt", rewards=[Digits()])
+    live: dict[str, Any] = {"rewards": [Digits()], "optimizer": adamw, "lr_scheduler": cosine}
+    again = LambdaPOModule.load_from_checkpoint(tmp_path / "rollout-step=4.ckpt", **live)
     assert equal(weights(again), weights(model))
     assert again.rollout_config == model.rollout_config
     assert again.lora == model.lora
     assert again.rollout_step == 4
+
+
+def reward_of_mine(completions: list[str], **_: Any) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.5)
+
+
+class WithRewards(LambdaPOModule):
+    """Has rewards of its own."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**(settings | {"rewards": [Digits()]}))
+
+
+def test_what_was_given_in_python_must_be_given_again(base: str, tmp_path: Path) -> None:
+    """Warnings are errors in these tests."""
+    live: dict[str, Any] = {"rewards": [reward_of_mine, Digits()], "optimizer": sgd, "lr_scheduler": cosine}
+    file = saved_by(tmp_path / "live", LambdaPOModule(PolicyConfig(base), **live))
+    all_of_them = (
+        rf"made in Python with `rewards` \({__name__}\.reward_of_mine, small\.Digits\), `optimizer` "
+        rf"\({__name__}\.sgd\), `lr_scheduler` \({__name__}\.cosine\), which .*"
+        r"load_from_checkpoint\(path, rewards=\.\.\., optimizer=\.\.\., lr_scheduler=\.\.\.\)"
+    )
+    with pytest.warns(UserWarning, match=all_of_them) as told:
+        loaded = LambdaPOModule.load_from_checkpoint(file)
+    assert len(told) == 1
+    assert [reward.name for reward in loaded.rewards] == ["accuracy"]
+    with pytest.warns(UserWarning, match=rf"made in Python with `optimizer` \({__name__}\.sgd\), which"):
+        LambdaPOModule.load_from_checkpoint(file, rewards=[Digits()], lr_scheduler=cosine)
+    again = LambdaPOModule.load_from_checkpoint(file, **live)
+    assert again.optimizer_factory is sgd
+    with pytest.warns(UserWarning, match="made in Python with `optimizer`"):
+        WithRewards.load_from_checkpoint(file, lr_scheduler=cosine)
+
+
+def test_defaults_need_not_be_given_again(base: str, tmp_path: Path) -> None:
+    file = saved_by(tmp_path, LambdaPOModule(PolicyConfig(base)))
+    assert "given_in_python" not in torch.load(file, weights_only=True)["lambdapo"]
+    LambdaPOModule.load_from_checkpoint(file)
+
+
+def saved_by(path: Path, model: LambdaPOModule) -> Path:
+    """A checkpoint of a module that was validated and not trained."""
+    built = trainer(path, limit_val_batches=1)
+    built.validate(model, Rows(batch_size=4), verbose=False)
+    built.save_checkpoint(path / "one.ckpt")
+    return path / "one.ckpt"
 
 
 def saved(path: Path, version: int = 0) -> Path:

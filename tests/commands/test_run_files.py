@@ -132,6 +132,64 @@ def test_a_named_run_starts_anew_and_finds_no_other_runs(base: str, tmp_path: Pa
         assert held["lambdapo"]["rollout_step"] == 4
 
 
+def of_lightning(base: str, path: Path, settings: str | None) -> list[str]:
+    """Options of a run that Lightning's own callback saves. Without settings it is the one that Lightning adds."""
+    file = config_file(base, path)
+    ours = "{class_path: lightning_lambdapo.RolloutCheckpoint, init_args: {every_n_rollouts: 4}}"
+    theirs = f"{{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {{{settings}}}}}"
+    text = file.read_text().replace(f"\n    - {ours}", " []" if settings is None else f"\n    - {theirs}")
+    file.write_text(text.replace("limit_val_batches: 0", "limit_val_batches: 1.0"))
+    rows = f"{{path: {path / 'rows.jsonl'}, limit: 4}}"
+    return [f"--config={file}", f"--data.val={rows}", f"--data.test={rows}"]
+
+
+def test_the_last_one_of_lightnings_own_callback_is_found(
+    base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In an earlier run, without a fixed directory."""
+    common = [*of_lightning(base, tmp_path, "monitor: val/reward, mode: max, save_last: true"), "--ckpt_path=last"]
+    first = tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
+    with caplog.at_level("INFO"):
+        main(["fit", *common])
+        assert first.exists()
+        assert caplog.text.count("so training starts anew, at step 1") == 1
+        caplog.clear()
+        main(["fit", *common, "--trainer.max_epochs=2"])
+        assert f"Restored all states from the checkpoint at {first}" in caplog.text
+        assert "starts anew" not in caplog.text
+    second = find_checkpoint(tmp_path)
+    assert second.parts[-3:] == ("version_1", "checkpoints", "last.ckpt")
+    assert torch.load(second, weights_only=True)["lambdapo"]["rollout_step"] == 8
+    main(["test", *common])
+    (results,) = tmp_path.rglob("results.json")
+    assert f'"checkpoint": "{second}"' in results.read_text()
+
+
+@pytest.mark.parametrize("settings", [None, "monitor: val/reward, mode: max"], ids=["added", "given"])
+def test_a_callback_that_saves_no_last_one_is_named(
+    base: str, tmp_path: Path, settings: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    common = [*of_lightning(base, tmp_path, settings), "--ckpt_path=last"]
+    with caplog.at_level("INFO"):
+        main(["fit", *common])
+    assert "This run saves none either: set `save_last: true` in its ModelCheckpoint." in caplog.text
+    (saved,) = tmp_path.rglob("*.ckpt")
+    with pytest.raises(
+        CheckpointError, match="because ModelCheckpoint saves one only with `save_last: true`"
+    ) as refused:
+        main(["fit", *common, "--trainer.max_epochs=2"])
+    assert str(saved) in str(refused.value)
+    assert list(tmp_path.rglob("*.ckpt")) == [saved]
+    with pytest.raises(CheckpointError, match="A last one is saved with `save_last: true`") as refused:
+        main(["test", *common])
+    assert str(saved) in str(refused.value)
+    caplog.clear()
+    saving = "{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {save_last: true}}"
+    with caplog.at_level("INFO"):
+        main(["fit", *common, f"--trainer.callbacks=[{saving}]"])
+    assert f"starts anew, at step 1. To resume from {saved}, give that file as `ckpt_path`." in caplog.text
+
+
 def test_checkpoints_in_directories_of_their_own_are_found(base: str, tmp_path: Path) -> None:
     """A slash in a logged name makes a directory."""
     callback = RolloutCheckpoint(2, filename="{step}-{train/reward:.2f}", save_last=False, save_top_k=-1)

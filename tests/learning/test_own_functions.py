@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from gradients import EVERYTHING, learn, make, slow_gradient
-from small import config_file, equal, fit, module, weights
+from small import Digits, adamw, config_file, equal, fit, module, weights
 
 from lightning_lambdapo import AlgorithmConfig, LambdaPOModule, RolloutCheckpoint
 from lightning_lambdapo.commands.inspect_rollout import build_groups
@@ -51,6 +51,9 @@ def test_a_shape_that_does_not_fit_ends_the_first_step(base: str, tmp_path: Path
         fit(tmp_path, model)
 
 
+LIVE: dict[str, Any] = {"rewards": [Digits()], "optimizer": adamw}  # what no checkpoint has
+
+
 def save(path: Path, base: str, **algorithm: Any) -> Path:
     checkpoint = RolloutCheckpoint(dirpath=path, every_n_rollouts=4)
     fit(path, module(base, algorithm=AlgorithmConfig(**algorithm)), callbacks=[checkpoint])
@@ -62,7 +65,7 @@ def test_a_checkpoint_has_the_import_path(base: str, tmp_path: Path) -> None:
     file = save(tmp_path, base, estimator=settings, loss=own_functions.reinforce)
     stored = torch.load(file, weights_only=True)["hyper_parameters"]["algorithm"]
     assert (stored["estimator"], stored["loss"]) == (settings, "own_functions.reinforce")
-    loaded = LambdaPOModule.load_from_checkpoint(file)
+    loaded = LambdaPOModule.load_from_checkpoint(file, **LIVE)
     assert loaded.algorithm.own_loss is own_functions.reinforce
     assert isinstance(loaded.algorithm.own_estimator, own_functions.Scaled)
     card = model_card({"algorithm": {**stored, "loss": "absent.package.mine"}}, None, [], steps=4, kind="full")
@@ -75,7 +78,7 @@ def test_a_checkpoint_of_a_function_without_a_path_says_so(base: str, tmp_path: 
     file = save(tmp_path, base, estimator=algorithm.estimator)
     with pytest.raises(ValueError, match=r"`algorithm.estimator` was .*<lambda>, given in Python.* Give it again"):
         LambdaPOModule.load_from_checkpoint(file)
-    loaded = LambdaPOModule.load_from_checkpoint(file, algorithm=algorithm)
+    loaded = LambdaPOModule.load_from_checkpoint(file, algorithm=algorithm, **LIVE)
     assert loaded.algorithm.own_estimator is algorithm.estimator
     main(["export", str(file), f"--output={tmp_path / 'export'}"])
     assert "<lambda>" in (tmp_path / "export" / "README.md").read_text()

@@ -160,9 +160,8 @@ def test_evaluate_then_train(base: str, tmp_path: Path, encoder: str, lora: Adap
     saved = tmp_path / "saved.ckpt"
     judge.save_checkpoint(saved)
     assert not any("encoder" in name for name in torch.load(saved)["state_dict"])
-    again = LambdaPOModule.load_from_checkpoint(
-        saved, lora=lora, rewards=[density(encoder=None if encoder == "frozen" else base)]
-    )
+    rewards = [density(encoder=None if encoder == "frozen" else base)]
+    again = LambdaPOModule.load_from_checkpoint(saved, lora=lora, rewards=rewards, optimizer=model.optimizer_factory)
     torch.testing.assert_close(embed(again), embed(model))
 
 
