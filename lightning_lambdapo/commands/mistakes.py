@@ -220,6 +220,6 @@ def _of_text(name: str, path: tuple[str, ...], text: str, message: str) -> str:
         return f"There is no setting `{_name((*path, match[1] or match[2]), message)}`."
     if match := re.match(r"the following arguments are required: (.+)", text):
         return f"`{'.'.join([*path, match[1]])}` is required."
-    if match := re.search(r"must include a class_path .* but got NestedArg\(key='([^']+)'", text):
+    if match := re.search(r"must include a class_path .* but got (?:NestedArg\(key=|\{'init_args': \{)'([^']+)'", text):
         return f"`{name}` needs a class_path before its `{match[1]}` can be set."
     return f"`{name}`: {text}" if name else text

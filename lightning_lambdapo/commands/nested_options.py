@@ -104,18 +104,19 @@ def replaced_class(before: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     is_class = bool(before.keys() & {"class_path", "init_args"})
     earlier = (before.get("init_args") or {}) if is_class else before
     taken = _parameters(before.get("class_path") if is_class else None, str(given["class_path"]), earlier)
-    arguments = _merged({name: earlier[name] for name in taken}, given.get("init_args") or {})
+    arguments = merged({name: earlier[name] for name in taken}, given.get("init_args") or {})
     return {**given, "init_args": arguments} if arguments else dict(given)
 
 
-def _merged(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def merged(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with others in them. A class among them is replaced as a class is, other mappings are merged."""
     found = dict(before)
     for name, value in given.items():
         earlier = found.get(name)
         if isinstance(value, Mapping) and "class_path" in value:
             found[name] = replaced_class(earlier, value)
         elif isinstance(value, Mapping) and isinstance(earlier, Mapping):
-            found[name] = _merged(earlier, value)
+            found[name] = merged(earlier, value)
         else:
             found[name] = value
     return found

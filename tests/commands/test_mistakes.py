@@ -118,6 +118,10 @@ SENTENCES: list[tuple[str | list[str], str]] = [
     ),
     ("--trainer.max_steps=few", "`trainer.max_steps` must be a whole number, got 'few'."),
     ("--model.optimizer.lr=fast", "`model.optimizer` needs a class_path before its `lr` can be set."),
+    (
+        "--model.optimizer={init_args: {lr: 0.1}}",
+        "`model.optimizer` needs a class_path before its `lr` can be set.",
+    ),
     ("--data.train.preset=gsm8", "Unknown preset 'gsm8'. There are arithmetic, gsm8k,"),
     ("--trainer.gradient_clip_val=1", "Trainer(gradient_clip_val=1) has no effect under manual optimisation, so set"),
     ("--trainer.strategy=sideways", "You selected an invalid strategy name: `strategy='sideways'`."),
