@@ -250,6 +250,12 @@ def _of_text(name: str, path: tuple[str, ...], text: str, message: str) -> str:
         return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} required."
     if match := re.search(r"must include a class_path .* but got (?:NestedArg\(key=|\{'init_args': \{)'([^']+)'", text):
         return f"`{name}` needs a class_path before its `{match[1]}` can be set."
+    if match := re.match(r"Expected an instantiatable class, but (?:\w+\.)*(\w+) is abstract", text):
+        example = (
+            " For a plain function with a weight: {class_path: lightning_lambdapo.rewards.FunctionReward, init_args: "
+        )
+        example += "{function: my_module.my_function, weight: 0.5}}."
+        return f"`{name}` needs a class_path, because {match[1]} is abstract.{example if match[1] == 'Reward' else ''}"
     return f"`{name}`: {text}" if name else text
 
 

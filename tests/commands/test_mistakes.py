@@ -140,6 +140,10 @@ SENTENCES: list[tuple[str | list[str], str]] = [
         ["--model.rewards=[lightning_lambdapo.rewards.AccuracyReward,small.Digits]", "--model.rewards.1.wieght=0"],
         "There is no setting `model.rewards.1.wieght`.",
     ),
+    (
+        "--model.rewards=[{weight: 0.5}]",
+        "`model.rewards` needs a class_path, because Reward is abstract. For a plain function with a weight: {class_path: ",
+    ),
     (f"--seed_everything={2**70}", f"`seed_everything` must be at most 4294967295, got {2**70}."),
     ("--seed_everything=-1", "`seed_everything` must be at least 0, got -1."),
     ("--model.policy.model=nobody/nothing", "`policy.model` is 'nobody/nothing': We couldn't connect to"),
@@ -205,6 +209,11 @@ HELPED: list[tuple[list[str], str, str]] = [
         "error: `model.lr_scheduler.T_max` is required.",
         f"--model.lr_scheduler.help={SCHEDULERS}.CosineAnnealingLR",
     ),
+    (
+        ["--model.rewards=[named_rewards.brief]", "--model.rewards.0.wieght=0"],
+        "Did you mean `model.rewards.0.weight`?",
+        f"--model.rewards.help={REWARDS}.FunctionReward",
+    ),
     (["--trainer.mx_stepss=4"], "--trainer.mx_stepss=4. Did you mean `trainer.max_steps`?", "--help"),
 ]
 
@@ -232,7 +241,7 @@ def test_the_help_that_is_named_has_the_settings(
         call(monkeypatch, "fit", option)
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    key = re.findall(r"`([\w.]+)`", error)[-1].replace(".1.", ".").split(".")
+    key = re.findall(r"`([\w.]+)`", error)[-1].replace(".1.", ".").replace(".0.", ".").split(".")
     if "no setting" not in end:
         assert any(f"--{'.'.join(key[start:])} " in shown for start in range(len(key) - 1))
 
