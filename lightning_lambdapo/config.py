@@ -386,10 +386,18 @@ class PerformanceConfig:
 
 
 def from_mapping(cls: type[T], value: T | Mapping[str, Any]) -> T:
-    """A config dataclass from the mapping that a checkpoint contains. An instance is returned unchanged."""
-    if not isinstance(value, Mapping):
+    """A config dataclass from the mapping that a checkpoint contains. An instance is returned unchanged.
+
+    Raises:
+        TypeError: something else, such as the name of a model.
+    """
+    if isinstance(value, cls):
         return value
     types: dict[str, Any] = {entry.name: entry.type for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if not isinstance(value, Mapping):
+        first = isinstance(value, str) and next(iter(types.values())) is str
+        advice = f"Pass {cls.__name__}({value!r})." if first else f"Pass {cls.__name__}(...)."
+        raise TypeError(f"A {cls.__name__} is needed, got {value!r}. {advice}")
     return cls(
         **{
             name: from_mapping(types[name], item) if dataclasses.is_dataclass(types.get(name)) else item

@@ -99,7 +99,8 @@ def _with_arguments(reward: Any) -> Any:
     """A plain function among the rewards as a class that has a weight, a name and a timeout."""
     if not callable(reward) or isinstance(reward, type):
         return reward
-    return Namespace(class_path=_FUNCTION_REWARD, init_args=Namespace(function=reward))
+    space: Any = Namespace  # its constructor has no types
+    return space(class_path=_FUNCTION_REWARD, init_args=space(function=reward))
 
 
 def replaced_class(before: Any, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -142,7 +142,7 @@ SENTENCES: list[tuple[str | list[str], str]] = [
     ),
     (
         "--model.rewards=[{weight: 0.5}]",
-        "`model.rewards` needs a class_path, because Reward is abstract. For a plain function with a weight: {class_path: ",
+        "`model.rewards` needs a class_path, because Reward is abstract. For a plain function with a weight: {class_",
     ),
     (f"--seed_everything={2**70}", f"`seed_everything` must be at most 4294967295, got {2**70}."),
     ("--seed_everything=-1", "`seed_everything` must be at least 0, got -1."),
