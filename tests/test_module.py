@@ -346,6 +346,7 @@ def test_a_step_of_validation_needs_no_trainer(base: str) -> None:
         assert len(step(batch, 0)["outcomes"]) == 4
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
 def test_a_loader_without_the_collator_is_told_of_it(base: str, tmp_path: Path, stage: str) -> None:
     loader: DataLoader[Any] = DataLoader(cast(Any, ROWS), batch_size=4)
