@@ -16,7 +16,7 @@ from lightning_lambdapo.functional.importance import CorrectionLevel, check_cap
 from lightning_lambdapo.functional.losses import Aggregation, KLEstimator, Level, check_clipping
 from lightning_lambdapo.functional.masking import check_choice
 from lightning_lambdapo.functional.own_functions import Function, check_estimator, check_loss, find_function
-from lightning_lambdapo.functional.ranges import check_real, check_whole, path_text
+from lightning_lambdapo.functional.ranges import check_instance, check_real, check_whole, path_text
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -386,18 +386,10 @@ class PerformanceConfig:
 
 
 def from_mapping(cls: type[T], value: T | Mapping[str, Any]) -> T:
-    """A config dataclass from the mapping that a checkpoint contains. An instance is returned unchanged.
-
-    Raises:
-        TypeError: something else, such as the name of a model.
-    """
-    if isinstance(value, cls):
-        return value
-    types: dict[str, Any] = {entry.name: entry.type for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    """A config dataclass from the mapping that a checkpoint contains. An instance is returned unchanged."""
     if not isinstance(value, Mapping):
-        first = isinstance(value, str) and next(iter(types.values())) is str
-        advice = f"Pass {cls.__name__}({value!r})." if first else f"Pass {cls.__name__}(...)."
-        raise TypeError(f"A {cls.__name__} is needed, got {value!r}. {advice}")
+        return check_instance(cls, value)
+    types: dict[str, Any] = {entry.name: entry.type for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
     return cls(
         **{
             name: from_mapping(types[name], item) if dataclasses.is_dataclass(types.get(name)) else item

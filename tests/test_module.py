@@ -357,5 +357,5 @@ def test_a_loader_without_the_collator_is_told_of_it(base: str, tmp_path: Path, 
 def test_the_name_of_a_model_is_no_policy(base: str) -> None:
     with pytest.raises(TypeError, match=r"A PolicyConfig is needed, got 'builtin:.*'\. Pass PolicyConfig\('builtin:"):
         LambdaPOModule(policy=cast(Any, "builtin:arithmetic"))
-    with pytest.raises(TypeError, match=r"A RolloutConfig is needed, got 'hf'\. Pass RolloutConfig\(\.\.\.\)\."):
-        module(base, rollout="hf")
+    with pytest.raises(TypeError, match=r"A RolloutConfig is needed, got None\. Pass RolloutConfig\(\.\.\.\)\."):
+        module(base, rollout=None)
