@@ -324,6 +324,15 @@ def check_data(
         check_context(model, length, longest_completion("train" if split == "train" else "val"))
 
 
+def check_batch(batch: object) -> None:
+    """Refuse what a DataLoader makes of prompts without this package's ``collate_fn``."""
+    if not hasattr(batch, "prompts"):
+        raise TypeError(
+            f"A batch must be a PromptBatch, got {type(batch).__name__}. Give the DataLoader "
+            "`collate_fn=PromptCollator(module.tokenizer)`, or use LambdaPODataModule."
+        )
+
+
 def check_reserve(reserve: int, prompts: int) -> int:
     """Number of prompts of a batch to train on. Refuse a reserve of all prompts."""
     if reserve >= prompts:

@@ -16,7 +16,7 @@ from lightning_lambdapo.functional.importance import CorrectionLevel, check_cap
 from lightning_lambdapo.functional.losses import Aggregation, KLEstimator, Level, check_clipping
 from lightning_lambdapo.functional.masking import check_choice
 from lightning_lambdapo.functional.own_functions import Function, check_estimator, check_loss, find_function
-from lightning_lambdapo.functional.ranges import check_real, check_whole, path_text
+from lightning_lambdapo.functional.ranges import check_instance, check_real, check_whole, path_text
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -388,7 +388,7 @@ class PerformanceConfig:
 def from_mapping(cls: type[T], value: T | Mapping[str, Any]) -> T:
     """A config dataclass from the mapping that a checkpoint contains. An instance is returned unchanged."""
     if not isinstance(value, Mapping):
-        return value
+        return check_instance(cls, value)
     types: dict[str, Any] = {entry.name: entry.type for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
     return cls(
         **{

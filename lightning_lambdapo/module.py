@@ -220,6 +220,7 @@ class LambdaPOModule(LightningModule):
         return self._evaluate(batch, "test", batch_idx)
 
     def _evaluate(self, batch: PromptBatch, stage: str, batch_idx: int) -> dict[str, Any]:
+        checks.check_batch(batch)
         with step_randomness(self.sampling_seed, batch_idx):  # a function of the batch, so that evaluations repeat
             rollout = self.sampler.sample(batch, stage, seed=self.sampling_seed)
             return self.evaluator.judge(batch, rollout, stage)
@@ -237,6 +238,7 @@ class LambdaPOModule(LightningModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Complete each prompt. Each completion gives one record, with everything needed to judge it again."""
+        checks.check_batch(batch)
         rollout = self.sampler.sample(batch, "predict", seed=self.sampling_seed)
         return rollout.records(batch, columns=True) if batch.prompts else []
 
@@ -329,6 +331,7 @@ class LambdaPOModule(LightningModule):
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
         """Refuse a batch with too few prompts for the reserve or for the mini-batches."""
+        checks.check_batch(batch)
         prompts = checks.check_reserve(self.rollout_config.reserve_prompts, len(batch.prompts))
         self.learner.passes = self.epochs_per_rollout
         self.learner.mini_batches = self.updates_per_rollout // self.epochs_per_rollout

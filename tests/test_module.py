@@ -15,6 +15,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from named_rewards import lambda_free_reward
 from small import ROWS, Digits, Recorder, Rows, Same, adamw, equal, fit, module, trainer, weights
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_lambdapo import (
     AdapterConfig,
@@ -343,3 +344,18 @@ def test_a_step_of_validation_needs_no_trainer(base: str) -> None:
     batch = next(iter(data.val_dataloader()))
     for step in (model.validation_step, model.test_step):
         assert len(step(batch, 0)["outcomes"]) == 4
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+def test_a_loader_without_the_collator_is_told_of_it(base: str, tmp_path: Path, stage: str) -> None:
+    loader: DataLoader[Any] = DataLoader(cast(Any, ROWS), batch_size=4)
+    with pytest.raises(TypeError, match=r"PromptBatch, got dict\. Give the DataLoader `collate_fn=PromptCollator\("):
+        getattr(trainer(tmp_path, limit_val_batches=int(stage != "fit")), stage)(module(base), loader)
+
+
+def test_the_name_of_a_model_is_no_policy(base: str) -> None:
+    with pytest.raises(TypeError, match=r"A PolicyConfig is needed, got 'builtin:.*'\. Pass PolicyConfig\('builtin:"):
+        LambdaPOModule(policy=cast(Any, "builtin:arithmetic"))
+    with pytest.raises(TypeError, match=r"A RolloutConfig is needed, got None\. Pass RolloutConfig\(\.\.\.\)\."):
+        module(base, rollout=None)

@@ -3,8 +3,9 @@
 import math
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from lightning_lambdapo.callbacks.run import finished_rollouts, run_directory
+from lightning_lambdapo.callbacks.run import entries, finished_rollouts, has_own_directory, run_directory
 from lightning_lambdapo.functional.ranges import check_whole
 from lightning_lambdapo.runs.files import CHECKPOINTS, first_and_last
 from lightning_lambdapo.runs.text import clock, metric_label, thousands
@@ -29,6 +30,8 @@ _FIGURES = (
     ("train/completion_length", "len", "length", 1),
 )
 _WINDOW = 20
+#: Directories in which a run writes among files of earlier ones.
+_DIRECTORIES = ("checkpoints/", "export/")
 
 
 class TrainingConsole(ProgressBar):
@@ -50,6 +53,7 @@ class TrainingConsole(ProgressBar):
         self._curves: dict[str, list[float]] = {}
         self._evaluations: dict[str, list[tuple[int, float]]] = {}
         self._steps: list[int] = []
+        self._others: dict[str, int] = {}
         self._tokens = 0
         self._recent: deque[tuple[int, float]] = deque(maxlen=_WINDOW)
         self._began = self._step_began = 0.0
@@ -70,6 +74,12 @@ class TrainingConsole(ProgressBar):
             get_console().print(*args, **kwargs)
 
     # -- training ------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Note what a directory that is not the run's own already contains."""
+        super().setup(trainer, pl_module, stage)
+        if self._enabled and stage == "fit":
+            self._others = {} if has_own_directory(trainer) else entries(run_directory(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock and the bar."""
@@ -118,7 +128,8 @@ class TrainingConsole(ProgressBar):
             self.print()
             self.print(Text(counts, "bold"), soft_wrap=True)
             self.print(self._summary())
-            self.print(_files(run_directory(trainer)), soft_wrap=True)
+            if files := _files(run_directory(trainer), self._others):
+                self.print(files, soft_wrap=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove the bar before the error is printed."""
@@ -282,14 +293,18 @@ def _total_steps(trainer: Trainer, pl_module: LightningModule) -> float:
     return min(by_epochs, math.ceil(trainer.max_steps / cast(int, getattr(pl_module, "updates_per_rollout", 1))))
 
 
-def _files(run: Path) -> Text:
-    """The run's files, and the commands to use them with."""
+def _files(run: Path, others: Mapping[str, int] = MappingProxyType({})) -> Text:
+    """The run's files, and the commands to use them with. ``others`` are entries that were there before it."""
     place = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
-    names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in run.iterdir()) if run.is_dir() else []
-    rows = [("files", f"{place}: {', '.join(names)}")]
+    names = [
+        name
+        for name, changed in entries(run).items()
+        if name not in others or (name in _DIRECTORIES and changed != others[name])
+    ]
+    rows = [("files", f"{place}: {', '.join(names)}")] if names else []
     if "completions.jsonl" in names:
         rows.append(("inspect", f"lambdapo inspect-rollout {place}"))
-    if next(run.glob(CHECKPOINTS), None) is not None:
+    if "checkpoints/" in names and next(run.glob(CHECKPOINTS), None) is not None:
         rows.append(("export", f"lambdapo export {place}"))
     return Text("\n").join(Text.assemble((f"{label:9}", "bold"), value) for label, value in rows)
 

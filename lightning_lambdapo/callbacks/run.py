@@ -1,5 +1,6 @@
 """The directory of a run's files, and the run's progress."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,27 @@ def run_directory(trainer: Trainer) -> Path:
         if directory:
             return Path(directory)
     return Path(trainer.default_root_dir)
+
+
+def has_own_directory(trainer: Trainer) -> bool:
+    """False if a run's directory may contain files of others: ``default_root_dir``, or what all runs of a logger share.
+
+    Only for rank 0.
+    """
+    run = run_directory(trainer)
+    logs = [getattr(logger, "log_dir", None) for logger in trainer.loggers]
+    return any(log and Path(log) == run for log in logs)
+
+
+def entries(directory: Path) -> dict[str, int]:
+    """Names in a directory, and when each was last changed. Those of directories end with a slash."""
+    if not directory.is_dir():
+        return {}
+    found = {}
+    for path in sorted(directory.iterdir()):
+        with suppress(FileNotFoundError):  # somebody else may have removed it
+            found[f"{path.name}/" if path.is_dir() else path.name] = path.lstat().st_mtime_ns
+    return found
 
 
 def finished_rollouts(trainer: Trainer) -> int:

@@ -1,11 +1,12 @@
 """A mistake in the settings is told in one sentence. Every other error keeps its traceback."""
 
+import argparse
 import dis
 import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,6 +15,7 @@ from typing import Any, NoReturn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_lambdapo.commands.setting_names import classes_of, did_you_mean, help_line, settings_of
 from lightning_lambdapo.engine_settings import EngineStartError
 
 DEBUG = "LAMBDAPO_DEBUG"
@@ -31,6 +33,7 @@ _KEY = re.compile(r'Parser key "([^"]+)"(?: element \d+)?:\s*(.*)$')
 _TYPE = re.compile(r"Expected an? (<class '[^']+'>|typing\.\S.*?|[\w.]+\[.*?\])(?:\. Got value: (.*))?$")
 _CLASS = re.compile(r"(?:Expected a|Not a valid) (dot import path|subclass) (?:string|of \w+)(?:.*?: (.+))?$")
 _FACTORY = re.compile(r"Type .* expects a function or a callable class: (.*?)(?:\. Got value: .*)?$")
+_UNKNOWN = re.compile(r"unrecognized arguments: --([^=\s]+)|Subcommand '\w+' does not accept option '([^']+)'")
 _PART = re.compile(r"NestedArg\(key='([^']+)'")
 _NO_REASONS = (
     "Does not validate against any of the Union",
@@ -61,17 +64,33 @@ _NAMES = {
 class Parser(LightningArgumentParser):
     """Lightning's parser, whose errors name the setting and what is wrong with it, and nothing else."""
 
+    def parse_args(self, args: Any = None, *arguments: Any, **options: Any) -> Any:
+        """Remember the words, for the name of the command in an error."""
+        self._words: Sequence[str] = sys.argv[1:] if args is None else args
+        return super().parse_args(args, *arguments, **options)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one sentence and exit with code 2. The parsers of parts raise, as jsonargparse wants."""
         if not self.exit_on_error:
             super().error(message, ex)
-        parser = getattr(ex, "subcommand_parser", None) or self
+        parser = getattr(ex, "subcommand_parser", None) or self._of_command()
         program = parser.prog.replace(" [options]", "")
         if debugging() and ex is not None:
             traceback.print_exception(ex)
         told = message if debugging() else one_sentence(message)
-        sys.stderr.write(f"{program}: error: {told}\nAll settings: {program} --help\n")
+        if match := _UNKNOWN.match(message):
+            told = told if match[1] else f"There is no setting `{match[2]}`."
+            close = did_you_mean(match[1] or match[2], [action.dest for action in parser._actions])
+            told += f".{close}" if close and match[1] else close
+        path = next((reason.path for reason in _deepest(message)), ())
+        sys.stderr.write(f"{program}: error: {told}\n{help_line(program, path, message)}\n")
         sys.exit(2)
+
+    def _of_command(self) -> argparse.ArgumentParser:
+        """The parser of the command that the words name: an error in the whole of the settings does not say it."""
+        commands = [each for each in self._actions if isinstance(each, argparse._SubParsersAction)]
+        words = [word for word in getattr(self, "_words", []) for each in commands if word in each.choices]
+        return commands[0].choices[words[0]] if words else self
 
 
 def debugging() -> bool:
@@ -139,16 +158,24 @@ def one_sentence(message: str) -> str:
         >>> one_sentence('Parser key "trainer.max_steps":\n  Expected a <class \'int\'>. Got value: few')
         "`trainer.max_steps` must be a whole number, got 'few'."
     """
-    if not message.startswith(("Parser key", "Does not validate", "Problem with given class_path")):
+    rivals = _deepest(message)
+    if not rivals:
         return message
-    reasons = _reasons(message)
-    if not reasons:
-        return message
-    best = max(reasons, key=lambda reason: (len(reason.path), reason.indent))
-    rivals = [reason for reason in reasons if (reason.path, reason.indent) == (best.path, best.indent)]
+    best = rivals[0]
     written = next((reason for reason in rivals if not _type(reason.text)), None)
     name = _name(best.path, message) or ("trainer.callbacks" if _CALLBACKS in message else "")
     return _of_types(name, rivals) if written is None else _of_text(name, best.path, written.text, message)
+
+
+def _deepest(message: str) -> list[_Reason]:
+    """The reasons deepest in the tree: alternatives for one setting. None of a message without a tree."""
+    if not message.startswith(("Parser key", "Does not validate", "Problem with given class_path")):
+        return []
+    reasons = _reasons(message)
+    if not reasons:
+        return []
+    best = max(reasons, key=lambda reason: (len(reason.path), reason.indent))
+    return [reason for reason in reasons if (reason.path, reason.indent) == (best.path, best.indent)]
 
 
 def _reasons(message: str) -> list[_Reason]:
@@ -215,11 +242,25 @@ def _kind(written: str) -> str:
 
 def _of_text(name: str, path: tuple[str, ...], text: str, message: str) -> str:
     if match := re.match(r"Group '([^']+)' does not accept option '([^']+)'", text):
-        return f"There is no setting `{_name((*path, match[1], match[2]), message)}`."
+        return _no_setting(f"{match[1]}.{match[2]}", path, message)
     if match := re.match(r"unrecognized arguments: --([^=\s]+)|Option '([^']+)' is not accepted", text):
-        return f"There is no setting `{_name((*path, match[1] or match[2]), message)}`."
+        return _no_setting(match[1] or match[2], path, message)
     if match := re.match(r"the following arguments are required: (.+)", text):
-        return f"`{'.'.join([*path, match[1]])}` is required."
-    if match := re.search(r"must include a class_path .* but got NestedArg\(key='([^']+)'", text):
+        names = [f"`{'.'.join([*path, key])}`" for key in match[1].split(", ")]
+        return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} required."
+    if match := re.search(r"must include a class_path .* but got (?:NestedArg\(key=|\{'init_args': \{)'([^']+)'", text):
         return f"`{name}` needs a class_path before its `{match[1]}` can be set."
+    if match := re.match(r"Expected an instantiatable class, but (?:\w+\.)*(\w+) is abstract", text):
+        example = (
+            " For a plain function with a weight: {class_path: lightning_lambdapo.rewards.FunctionReward, init_args: "
+        )
+        example += "{function: my_module.my_function, weight: 0.5}}."
+        return f"`{name}` needs a class_path, because {match[1]} is abstract.{example if match[1] == 'Reward' else ''}"
     return f"`{name}`: {text}" if name else text
+
+
+def _no_setting(key: str, path: tuple[str, ...], message: str) -> str:
+    """The sentence about a key that the class at a path does not have."""
+    name = _name((*path, *key.split(".")), message)
+    before = name.removesuffix(key) if name.endswith(key) else f"{'.'.join(path)}."
+    return f"There is no setting `{name}`.{did_you_mean(key, settings_of(classes_of(path, message)[1]), before)}"

@@ -2,9 +2,10 @@
 
 jsonargparse reads the text of such an option as YAML, writes the result back as Python would print it, and gives that
 to the parser of the part. ``null`` so becomes the text "None", and ``Note: be brief`` becomes "{'Note': 'be brief'}".
-It also has no numbers for the items of lists, and cannot change a class that is plain data, such as an estimator of the
-user's own. All three are mended here. All uses of jsonargparse's private parts are in this file. They were checked
-against jsonargparse 4.53, and commands/test_nested_options fails if a release changes one.
+It also has no numbers for the items of lists, cannot change a class that is plain data, such as an estimator of the
+user's own, and has no arguments for a plain function among the rewards. All four are mended here. All uses of
+jsonargparse's private parts are in this file. They were checked against jsonargparse 4.53, and
+commands/test_nested_options fails if a release changes one.
 """
 
 import importlib
@@ -14,10 +15,11 @@ from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 _internals: Any = importlib.import_module("jsonargparse._typehints")
 _NEEDED = ("ActionTypeHint", "NestedArg", "parse_value_or_config", "subclass_spec_as_namespace")
+_REWARDS, _FUNCTION_REWARD = "rewards", "lightning_lambdapo.rewards.FunctionReward"
 _WHOLE = ("class_path", "init_args", "dict_kwargs")
 
 #: The text of the option that is being read, as it was given.
@@ -42,14 +44,20 @@ def nested_options() -> Iterator[None]:
             return check(self, value, **options)
         number, _, rest = value.key.partition(".")
         config: Any = options.get("cfg")
-        items = config.get(self.dest) if config and number.isdecimal() else None
+        items = config.get(self.dest) if config else None
+        if isinstance(items, list) and not number.isdecimal():  # jsonargparse gives a part's option to the last item
+            if self.dest == _REWARDS and items and callable(items[-1]):
+                number, rest = str(len(items) - 1), value.key
+            else:
+                items = None
         token = _text.set(value.val if isinstance(value.val, str) else None)
         try:
             if not isinstance(items, list):
                 return check(self, value, **options)
             index = _checked_index(int(number), items, self.dest)
-            if rest:  # jsonargparse gives a part's option to the last item
-                before = type(config)({self.dest: items[: index + 1]})
+            if rest:
+                kept = [*items[:index], _with_arguments(items[index]) if self.dest == _REWARDS else items[index]]
+                before = type(config)({self.dest: kept})
                 changed = check(self, nested(key=rest, val=value.val), **options | {"cfg": before})
                 return [*changed, *items[index + 1 :]]
             whole = [*items[:index], _internals.parse_value_or_config(value.val)[0], *items[index + 1 :]]
@@ -87,6 +95,14 @@ def nested_options() -> Iterator[None]:
         _internals.subclass_spec_as_namespace = specify
 
 
+def _with_arguments(reward: Any) -> Any:
+    """A plain function among the rewards as a class that has a weight, a name and a timeout."""
+    if not callable(reward) or isinstance(reward, type):
+        return reward
+    space: Any = Namespace  # its constructor has no types
+    return space(class_path=_FUNCTION_REWARD, init_args=space(function=reward))
+
+
 def replaced_class(before: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """A class where another one is, as jsonargparse sets it: arguments stay that the new class takes as well.
 
@@ -104,18 +120,19 @@ def replaced_class(before: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     is_class = bool(before.keys() & {"class_path", "init_args"})
     earlier = (before.get("init_args") or {}) if is_class else before
     taken = _parameters(before.get("class_path") if is_class else None, str(given["class_path"]), earlier)
-    arguments = _merged({name: earlier[name] for name in taken}, given.get("init_args") or {})
+    arguments = merged({name: earlier[name] for name in taken}, given.get("init_args") or {})
     return {**given, "init_args": arguments} if arguments else dict(given)
 
 
-def _merged(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def merged(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with others in them. A class among them is replaced as a class is, other mappings are merged."""
     found = dict(before)
     for name, value in given.items():
         earlier = found.get(name)
         if isinstance(value, Mapping) and "class_path" in value:
             found[name] = replaced_class(earlier, value)
         elif isinstance(value, Mapping) and isinstance(earlier, Mapping):
-            found[name] = _merged(earlier, value)
+            found[name] = merged(earlier, value)
         else:
             found[name] = value
     return found

@@ -1,10 +1,12 @@
-"""Single values of settings: numbers, checked with one sentence each, and paths."""
+"""Single values of settings: numbers and instances, checked with one sentence each, and paths."""
 
 import os
 from collections.abc import Callable
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
+
+T = TypeVar("T")
 
 
 def check_whole(name: str, value: object, lowest: int, *, highest: int = 2**31 - 1, reason: str = "") -> None:
@@ -45,6 +47,20 @@ def check_real(name: str, value: object, good: Callable[[float], bool], wanted: 
 def check_seed(name: str, value: object) -> None:
     """Raise ``ValueError`` unless ``value`` is a whole number of 64 bits, as torch's generators take."""
     check_whole(name, value, -(2**63), highest=2**63 - 1)
+
+
+def check_instance(cls: type[T], value: object) -> T:
+    """The value. Raise ``TypeError`` unless it is an instance of a class of settings.
+
+    Example:
+        >>> check_instance(Path, "models")
+        Traceback (most recent call last):
+        TypeError: A Path is needed, got 'models'. Pass Path('models').
+    """
+    if not isinstance(value, cls):
+        advice = repr(value) if isinstance(value, str) else "..."
+        raise TypeError(f"A {cls.__name__} is needed, got {value!r}. Pass {cls.__name__}({advice}).")
+    return value
 
 
 def path_text(value: Any) -> Any:

@@ -86,6 +86,40 @@ def test_the_summary(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert f"lambdapo export {run}" in text
 
 
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_files_of_others_are_not_the_runs(
+    arguments: list[str],
+    checkpoints: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without a logger a run writes where it was started."""
+    for name in ("thesis.tex", "config.yaml"):
+        (tmp_path / name).write_text("a: 1")
+    for name in ("photos", "checkpoints"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    plain = [each for each in arguments if "enable_progress_bar" not in each]
+    more = ["--trainer.logger=false", f"--trainer.enable_checkpointing={str(checkpoints).lower()}"]
+    main(["fit", *plain, *more, "--trainer.max_steps=2", "--trainer.max_epochs=1"])
+    text = capsys.readouterr().out
+    kept = "checkpoints/, " if checkpoints else ""
+    assert f"files    .: {kept}completions.jsonl, config-1.yaml\n" in text
+    assert ("lambdapo export ." in text) == checkpoints
+    assert "lambdapo inspect-rollout ." in text
+
+
+def test_a_run_that_writes_nothing_names_no_files(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").touch()
+    fit(tmp_path, base)
+    text = capsys.readouterr().out
+    assert "4 steps in" in text
+    assert "files" not in text
+
+
 def test_the_bar_in_a_terminal(base: str, tmp_path: Path, terminal: io.StringIO) -> None:
     fit(tmp_path, base, num_sanity_val_steps=1)
     text = Text.from_ansi(terminal.getvalue()).plain

@@ -1,5 +1,7 @@
 """A mistake in the settings is one sentence and exit code 2. Every other error has its traceback."""
 
+import dataclasses
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_lambdapo import DataSource
 from lightning_lambdapo.commands.main import main
 from lightning_lambdapo.commands.mistakes import is_about_settings, one_sentence
 from lightning_lambdapo.rewards import Reward, RewardInputs
@@ -118,6 +121,10 @@ SENTENCES: list[tuple[str | list[str], str]] = [
     ),
     ("--trainer.max_steps=few", "`trainer.max_steps` must be a whole number, got 'few'."),
     ("--model.optimizer.lr=fast", "`model.optimizer` needs a class_path before its `lr` can be set."),
+    (
+        "--model.optimizer={init_args: {lr: 0.1}}",
+        "`model.optimizer` needs a class_path before its `lr` can be set.",
+    ),
     ("--data.train.preset=gsm8", "Unknown preset 'gsm8'. There are arithmetic, gsm8k,"),
     ("--trainer.gradient_clip_val=1", "Trainer(gradient_clip_val=1) has no effect under manual optimisation, so set"),
     ("--trainer.strategy=sideways", "You selected an invalid strategy name: `strategy='sideways'`."),
@@ -132,6 +139,10 @@ SENTENCES: list[tuple[str | list[str], str]] = [
     (
         ["--model.rewards=[lightning_lambdapo.rewards.AccuracyReward,small.Digits]", "--model.rewards.1.wieght=0"],
         "There is no setting `model.rewards.1.wieght`.",
+    ),
+    (
+        "--model.rewards=[{weight: 0.5}]",
+        "`model.rewards` needs a class_path, because Reward is abstract. For a plain function with a weight: {class_",
     ),
     (f"--seed_everything={2**70}", f"`seed_everything` must be at most 4294967295, got {2**70}."),
     ("--seed_everything=-1", "`seed_everything` must be at least 0, got -1."),
@@ -161,6 +172,99 @@ def test_a_mistake_is_one_sentence(
     assert "Traceback" not in told
     assert "usage:" not in told
     assert "NestedArg" not in told
+
+
+#: Mistakes, how the sentence about each ends, and the option whose help has the settings beside it.
+REWARDS = "lightning_lambdapo.rewards"
+HELPED: list[tuple[list[str], str, str]] = [
+    (["--model.rollout.groupsize=4"], "Did you mean `model.rollout.group_size`?", "--model.help"),
+    (["--model.rollout={groupsize: 4}"], "Did you mean `model.rollout.group_size`?", "--model.help"),
+    (["--model.group_size=4"], "Did you mean `model.rollout.group_size`?", "--model.help"),
+    (["--model.rolout.group_size=4"], "Did you mean `model.rollout.group_size`?", "--model.help"),
+    (
+        ["--model.sampling.top_pp=1"],
+        "`model.rollout.sampling.top_p` or `model.validation.sampling.top_p`?",
+        "--model.help",
+    ),
+    (["--model.rollout.num_generations=4"], "no setting `model.rollout.num_generations`.", "--model.help"),
+    (["--model.rollout.group_size=few"], "must be a whole number, got 'few'.", "--model.help"),
+    (
+        ["--data.batchsize=4"],
+        "Did you mean `data.batch_size`?",
+        "--data.help=lightning_lambdapo.LambdaPODataModule",
+    ),
+    (["--model.lora.alpa=4"], "Did you mean `model.lora.alpha`?", "--model.lora.help=lightning_lambdapo.AdapterConfig"),
+    (
+        [f"--model.rewards=[{REWARDS}.AccuracyReward,{REWARDS}.FormatReward]", "--model.rewards.1.wieght=0"],
+        "Did you mean `model.rewards.1.weight`?",
+        f"--model.rewards.help={REWARDS}.FormatReward",
+    ),
+    (
+        [f"--model.rewards=[{REWARDS}.LengthPenalty]"],
+        "`model.rewards.max_length` and `model.rewards.buffer` are required.",
+        f"--model.rewards.help={REWARDS}.LengthPenalty",
+    ),
+    (
+        [f"--model.lr_scheduler={SCHEDULERS}.CosineAnnealingLR"],
+        "error: `model.lr_scheduler.T_max` is required.",
+        f"--model.lr_scheduler.help={SCHEDULERS}.CosineAnnealingLR",
+    ),
+    (
+        ["--model.rewards=[named_rewards.brief]", "--model.rewards.0.wieght=0"],
+        "Did you mean `model.rewards.0.weight`?",
+        f"--model.rewards.help={REWARDS}.FunctionReward",
+    ),
+    (["--trainer.mx_stepss=4"], "--trainer.mx_stepss=4. Did you mean `trainer.max_steps`?", "--help"),
+]
+
+
+@pytest.mark.parametrize(("more", "end", "option"), HELPED)
+def test_the_help_that_is_named_has_the_settings(
+    arguments: list[str],
+    more: list[str],
+    end: str,
+    option: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "fit", *arguments, *more)
+    told = capsys.readouterr().err
+    error, help_line = told[told.index("lambdapo fit: error: ") :].strip().splitlines()
+    assert error.endswith(end)
+    if option == "--help":
+        assert help_line == "All settings: lambdapo fit --help"
+    else:
+        place = option.partition(".help")[0].removeprefix("--")
+        assert help_line == f"All settings of `{place}`: lambdapo fit {option} (others: lambdapo fit --help)"
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, "fit", option)
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    key = re.findall(r"`([\w.]+)`", error)[-1].replace(".1.", ".").replace(".0.", ".").split(".")
+    if "no setting" not in end:
+        assert any(f"--{'.'.join(key[start:])} " in shown for start in range(len(key) - 1))
+
+
+def test_settings_without_a_help_of_their_own_are_listed(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "fit", *arguments, "--data.train.presett=x")
+    told = capsys.readouterr().err
+    assert "no setting `data.train.presett`. Did you mean `data.train.preset`?\nAll settings of `data.train`: " in told
+    listed = told.partition("`data.train`: ")[2].removesuffix(" (others: lambdapo fit --help)\n")
+    assert listed.split(", ") == [each.name for each in dataclasses.fields(DataSource)]
+
+
+def test_a_setting_of_the_trainer_in_a_file(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text("trainer: {max_step: 3}")
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "fit", f"--config={tmp_path / 'config.yaml'}", *arguments)
+    told = capsys.readouterr().err
+    assert "lambdapo fit: error: There is no setting `trainer.max_step`. Did you mean `trainer.max_steps`?" in told
 
 
 @pytest.mark.parametrize("asked", ["--debug", "LAMBDAPO_DEBUG"])
@@ -213,7 +317,7 @@ def raised(action: Any) -> BaseException:
 def test_what_is_about_settings(tmp_path: Path) -> None:
     from lightning.pytorch import Trainer
 
-    from lightning_lambdapo import DataSource, EvaluationConfig, RolloutConfig
+    from lightning_lambdapo import EvaluationConfig, RolloutConfig
     from lightning_lambdapo.data.sources import jsonl_rows
     from lightning_lambdapo.functional.masking import check_choice
 

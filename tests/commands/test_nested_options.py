@@ -9,6 +9,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import yaml
 from jsonargparse import Namespace
+from named_rewards import brief, cut
 
 from lightning_lambdapo import LambdaPODataModule, LambdaPOModule
 from lightning_lambdapo.commands import main as program
@@ -153,6 +154,31 @@ def test_an_item_that_is_not_there(base: str, capsys: pytest.CaptureFixture[str]
         parsed(f"--model.policy.model={base}", TWO, "--model.rewards.2.weight=1")
     assert stop.value.code == 2
     assert "`model.rewards.2`: The list has no item 2: the last one is number 1." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["rewards.0.", "rewards.0.init_args."])
+@pytest.mark.parametrize("start", ["=[named_rewards.brief, named_rewards.Long]", "+=named_rewards.brief"])
+def test_a_plain_function_among_the_rewards_gets_a_weight(base: str, place: str, start: str) -> None:
+    options = [f"--model.{place}weight=0.5", f"--model.{place}name=short"]
+    found = parsed(f"--model.policy.model={base}", f"--model.rewards{start}", *options)
+    reward = at(found, "model.rewards.0")
+    assert reward.class_path == "lightning_lambdapo.rewards.FunctionReward"
+    assert (reward.init_args.function, reward.init_args.weight, reward.init_args.name) == (brief, 0.5, "short")
+    assert len(at(found, "model.rewards")) == (1 if "+" in start else 2)
+    others = parsed(
+        f"--model.policy.model={base}", "--model.rewards=[small.Digits]", "--model.rewards+=named_rewards.cut"
+    )
+    assert at(others, "model.rewards.1") is cut, "as it was given, where it has no arguments"
+
+
+def test_a_plain_function_that_is_the_last_reward(base: str) -> None:
+    rewards = "--model.rewards=[lightning_lambdapo.rewards.AccuracyReward, named_rewards.brief]"
+    found = parsed(
+        f"--model.policy.model={base}", rewards, "--model.rewards.weight=0.5", "--model.rewards.timeout=null"
+    )
+    arguments = at(found, "model.rewards.1").init_args
+    assert (arguments.function, arguments.weight, arguments.timeout) == (brief, 0.5, None)
+    assert at(found, "model.rewards.0.weight") == 1
 
 
 OWN = "{class_path: own_functions.Scaled, init_args: {factor: 3.0, baseline: 1.0}}"

@@ -1,12 +1,16 @@
 """Settings by dotted keys: where they belong in a configuration, and which of them a command line gives."""
 
 import copy
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
 
-from lightning_lambdapo.commands.nested_options import replaced_class
+from lightning_lambdapo.commands.nested_options import merged, replaced_class
+
+#: The path of a class whose name begins with a capital letter. Others may be functions, files or plain texts.
+_CLASS = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*")
 
 
 def with_settings(base: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,8 +51,9 @@ def with_options(
     """A copy of a configuration with those options in it that give the place of a varied setting.
 
     On the command line they would take effect after the arm's settings: a class (``--model.optimizer={class_path:
-    ...}``), whose arguments the configuration may not have, or a list, which replaces the settings of its items. As on
-    the command line, a class keeps those arguments of the one before that it takes as well.
+    ...}``, ``--model.optimizer.class_path=...`` or its name alone), whose arguments the configuration may not have, its
+    arguments as a mapping, or a list, which replaces the settings of its items. As on the command line, a class keeps
+    those arguments of the one before that it takes as well.
 
     Args:
         base: the configuration.
@@ -63,6 +68,8 @@ def with_options(
         ({'a': {'class_path': 'B'}}, ['--b=1'])
         >>> with_options({"a": ["A"]}, ["--a+={class_path: B}"], ["a.1.init_args.size"])
         ({'a': ['A', {'class_path': 'B'}]}, [])
+        >>> with_options({}, ["--a.class_path=m.B", "--a.init_args={b: 1}"], ["a.init_args.size"])
+        ({'a': {'class_path': 'm.B', 'init_args': {'b': 1}}}, [])
     """
     config = copy.deepcopy(dict(base))
     others: list[str] = []
@@ -78,9 +85,42 @@ def with_options(
             config = with_settings(config, {place: replaced_class(_at(config, place), found)})
         elif inside and isinstance(found, list):
             config = with_settings(config, {place: found})
+        elif (part := _part_of_class(name, value, varied)) and not isinstance(_at(config, part[0]), list):
+            config = with_settings(config, {part[0]: _changed(_at(config, part[0]), part[1])})
         else:
             others += words
     return config, others
+
+
+def _part_of_class(name: str, value: str, keys: Iterable[str]) -> tuple[str, dict[str, Any]] | None:
+    """The setting of a class that has one of the keys, and what an option says of it: its path, or its arguments."""
+    place, _, part = name.rpartition(".")
+    found = _mapping_or_list(value)
+    if part == "class_path" and value:
+        given: dict[str, Any] = {"class_path": value}
+    elif part == "init_args" and isinstance(found, dict):
+        given = {"init_args": found}
+    elif _CLASS.fullmatch(value) and isinstance(yaml.safe_load(value), str) and value != "None":
+        place, given = name, {"class_path": value}
+    else:
+        return None
+    within = [key_parts(key)[len(key_parts(place)) :] for key in keys if is_part(key, place)]
+    return (place, given) if any(rest and _is_argument(rest[0]) for rest in within) else None
+
+
+def _is_argument(part: str) -> bool:
+    return part != "class_path" and not part.isdecimal()
+
+
+def _changed(before: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """A class with another path or with more arguments, as the command line's own options change it."""
+    if "class_path" in given:
+        return replaced_class(before, given)
+    if not isinstance(before, dict):
+        return given if before is None else {"class_path": before, **given}
+    if not before.keys() & {"class_path", "init_args"}:
+        return merged(before, given["init_args"])
+    return {**before, "init_args": merged(before.get("init_args") or {}, given["init_args"])}
 
 
 def _appended(config: dict[str, Any], place: str, items: list[Any]) -> dict[str, Any]:
@@ -126,12 +166,17 @@ def given_besides(key: str, arguments: Sequence[str]) -> bool:
         (True, False)
         >>> given_besides("a", ["--a+=b.C"]), given_besides("a.0.size", ["--a+={class_path: b.C}"])
         (True, False)
+        >>> given_besides("a.size", ["--a=b.C"]), given_besides("a.size", ["--a=b"])
+        (False, True)
     """
     for name, value, _ in _options(arguments):
         if name.endswith("+"):
             if is_part(name.rstrip("+"), key):
                 return True
-        elif any(same_key(key, leaf) for leaf in _leaves(name, value)):
+            continue
+        part = _part_of_class(name, value, [key])
+        names_class = part is not None and "class_path" in part[1]  # and none of its arguments
+        if not names_class and any(same_key(key, leaf) for leaf in _leaves(name, value)):
             return True
     return False
 

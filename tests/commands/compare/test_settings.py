@@ -101,6 +101,59 @@ def test_an_option_keeps_the_arguments_that_its_class_takes_as_well() -> None:
     assert found["data"]["init_args"] == {"batch_size": 4, "val": {"limit": 3}}
 
 
+ADAMW = "torch.optim.AdamW"
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        ([f"--model.optimizer.class_path={ADAMW}"], None),
+        (["--model.optimizer.class_path", ADAMW], None),
+        ([f"--model.optimizer={ADAMW}"], None),
+        ([f"--model.optimizer={ADAMW}", "--model.optimizer.init_args={eps: 2}"], {"eps": 2}),
+        ([f"--model.optimizer={ADAMW}", "--model.optimizer.init_args", "{eps: 2}"], {"eps": 2}),
+    ],
+)
+def test_a_class_may_be_given_in_each_form_of_the_command_line(options: list[str], arguments: Any) -> None:
+    key = "model.optimizer.init_args.lr"
+    before = {"class_path": "torch.optim.SGD", "init_args": {"momentum": 3, "lr": 4}}
+    for base, earlier in (({}, {}), ({"model": {"optimizer": before}}, {"lr": 4})):
+        assert not given_besides(key, options)
+        found, others = with_options(base, options, [key])
+        optimizer = found["model"]["optimizer"]
+        assert (optimizer["class_path"], others) == (ADAMW, [])
+        if arguments is not None:
+            assert optimizer["init_args"] == {**earlier, **arguments}
+        assert with_options(base, options, ["model.seed"]) == (base, options), "nothing in it is varied"
+
+
+def test_what_is_no_class_stays_an_option() -> None:
+    key = "model.optimizer.lr"
+    for value in ("null", "None", "3", "optimizer.yaml", "own_functions.adamw", ""):
+        option = f"--model.optimizer={value}"
+        assert with_options({}, [option], [key]) == ({}, [option])
+        assert given_besides(key, [option])
+    # a class that is itself varied, arguments that are, and the class of a list's last item
+    for name in ("optimizer", "optimizer.class_path"):
+        assert given_besides("model.optimizer.class_path", [f"--model.{name}={ADAMW}"])
+    assert given_besides(key, ["--model.optimizer.init_args={lr: 3}"])
+    rewards = {"model": {"rewards": [{"class_path": "A"}]}}
+    option = "--model.rewards.class_path=B"
+    assert with_options(rewards, [option], ["model.rewards.0.weight"]) == (rewards, [option])
+    assert given_besides("model.rewards.0.weight", ["--model.rewards=B"])
+
+
+def test_arguments_are_merged_whatever_the_file_has() -> None:
+    option = "--model.lora.init_args={r: 2}"
+    for before, expected in {
+        "a.B": {"class_path": "a.B", "init_args": {"r": 2}},
+        "{r: 1, alpha: 3}": {"r": 2, "alpha": 3},
+        "{class_path: a.B, init_args: {r: 1, alpha: 3}}": {"class_path": "a.B", "init_args": {"r": 2, "alpha": 3}},
+    }.items():
+        found, others = with_options({"model": {"lora": yaml.safe_load(before)}}, [option], ["model.lora.alpha"])
+        assert (found["model"]["lora"], others) == (expected, [])
+
+
 def test_options_that_append_the_item_of_a_setting() -> None:
     key = "trainer.callbacks.1.init_args.size"
     for before in ({"callbacks": ["A"]}, {"callbacks": "A"}):
