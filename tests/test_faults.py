@@ -180,6 +180,7 @@ def test_one_such_row_is_enough(base: str, tmp_path: Path, monkeypatch: pytest.M
     assert math.isfinite(recorder.steps[1]["train/reward"])
 
 
+@pytest.mark.filterwarnings("ignore:No completion of the last 3 rollouts had a usable reward")
 def test_too_many_such_steps_are_an_error(base: str, tmp_path: Path) -> None:
     run = trainer(tmp_path, callbacks=[Poison([2, 3, 4, 5, 6])], max_epochs=3)
     message = r"4 updates in a row were of a rollout whose log-probabilities are not finite\. The policy has diverged"
@@ -223,7 +224,8 @@ def test_nothing_moves_where_all_rows_are_truncated(base: str, tmp_path: Path, m
     model = module(base, algorithm=AlgorithmConfig(mask_truncated=True))
     model.configure_model()
     before = weights(model)
-    steps = finite_fit(tmp_path, model)
+    with pytest.warns(UserWarning, match=r"all were cut off at `rollout\.max_new_tokens`"):
+        steps = finite_fit(tmp_path, model)
     assert equal(weights(model), before)
     assert {step["train/truncated"] for step in steps} == {1.0}
     assert {step["train/empty_updates"] for step in steps} == {1.0}

@@ -76,7 +76,7 @@ class TrainingLog(nn.Module):
                 f"No completion of the last {_UNUSABLE_ROLLOUTS} rollouts had a usable reward, so nothing was learnt. "
                 "Either every reward returned None for all of them (do the rows have the `answer` or `reference` that "
                 "the rewards need?), or all were cut off at `rollout.max_new_tokens` and `algorithm.mask_truncated` "
-                "leaves those out."
+                "leaves those out, or their log-probabilities are not finite."
             )
         return values
 

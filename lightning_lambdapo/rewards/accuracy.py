@@ -210,7 +210,9 @@ def _cheap_verdict(gold: str, answer: str) -> bool | None:
     wordy = is_text(gold), is_text(answer)
     if all(wordy) and (gold.casefold() == answer.casefold() or _WORD.search(gold + " " + answer)):
         # math-verify would multiply the letters: "north" = "thorn"
-        return gold.casefold().removesuffix("s") == answer.casefold().removesuffix("s")
+        words = [text.casefold() for text in (gold, answer)]
+        plural = gold.split()[-1].islower() and words[0].removesuffix("s") == words[1].removesuffix("s")
+        return plural or words[0] == words[1]
     written = notation(gold), notation(answer)
     if written[0] and written[1]:
         return written[0] == written[1]

@@ -43,7 +43,8 @@ AnswerFormat = Literal["auto", "boxed", "hash", "tag", "letter"]
 
 _MINUS = r"[-\u2010\u2011\u2013\u2212\uff0d]"
 _NUMBER = re.compile(
-    rf"(?:(?<![\w)\]}}.]){_MINUS}(?:\\?[$€£¥])?|(?<==){_MINUS}\s(?=\d)|(?<==\s){_MINUS}\s(?=\d))?"
+    rf"(?:(?<![\w)\]}}.])(?!(?<=\d\s)\u2013){_MINUS}(?![\s$€£¥]|\\\$)"
+    rf"|(?:\A|(?<=[=:(*])|(?<=[=:]\s)|(?<=\b(?:is|of|at)\s)){_MINUS}\\?[$€£¥]|(?<==){_MINUS}\s(?=\d)|(?<==\s){_MINUS}\s(?=\d))?"
     r"(?:\\[dt]?frac\s?\{-?\d+\}\s?\{\d+\}|\d+\s\d+/\d+|\d+(?::\d+){1,4}"
     r"|(?:\d{1,3}(?:[,\u00a0\u202f]\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|\.\d+)"
     r"(?:\s?\\?%|\s?[\u00d7*]\s?10\^\{?-?\d{1,3}\}?)?"
@@ -56,12 +57,15 @@ _TITLE = re.compile(  # of a part of the text: "Step 2: add", "3. Total cost", "
     re.IGNORECASE,
 )
 _NEGATIVE = re.compile(r"(?<!\d\s)(?<!\d)\b(?:minus|negative)\s\Z", re.IGNORECASE)
-_GROUP = re.compile(r"[(\[{]\s?-?\d[\d.]{0,20}(?:,\s?-?\d[\d.]{0,20}){1,9}\s?[)\]}]")
+_GROUP = re.compile(r"[(\[{]\s?-?\d[\d.]{0,20}(?:,(?:\s|(?!\d{3}(?!\d)))-?\d[\d.]{0,20}){1,9}\s?[)\]}]")
 _LABEL = re.compile(
     r"\b(?:week|day|month|year|step|part|case|problem|question|stage|round|room|group|team|page|phase|item|row|level)\s\Z",
     re.IGNORECASE,
 )
-_BEFORE_PEER = re.compile(r"(?<![\w/.,)\]}=+*-])(?<![-+*/=]\s)(-?\d[\d.,/]{0,20}%?),?\s(?:and|or)\s(?:[a-z]\s?=\s?)?\Z")
+_BEFORE_PEER = re.compile(
+    r"(?<![\w/.,:)\]}=+*-])(?<![-+*/=\u00d7]\s)(?<!of\s)(?<!the\s)(?<!than\s)(?<!both\s)(?<!equation\s)(?<!part\s)"
+    r"(-?\d[\d.,/]{0,20}%?),?\s(?:and|or)\s(?:[a-z]\s?=\s?)?\Z"
+)
 _TERM_BEFORE = re.compile(  # x > 2, y = 2x + 7
     r"(?<![A-Za-z])[A-Za-z]\s?(?:[<>]=?|[\u2264\u2265\u2260])\s?\Z"
     r"|(?<![\w^])(?:[a-z]\s?=\s?)?-?\d{0,9}[xyznt](?:\^\d)?\s[-+]\s\Z"
@@ -74,6 +78,10 @@ _UNIT = re.compile(r"\s*(?:\\(?:text|mathrm|textrm|mbox)\s?\{[^{}]{0,40}\}\s*(?:
 _TOLD = re.compile(r"\b(?:is|are|be|equals?|becomes?|gives?|get|obtain)[\s:]{1,3}\Z")
 _IN_MATHS = re.compile(r"\\(?:sqrt|binom|log|ln)|[\^\u221a\u03c0\u221e]|(?<![A-Za-z])(?:ln|log|sqrt|sin|cos|tan|exp)\(")
 _BOLD = re.compile(r"(?<![\w*])\*\*(?![\s*])([^*\n]{1,120})\*\*(?![\w*])(?!\s{0,2}:)")
+_GOES_ON = re.compile(  # to another value
+    r"[.?!:]\s|[=\u2192|,;:]|\b(?:is|are|was|were|will|gives?|gets?|got|makes|earn(?:s|ing)|pays?|costs?|equals?|takes?|total|has|have|holds?|"
+    r"we|he|she|it|they|so)\b"
+)
 _LONGEST_TOKEN = 80
 
 
@@ -232,8 +240,8 @@ def _bold_value(text: str) -> str | None:
     bold = [match for match in _BOLD.finditer(line) if re.search(r"\d", match[1])]
     if len(bold) != 1 or bold[0][1].rstrip().endswith(":"):
         return None
-    after = re.split(r"[.?!]\s", line[bold[0].end() :], maxsplit=1)
-    return None if re.search(r"\d", after[-1]) and len(after) > 1 else bold[0][1]
+    numbered = re.match(r".*\d", line[bold[0].end() :])
+    return None if numbered and _GOES_ON.search(numbered[0]) else bold[0][1]
 
 
 def _inner(content: str) -> str:

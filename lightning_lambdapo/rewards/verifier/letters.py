@@ -11,9 +11,9 @@ _MARKS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox)\
 _JOINER = r"(?:and/or|and|or else|or|as well as|plus|then|maybe|possibly|perhaps|probably)"
 _LETTER = r"(?:(?i:option|choice)\s)?[\"'\u201c]?\(?[A-J]\)?[\"'\u201d]?"
 _SEVERAL = re.compile(  # "C and D", "(C) (D)", "C, or maybe D", "option C or option D"; "(C) 15 or (D) 16"
-    rf"{_LETTER}[.)]?(?:\s?(?:[,;&/+|-]|\\\\|\\q?quad)\s?|\s|(?<=\))(?=\())\(?(?:{_JOINER}\s){{0,3}}"
+    rf"(?!\(?[A-J][.)]{{1,2}}\s[A-J](?![.)\w])){_LETTER}[.)]?(?:\s?(?:[,;&/+|]|\\\\|\\q?quad)\s?|\s|(?<=\))(?=\())\(?(?:{_JOINER}\s){{0,3}}"
     rf"{_LETTER}(?:[\s.,)]{{0,2}}$|\s?[,;&/+]|\s{_JOINER}\s)"
-    r"|\(?[A-J]\)?[.)]?\s.{1,120}?\s(?:or|and)\s\(?[A-J]\)(?=\s|$)"
+    r"|\(?[A-J]\)?[.)]?\s[^()]{1,120}?\s(?:or|and)\s\(?[A-J]\)(?=\s(?!(?:is|are|was|has|have|gives?|would|can|does)\b)|$)"
 )
 _OPTION = re.compile(r"\(([A-J])\)")
 _OPTION_LINE = re.compile(r"^[ \t*]{0,4}(?:(?:Option|Choice) )?([A-J])[.):]\*{0,2}[ \t]", re.MULTILINE)
@@ -23,7 +23,7 @@ _AND = r"(?:[,&/]|,?\s?\b(?:and|or|nor)\b)"
 _LISTED = re.compile(
     rf"(?<![A-Za-z'])\(?([A-J])[\s)*]{{0,4}}{_AND}[\s(*]{{0,4}}(?:{_JOINER}\s)?[\s(*]{{0,4}}\Z"
     r"|\(([A-J])\)(?:\s{0,3}\(?|(?:\s(?!(?:is|are|was|has|have|gives?|would|can|does)\b)[^\s().]{1,20}){1,4}\s(?:or|and)\s\(?)\Z"
-    r"|(?<![A-Za-z'])([A-J])(?:[.;]\s|\n)\s{0,2}\Z"
+    r"|(?:\n|[A-J][.;]\s)[ \t*]{0,3}([A-J])(?:[.;]\s|\n)\s{0,2}\Z"
 )
 _GOES_ON = re.compile(rf"[)*\s]{{0,3}}{_AND}[\s(*]{{0,4}}[A-J](?![\w'])[)*.]{{0,3}}(?:\s*$|\s?{_AND})", re.MULTILINE)
 
@@ -32,12 +32,19 @@ _NAME = r"(?i:option|choice|answer choice|answer)s?"
 _RIGHT = r"(?i:correct|right|best|true|appropriate|accurate|suitable)"
 _CALLED = (  # a plain "correct" may judge one of several statements
     r"(?:(?P<judged>(?i:correct|right|true)\b(?!\s(?:option|choice|answer|one)\b))|(?:correct|right|true|answer)\b|"
-    r"(?:best|most \w{1,20})(?=\s(?:option|choice|answer|one)\b|[.,;!*]|\s*$))"
+    r"(?:best|most \w{1,20})(?=\s(?:option|choice|answer|one|fit|description|explanation|estimate|statement)\b"
+    r"|\s(?:because|since|as)\b|[.,;!*]|\s*$))"
 )
 _OTHERS = re.compile(
     r"(?:\bif (?:we|you|I|one)|(?<!\bI )(?<!\bwe )\b(?:would|could|might|may)|"
-    r"\b(?:students|people|many|some|who|they|you))\s(?:[a-z]{1,12}\s)?\Z",
+    r"\b(?:students|people|many|some|who|they))\s(?:[a-z]{1,12}\s)?\Z",
     re.IGNORECASE,
+)
+_SUPPOSED = re.compile(
+    r"\b(?:if|suppose|assuming|assume|seems that|thought)\s(?:that\s)?\W?(?:option\s|choice\s)?\W{0,2}\Z", re.IGNORECASE
+)
+_CONCLUDED = re.compile(
+    r"\b(?:so|therefore|thus|hence|actually|but|no|wrong)\b[,.]?\s(?:option\s|choice\s)?\W{0,2}\Z", re.IGNORECASE
 )
 _START = r"(?:^|[.,:;]\s|\b(?i:so|that|hence|thus|therefore|only)\s)"
 _SIGNS = r"[\s*_(:$]"
@@ -45,7 +52,7 @@ _CHOSEN = re.compile(
     # Option C is correct, (C) is the right answer, so C must be correct
     rf"(?:(?:\b{_NAME}{_SIGNS}{{1,4}}|\((?=[A-Ja-j]\)))([A-Ja-j])|{_START}\**([A-J]))(?![\w'])[\s*_).:]{{0,4}}"
     r"\b(?:is|(?:must|would|has to) be|seems(?: to be)?|looks)\s"
-    r"(?:(?:therefore|thus|hence|clearly|indeed|also|the|only)\s){0,3}"
+    r"(?:(?:therefore|thus|hence|clearly|indeed|the|only)\s){0,3}"
     rf"{_CALLED}(?!-|\s(?:angle|triangle))"
     # the correct option is C, the best choice: (C)
     rf"|\b(?:{_RIGHT}|final|only|chosen)\s(?i:option|choice)\s?(?:is|:){_SIGNS}{{0,6}}"
@@ -113,7 +120,7 @@ def chosen_letters(text: str, *, strict: bool = False) -> Iterator[tuple[int, st
         ([], [(2, 'C')])
     """
     last_digit = max((digit.start() for digit in re.finditer(r"\d", text)), default=-1) if strict else -1
-    judged: dict[int, str] = {}
+    judged: list[tuple[int, str, str]] = []
     for match in _CHOSEN.finditer(text):
         index = next(index for index in (1, 2, 4, 5) if match[index])
         bare = strict and index in (2, 5)
@@ -123,11 +130,14 @@ def chosen_letters(text: str, *, strict: bool = False) -> Iterator[tuple[int, st
             continue
         if not _is_listed(text, match.start(index), match[index]) and not _goes_on(text, match.end(index)):
             if match["judged"]:
-                judged[match.start()] = match[index].upper()
+                judged.append(
+                    (match.start(), match[index].upper(), text[max(match.start() - 24, 0) : match.start(index)])
+                )
             else:
                 yield match.start(), match[index].upper()
-    if len(set(judged.values())) == 1:
-        yield from judged.items()
+    judged = [each for each in judged if not _SUPPOSED.search(each[2])]
+    if len({letter for _, letter, _ in judged}) == 1 or (judged and _CONCLUDED.search(judged[-1][2])):
+        yield judged[-1][:2]
 
 
 def first_letter(text: str) -> str | None:
@@ -179,8 +189,8 @@ def _lettered(marked: Iterable[tuple[int, int, str]]) -> list[tuple[int, int, st
 
 def _several(content: str) -> bool:
     """Whether a marked answer gives several letters."""
-    lines = {match[1] for match in _OPTION_LINE.finditer(content)}
-    return len(lines) > 1 or _SEVERAL.match(_unmarked(content)) is not None
+    lines = [match[1] for match in _OPTION_LINE.finditer(content)]
+    return (len(lines) > 1 and lines == sorted(set(lines))) or _SEVERAL.match(_unmarked(content)) is not None
 
 
 def _tail(text: str) -> str:
@@ -194,7 +204,7 @@ def _unmarked(content: str) -> str:
 
 def _is_listed(text: str, start: int, letter: str) -> bool:
     """Whether the letter that starts here is the last of several, as in (A) or (D)."""
-    listed = _LISTED.search(text[max(start - 80, 0) : start])
+    listed = _LISTED.search("\n" * (start < 80) + text[max(start - 80, 0) : start])
     return listed is not None and letter not in listed.groups()
 
 

@@ -7,7 +7,8 @@ from lightning_lambdapo.rewards.verifier.exact import clean, quantity, same_quan
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s{0,4}\{([^{}]{1,200})\}")
 _WORD = re.compile(r"[a-z]+")
 _QUALIFIERS = {"or", "not", "possibly", "maybe", "perhaps"}
-_OPERATIONS = {"plus", "minus", "times", "over", "squared", "cubed", "factorial"}
+_POWERS = {"squared", "cubed", "factorial"}
+_OPERATIONS = {"plus", "minus", "times", "over"}  # with another word
 _NAMED_VALUE = re.compile(r"([A-Za-z](?:_(?:\w|\{\w{1,9}\}))?)=([^=]+)")
 _NEXT_NAME = re.compile(r"\s?(?:[,;]|\band\b)\s?(?=[A-Za-z](?:_(?:\w|\{\w{1,9}\}))?=)")
 _ALSO = re.compile(r"[\s(]{0,4}or\s(-?[\d.,/]{1,20}%?)[\s)]{0,4}")
@@ -54,13 +55,14 @@ def as_tuples(gold: str, answer: str) -> tuple[str, str]:
 def _changes(before: str, text: str, known: set[str]) -> bool:
     """Whether a text, apart from known words, changes the value before it."""
     words = _WORD.findall(text.lower())
-    if not before.strip() or text.split() in (["or"], ["and"]) or "equivalently" in words:
+    if not before.strip() or text.split() in (["or"], ["and"]) or {"equivalently", "including", "counting"} & {*words}:
         return False
     also = _ALSO.fullmatch(text)
     value, other = quantity(clean(before)), quantity(clean(also[1])) if also else None
     if value and other and same_quantity(value, other):
         return False
-    changing = _QUALIFIERS.intersection(words) | _OPERATIONS.intersection(words[:1]) | {"half"}.intersection(words[-1:])
+    changing = _QUALIFIERS.intersection(words) | _POWERS.intersection(words[:1]) | {"half"}.intersection(words[-1:])
+    changing |= _OPERATIONS.intersection(words[:1]) if len(words) > 1 else set()
     return bool(changing - known)
 
 

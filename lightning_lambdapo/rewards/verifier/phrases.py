@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 
 from lightning_lambdapo.rewards.verifier.denials import DENIED_FOLLOWING, REFUTED, denied_before, without_denied
+from lightning_lambdapo.rewards.verifier.exact import clean, quantity, same_quantity
 from lightning_lambdapo.rewards.verifier.mathematics import Span, inside, spans, values
 
 _VERB = (
@@ -18,15 +19,19 @@ _PHRASE = re.compile(
 )
 _WINDOW = 600
 _NOT_ITS_OWN = re.compile(  # a wrong answer is, the student's answer is, if the answer is, some would say the answer is
-    r"(?:\b(?:wrong|incorrect|false|mistaken|tempting|student['\u2019]s|initial|previous)\s"
-    r"|\b(?:if|suppose|assum(?:e|ing)|(?:one|some|many|you|people|students)\s(?:[a-z]{1,12}\s){0,2}(?:say|think|believe|guess)"
+    r"(?:\b(?:wrong|incorrect|mistaken|tempting|student['\u2019]s|initial|previous)\s"
+    r"|\b(?:if|suppose|assum(?:e|ing)|(?:(?:some|many|you|people|students)\s(?:[a-z]{1,12}\s){0,2}|one\s(?:might|may|could)\s)(?:say|think|believe|guess)"
     r"|(?:thought|guessed|assumed|believed))\s(?:that\s)?(?:the\s)?(?:final\s|correct\s)?)\Z",
     re.IGNORECASE,
 )
-_HEDGE = r"(?:(?:or|possibly|maybe|perhaps)\b|if\b[^()\n]{1,40}\)\s(?:or|and)\b)"
+_HEDGE = r"(?:or\s(?:[-$]{0,2}\d[\d.,/]*%?|[A-J])\)|(?:possibly|maybe|perhaps)\b|if\b[^()\n]{1,40}\)\s(?:or|and)\b)"
+_COULD_BE = r"(?:could|might|may)\s(?:also\s|well\s)?be\s[-$(\\]{0,3}\d"
+_ALSO = re.compile(r"(.*\S)\s\(or\s(\S{1,20})\)")
 _RETRACTED = re.compile(
-    r"[^.\n]{0,40}?[.!?]?\s{1,3}(?:(?:wait|hmm|oops|sorry|actually)[,.!\u2014-]{1,3}\s)?"
-    r"(?:no\s?[,.!:\u2014-]|that(?:'s|\u2019s| is) (?:wrong|not right|incorrect)|correction:|i made a mistake)",
+    r"[^.\n]{0,40}?[.!?]?(?:[ \t]{1,3}|\n|\s{1,3}(?=wait|hmm|oops|sorry|actually|correction))"
+    r"(?:(?:wait|hmm|oops|sorry|actually)[,.!\u2014-]{1,3}\s)?"
+    r"(?:no\s?[,.!:\u2014-]|that(?:'s|\u2019s| is) (?:wrong|not right|incorrect)|correction:|i made a mistake)"
+    r"(?=(?:[^\n]{0,60}?(?:\bis|'s|\u2019s|\bbe|[:=,\u2014-]))?\s{0,2}[*$\\(]{0,3}-?(?:\d|[A-HJ]\b))",
     re.IGNORECASE,
 )
 
@@ -76,11 +81,11 @@ _NOT = r"(?:(?:and|but)\s)?(?:(?:definitely|certainly|clearly)\s)?(?:not|never|h
 _END = re.compile(rf"\n|[.](?:\s|$)|\u3002|</|,?\s(?:which|because|since|where|when)\b|[,;(\u2013\u2014]\s?\(?{_NOT}")
 _CLAUSE = r"(?:it|this|that|these|we|I|you|he|she|they|there|the|so|thus|hence|therefore|as|but|making|meaning|giving)"
 _EXPLAINED = re.compile(
-    rf"\?(?=\s)|,?\s[(\[]?(?:{_NOT}|(?:rather than|instead of|(?<!well )as(?! well as)|unlike|so|after|obtained|"
-    r"rounded|but(?! (?:it|this|that|I) (?:could|might|may))|while|whereas|by|i\.e|that is|namely|"
+    rf"\?(?=\s)|,?\s[(\[]?(?:{_NOT}|(?:rather than|instead of|(?<!well )as(?! well as \(?[A-J]\b)|unlike|so|after|"
+    rf"obtained|rounded|but(?! (?:it|this|that|I) {_COULD_BE})|while|whereas|by|i\.e|that is|namely|"
     r"using|via|given|from|thus|hence|therefore)\b)"
-    rf"|[,;]\s(?:and\s)?{_CLAUSE}\b(?!(?:\s(?:it|this|that|I))?\s(?:could|might|may)\b)|,\s[^,\s]{{1,20}}\s(?:is|are|was|were|isn't|cannot)\b"
-    rf"|;\s(?=[A-Za-z]{{2}})|\s[-\u2013\u2014]{{1,2}}\s(?!{_HEDGE})(?=[a-z]{{2}})|\s\u2014\s(?!{_HEDGE})"
+    rf"|[,;]\s(?:and\s)?{_CLAUSE}\b(?!(?:\s(?:it|this|that|I))?\s{_COULD_BE})|,\s[^,\s]{{1,20}}\s(?:is|are|was|were|isn't|cannot)\b"
+    rf"|;\s(?=[A-Za-z]{{2}})|\s[-\u2013\u2014]{{1,2}}\s(?!or\b|{_HEDGE})(?=[a-z]{{2}})|\s\u2014\s(?!or\b|{_HEDGE})"
     rf"|\s[(\[](?!mod\b|\\|{_HEDGE})(?=[^()\[\]]{{0,200}}(?<![\\A-Za-z])[A-Za-z]?[a-z]{{2}})"
     r"|(?<=\d)\s\((?=[^()\n]{1,40}[\u00d7*+=/])"
 )
@@ -193,7 +198,7 @@ def _read(rest: str, start: int) -> str | None:
         start, end = item.end(), _line_end(rest, item.end())
         items.append(rest[start:end])
     quotes = "\"'\u201d\u2019" if rest[max(start - 1, 0)] in "\"'\u201c\u2018" else ""
-    items = [_closed(_result(item.strip(" \t*_`").rstrip(quotes + "."))) for item in items]
+    items = [_alone(_closed(_result(item.strip(" \t*_`").rstrip(quotes + ".")))) for item in items]
     return ", ".join(item for item in items if item) or None
 
 
@@ -221,6 +226,15 @@ def _closed(value: str) -> str:
     while value.endswith("}") and value.count("}") - value.count("\\}") > value.count("{") - value.count("\\{"):
         value = value[:-1].rstrip()
     return value
+
+
+def _alone(value: str) -> str:
+    """Without an equal value in brackets, as in "3/4 (or 0.75)"."""
+    also = _ALSO.fullmatch(value)
+    if also is None:
+        return value
+    first, second = quantity(clean(also[1])), quantity(clean(also[2]))
+    return also[1] if first and second and same_quantity(first, second) else value
 
 
 def _said(content: str) -> str | None:

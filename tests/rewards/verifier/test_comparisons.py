@@ -31,9 +31,11 @@ PAIRS = [
     (
         "words after a value",
         [("12", r"12 \text{ more apples}"), ("12", r"12\text{ square cm}"), ("12", r"12 \text{ cm squared}"),
+         ("3", r"3 \text{ times}"), ("12", r"12 \text{ (not including the first)}"),
          (r"\frac{3}{4}", r"\frac{3}{4} \text{ (or 0.75)}"), ("2, 3", r"2 \text{ or } 3"),
          ("16", r"16\text{ half-lives}"), (r"x<1 \text{ or } x>3", r"x<1 \text{ or } x>3")],
-        [("12", r"12 \text{ or more}"), ("12", r"12 \text{ (or 13)}"), ("12", r"12 \text{ squared}"),
+        [("12", r"12 \text{ or more}"), ("12", r"12 \text{ (or 13)}"), ("12", r"12 \text{ squared}"), ("James", "Jame"),
+         ("12", r"12 \text{ times two}"),
          ("12", r"12 \text{ minus one}"), (r"\sqrt{2}", r"\sqrt{2} \text{ or possibly } \sqrt{3}"),
          (r"\sqrt{2}", r"\sqrt{2}\text{; }\sqrt{3}"), (r"\pi", r"\pi \text{ and a half}"),
          (r"\frac{3}{4}", r"\frac{3}{4} \text{ (or 0.7)}")],
