@@ -260,6 +260,7 @@ WORDINGS = [
     ),
     ("ratios and pairs without a mark", "(2, 7)", ["The point is (2, 7).", "It is **(2, 7)**."], ["(7, 2) it is",
          "(2, 8)"]),
+    ("grouped digits in brackets", "1234", ["There are (1,234) people"], ["It is (1,235).", "It is (1, 234)."]),
     ("times without a mark", "10:30", ["It arrives at 10:30.", "so at **10:30** then"], ["It arrives at 10:31",
          "It is 30."]),
     (
@@ -329,8 +330,9 @@ WORDINGS = [
          "If option A is correct, x = 1, a contradiction. So option D is correct.",
          "Option D is the best fit. (B) lacks evidence",
          "Option A is correct on mass. Therefore, option D is correct.", "You should choose D. (B) lacks evidence",
+         "If option A is correct, x is 1. Option D is correct.",
          "The capacitor has area A.\n\nD", "The answer is D. A is also correct in some books."],
-        ["<answer>(D) (A)</answer>", "Option D is correct on mass. Therefore, option A is correct."],
+        ["<answer>(D) (A)</answer>", "The answer is D (or A).", "Option D is correct on mass. Therefore, option A is correct."],
     ),
     ("letters without blanks", "D", ["\u6545\u9009D\u3002", "\u7b54\u6848\u662fD"], ["\u7b54\u6848\u4e0d\u662fD"]),
 ]  # fmt: skip
