@@ -332,7 +332,8 @@ WORDINGS = [
          "Option A is correct on mass. Therefore, option D is correct.", "You should choose D. (B) lacks evidence",
          "If option A is correct, x is 1. Option D is correct.",
          "The capacitor has area A.\n\nD", "The answer is D. A is also correct in some books."],
-        ["<answer>(D) (A)</answer>", "The answer is D (or A).", "Option D is correct on mass. Therefore, option A is correct."],
+        ["<answer>(D) (A)</answer>", "The answer is D (or A).",
+         "Option D is correct on mass. Therefore, option A is correct."],
     ),
     ("letters without blanks", "D", ["\u6545\u9009D\u3002", "\u7b54\u6848\u662fD"], ["\u7b54\u6848\u4e0d\u662fD"]),
 ]  # fmt: skip
