@@ -350,10 +350,11 @@ def check_fields(rewards: Sequence[Reward], rows: Sequence[Mapping[str, Any]], k
         TypeError: a reward function takes a column that the data has not.
         ValueError: naming the reward and the missing field.
     """
-    columns = list(dict.fromkeys(name for row in rows for name in row if name not in ROW_FIELDS))
+    if functions := [reward for reward in rewards if isinstance(reward, FunctionReward)]:
+        columns = list(dict.fromkeys(name for row in rows for name in row if name not in ROW_FIELDS))
+        for function in functions:
+            function.check_columns(columns)
     for reward in rewards:
-        if isinstance(reward, FunctionReward):
-            reward.check_columns(columns)
         for field in reward.requires:
             if not _has(rows, field):
                 raise ValueError(

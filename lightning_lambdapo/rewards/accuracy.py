@@ -208,9 +208,9 @@ def _cheap_verdict(gold: str, answer: str) -> bool | None:
     if gold == answer or changed or not answer:
         return bool(answer) and not changed
     wordy = is_text(gold), is_text(answer)
-    if all(wordy) and (gold.casefold() == answer.casefold() or _WORD.search(gold + " " + answer)):
+    words = gold.casefold(), answer.casefold()
+    if all(wordy) and (words[0] == words[1] or _WORD.search(gold + " " + answer)):
         # math-verify would multiply the letters: "north" = "thorn"
-        words = [text.casefold() for text in (gold, answer)]
         plural = gold.split()[-1].islower() and words[0].removesuffix("s") == words[1].removesuffix("s")
         return plural or words[0] == words[1]
     written = notation(gold), notation(answer)

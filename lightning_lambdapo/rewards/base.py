@@ -119,6 +119,10 @@ class Reward(ABC):
         """Free resources such as worker processes. Called once at the end of a run."""
 
 
+#: What every reward function may take, besides the columns of the data.
+_ARGUMENTS = tuple(field.name for field in dataclasses.fields(RewardInputs) if field.name != "columns")
+
+
 class FunctionReward(Reward):
     """A plain function as a reward.
 
@@ -179,11 +183,7 @@ class FunctionReward(Reward):
 
     def __call__(self, inputs: RewardInputs) -> Sequence[float | None]:
         """Call the function with the columns that it takes."""
-        arguments: dict[str, Any] = {
-            field.name: copy.copy(getattr(inputs, field.name))
-            for field in dataclasses.fields(inputs)
-            if field.name != "columns"
-        }
+        arguments: dict[str, Any] = {name: copy.copy(getattr(inputs, name)) for name in _ARGUMENTS}
         columns = list(dict.fromkeys(name for row in inputs.columns for name in row))
         self.check_columns(columns)
         arguments |= {name: [row.get(name) for row in inputs.columns] for name in columns}
@@ -200,17 +200,16 @@ class FunctionReward(Reward):
             TypeError: naming what the function takes and what there is.
             ValueError: a column has the name of such an argument.
         """
-        arguments = [field.name for field in dataclasses.fields(RewardInputs) if field.name != "columns"]
-        taken = [name for name in columns if name in arguments]
+        taken = [name for name in columns if name in _ARGUMENTS]
         if taken:
             raise ValueError(
                 f"The data has columns named {taken}, but these are arguments of every reward function. Rename them."
             )
-        missing = self._needs.difference(arguments, columns)
+        missing = self._needs.difference(_ARGUMENTS, columns)
         if missing:
             raise TypeError(
                 f"The reward function {self.name!r} takes {sorted(missing)}, which is no column of the data. There are "
-                f"{[*arguments, *columns]}."
+                f"{[*_ARGUMENTS, *columns]}."
             )
 
 

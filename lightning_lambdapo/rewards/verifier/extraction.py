@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Literal
 
 from lightning_lambdapo.rewards.verifier.denials import without_denied
-from lightning_lambdapo.rewards.verifier.exact import clean, quantity, same_quantity
 from lightning_lambdapo.rewards.verifier.letters import (
     chosen_letters,
     final_letter_of,
@@ -18,6 +17,7 @@ from lightning_lambdapo.rewards.verifier.letters import (
     only_option,
     trailing_letter,
 )
+from lightning_lambdapo.rewards.verifier.likeness import same_number
 from lightning_lambdapo.rewards.verifier.marks import boxed, hashed, iter_boxed, last_box, spoken, tagged
 from lightning_lambdapo.rewards.verifier.mathematics import Span, has_value, spans, values
 from lightning_lambdapo.rewards.verifier.phrases import phrases
@@ -146,9 +146,7 @@ def unmarked_answer(text: str) -> str | None:
         >>> unmarked_answer("It isn't 73.")
     """
     text = without_denied(spoken(text))
-    bold = _bold_value(text)
-    if bold is not None:
-        text = bold
+    text = _bold_value(text) or text
     found = spans(text)
     number = attached = None
     index = 0
@@ -304,18 +302,16 @@ def _whole(text: str, number: re.Match[str]) -> str:
     if term:
         return term.group() + number.group()
     peer = _BEFORE_PEER.search(text, around, number.start())
-    if peer and not re.match(r"\s?=", text[number.end() : number.end() + 2]) and not _same(peer[1], number.group()):
+    if (
+        peer
+        and not re.match(r"\s?=", text[number.end() : number.end() + 2])
+        and not same_number(peer[1], number.group())
+    ):
         return f"{peer[1].rstrip('.,')}, {number.group()}"
     if ":" in number.group() and _LABEL.search(text, max(number.start() - 14, 0), number.start()):
         return number.group().rpartition(":")[2]  # Week 3:210 pages
     negative = _NEGATIVE.search(text, max(number.start() - 12, 0), number.start())
     return f"-{number.group()}" if negative else number.group()
-
-
-def _same(one: str, other: str) -> bool:
-    """Whether two numbers are equal, such as 0.6 and 60%."""
-    first, second = quantity(clean(one)), quantity(clean(other))
-    return first is not None and second is not None and same_quantity(first, second)
 
 
 def _is_letter(character: str) -> bool:

@@ -8,12 +8,13 @@ _LETTER_START = re.compile(
 )
 _OPTION_START = re.compile(r"\(\s?([A-Ja-j])\s?\)(?!\s?[-+*/^=,<>])|([A-J])(?:[.)](?:\s|$)|$)")
 _MARKS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox)\s{0,4}\{|[$*_{}`]|\\[(\[\])]")
+_NO_VERB = r"(?!(?:is|are|was|has|have|gives?|would|can|does)\b)"
 _JOINER = r"(?:and/or|and|or else|or|as well as|plus|then|maybe|possibly|perhaps|probably)"
 _LETTER = r"(?:(?i:option|choice)\s)?[\"'\u201c]?\(?[A-J]\)?[\"'\u201d]?"
 _SEVERAL = re.compile(  # "C and D", "(C) (D)", "C, or maybe D", "option C or option D"; "(C) 15 or (D) 16"
     rf"(?!\(?[A-J][.)]{{1,2}}\s[A-J](?![.)\w])){_LETTER}[.)]?(?:\s?(?:[,;&/+|]|\\\\|\\q?quad)\s?|\s|(?<=\))(?=\())\(?(?:{_JOINER}\s){{0,3}}"
     rf"{_LETTER}(?:[\s.,)]{{0,2}}$|\s?[,;&/+]|\s{_JOINER}\s)"
-    r"|\(?[A-J]\)?[.)]?\s[^()]{1,120}?\s(?:or|and)\s\(?[A-J]\)(?=\s(?!(?:is|are|was|has|have|gives?|would|can|does)\b)|$)"
+    rf"|\(?[A-J]\)?[.)]?\s[^()]{{1,120}}?\s(?:or|and)\s\(?[A-J]\)(?=\s{_NO_VERB}|$)"
 )
 _OPTION = re.compile(r"\(([A-J])\)")
 _OPTION_LINE = re.compile(r"^[ \t*]{0,4}(?:(?:Option|Choice) )?([A-J])[.):]\*{0,2}[ \t]", re.MULTILINE)
@@ -22,7 +23,7 @@ _FIRST = re.compile(r"[\s*]{0,4}\(?([A-J])(?:\)[.:]?|[.:])?[ \t*]{0,4}(?:\n|,\s(
 _AND = r"(?:[,&/]|,?\s?\b(?:and|or|nor)\b)"
 _LISTED = re.compile(
     rf"(?<![A-Za-z'])\(?([A-J])[\s)*]{{0,4}}{_AND}[\s(*]{{0,4}}(?:{_JOINER}\s)?[\s(*]{{0,4}}\Z"
-    r"|\(([A-J])\)(?:\s{0,3}\(?|(?:\s(?!(?:is|are|was|has|have|gives?|would|can|does)\b)[^\s().]{1,20}){1,4}\s(?:or|and)\s\(?)\Z"
+    rf"|\(([A-J])\)(?:\s{{0,3}}\(?|(?:\s{_NO_VERB}[^\s().]{{1,20}}){{1,4}}\s(?:or|and)\s\(?)\Z"
     r"|(?:\n|[A-J][.;]\s)[ \t*]{0,3}([A-J])(?:[.;]\s|\n)\s{0,2}\Z"
 )
 _GOES_ON = re.compile(rf"[)*\s]{{0,3}}{_AND}[\s(*]{{0,4}}[A-J](?![\w'])[)*.]{{0,3}}(?:\s*$|\s?{_AND})", re.MULTILINE)

@@ -9,10 +9,22 @@ _WORD = re.compile(r"[a-z]+")
 _QUALIFIERS = {"or", "not", "possibly", "maybe", "perhaps"}
 _POWERS = {"squared", "cubed", "factorial"}
 _OPERATIONS = {"plus", "minus", "times", "over"}  # with another word
-_NAMED_VALUE = re.compile(r"([A-Za-z](?:_(?:\w|\{\w{1,9}\}))?)=([^=]+)")
-_NEXT_NAME = re.compile(r"\s?(?:[,;]|\band\b)\s?(?=[A-Za-z](?:_(?:\w|\{\w{1,9}\}))?=)")
+_NAME = r"[A-Za-z](?:_(?:\w|\{\w{1,9}\}))?"
+_NAMED_VALUE = re.compile(rf"({_NAME})=([^=]+)")
+_NEXT_NAME = re.compile(rf"\s?(?:[,;]|\band\b)\s?(?={_NAME}=)")
 _ALSO = re.compile(r"[\s(]{0,4}or\s(-?[\d.,/]{1,20}%?)[\s)]{0,4}")
 _AND = re.compile(r"\s?(?:,|\band\b)\s?")
+
+
+def same_number(one: str, other: str) -> bool:
+    """Whether two texts are equal numbers.
+
+    Example:
+        >>> same_number("3/4", "75%"), same_number("3/4", "0.7"), same_number("x", "x")
+        (True, False, False)
+    """
+    first, second = quantity(clean(one)), quantity(clean(other))
+    return first is not None and second is not None and same_quantity(first, second)
 
 
 def says_more(gold: str, answer: str) -> bool:
@@ -35,7 +47,7 @@ def says_more(gold: str, answer: str) -> bool:
 def as_tuples(gold: str, answer: str) -> tuple[str, str]:
     r"""Two answers, both as tuples if one names its values, such as x=2, y=3, and the other gives them in order.
 
-    x, y and z come in this order, other names in that of the names. A set in place of named values stays one.
+    x, y and z come in this order, other names as they are given. A set in place of named values stays one.
 
     Example:
         >>> as_tuples("x=2, y=3", "(3,2)"), as_tuples("a=3, b=5", "5, 3")
@@ -58,8 +70,7 @@ def _changes(before: str, text: str, known: set[str]) -> bool:
     if not before.strip() or text.split() in (["or"], ["and"]) or {"equivalently", "including", "counting"} & {*words}:
         return False
     also = _ALSO.fullmatch(text)
-    value, other = quantity(clean(before)), quantity(clean(also[1])) if also else None
-    if value and other and same_quantity(value, other):
+    if also and same_number(before, also[1]):
         return False
     changing = _QUALIFIERS.intersection(words) | _POWERS.intersection(words[:1]) | {"half"}.intersection(words[-1:])
     changing |= _OPERATIONS.intersection(words[:1]) if len(words) > 1 else set()
@@ -80,6 +91,5 @@ def _unnamed(cleaned: str) -> str | None:
     """A tuple, or values with commas between as one. None where there is neither."""
     if cleaned.startswith("(") and cleaned.endswith(")"):
         return cleaned
-    if "," in cleaned and not cleaned.startswith(("\\{", "[", "(")):
-        return f"({_AND.sub(',', cleaned)})"
-    return f"({_AND.sub(',', cleaned)})" if " and " in cleaned else None
+    listed = " and " in cleaned or ("," in cleaned and not cleaned.startswith(("\\{", "[", "(")))
+    return f"({_AND.sub(',', cleaned)})" if listed else None

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 from lightning_lambdapo.rewards.verifier.denials import DENIED_FOLLOWING, REFUTED, denied_before, without_denied
-from lightning_lambdapo.rewards.verifier.exact import clean, quantity, same_quantity
+from lightning_lambdapo.rewards.verifier.likeness import same_number
 from lightning_lambdapo.rewards.verifier.mathematics import Span, inside, spans, values
 
 _VERB = (
@@ -231,10 +231,7 @@ def _closed(value: str) -> str:
 def _alone(value: str) -> str:
     """Without an equal value in brackets, as in "3/4 (or 0.75)"."""
     also = _ALSO.fullmatch(value)
-    if also is None:
-        return value
-    first, second = quantity(clean(also[1])), quantity(clean(also[2]))
-    return also[1] if first and second and same_quantity(first, second) else value
+    return also[1] if also and same_number(also[1], also[2]) else value
 
 
 def _said(content: str) -> str | None:
