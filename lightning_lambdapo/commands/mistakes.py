@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_lambdapo.commands.setting_names import classes_of, did_you_mean, help_line, settings_of
+from lightning_lambdapo.commands.setting_names import KEY, classes_of, did_you_mean, help_line, lines_of, settings_of
 from lightning_lambdapo.engine_settings import EngineStartError
 
 DEBUG = "LAMBDAPO_DEBUG"
@@ -29,7 +29,6 @@ _CHECKS = ("lightning_lambdapo.checks", "lightning_lambdapo.callbacks.checkpoint
 #: Raise a RuntimeError where an earlier run's config.yaml is in the way, or where `monitor` is not logged.
 _RUNTIME = ("lightning.pytorch.cli", "lightning.pytorch.callbacks.early_stopping")
 
-_KEY = re.compile(r'Parser key "([^"]+)"(?: element \d+)?:\s*(.*)$')
 _TYPE = re.compile(r"Expected an? (<class '[^']+'>|typing\.\S.*?|[\w.]+\[.*?\])(?:\. Got value: (.*))?$")
 _CLASS = re.compile(r"(?:Expected a|Not a valid) (dot import path|subclass) (?:string|of \w+)(?:.*?: (.+))?$")
 _FACTORY = re.compile(r"Type .* expects a function or a callable class: (.*?)(?:\. Got value: .*)?$")
@@ -180,19 +179,10 @@ def _deepest(message: str) -> list[_Reason]:
 
 def _reasons(message: str) -> list[_Reason]:
     found: list[_Reason] = []
-    keys: list[tuple[int, str]] = []
     open_reason: _Reason | None = None
-    for line in filter(str.strip, message.splitlines()):
-        text = line.strip()
-        indent = len(line) - len(line.lstrip())
-        bullet = text.startswith("- ")
-        if bullet:
-            text, indent = text[2:], indent + 2
+    for path, indent, bullet, text in lines_of(message):
         last, open_reason = open_reason, None
-        keys = [(at, key) for at, key in keys if at < indent]
-        path = tuple(key for _, key in keys)
-        if match := _KEY.search(text):
-            keys.append((indent, match[1]))
+        if match := KEY.search(text):
             if match[2]:
                 open_reason = _Reason((*path, match[1]), indent, match[2])
                 found.append(open_reason)

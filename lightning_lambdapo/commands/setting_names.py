@@ -3,18 +3,36 @@
 import difflib
 import importlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import is_dataclass
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
-_KEY = re.compile(r'Parser key "([^"]+)"')
+#: The setting that a line is about, and the reason that follows it there.
+KEY = re.compile(r'Parser key "([^"]+)"(?: element \d+)?:\s*(.*)$')
 _CLASS = re.compile(r"(?:Problem with given class_path |(?:Got|Given) value: Namespace\(class_path=)'([^']+)'")
 #: Where a class is not named, the default one.
 _DEFAULTS = {"model": "lightning_lambdapo.LambdaPOModule", "data": "lightning_lambdapo.LambdaPODataModule"}
 _MOST = 3  # suggestions
+
+
+def lines_of(message: str) -> Iterator[tuple[tuple[str, ...], int, bool, str]]:
+    r"""The lines of jsonargparse's tree of errors: the keys around each, its indent, whether it is an item, its text.
+
+    Example:
+        >>> list(lines_of('Parser key "a":\n  - Parser key "b":\n      Wrong.'))[1:]
+        [(('a',), 4, True, 'Parser key "b":'), (('a', 'b'), 6, False, 'Wrong.')]
+    """
+    keys: list[tuple[int, str]] = []
+    for line in filter(str.strip, message.splitlines()):
+        text = line.strip().removeprefix("- ")
+        indent = len(line.rstrip()) - len(text)
+        keys = [(at, key) for at, key in keys if at < indent]
+        yield tuple(key for _, key in keys), indent, line.lstrip().startswith("- "), text
+        if match := KEY.search(text):
+            keys.append((indent, match[1]))
 
 
 def classes_of(path: Sequence[str], message: str) -> tuple[str, list[str]]:
@@ -28,15 +46,10 @@ def classes_of(path: Sequence[str], message: str) -> tuple[str, list[str]]:
         Dotted key of the part, and import paths. An empty key without classes if no part is one.
     """
     found: dict[tuple[str, ...], list[str]] = {}
-    keys: list[tuple[int, str]] = []
-    for line in filter(str.strip, message.splitlines()):
-        text = line.strip().removeprefix("- ")
-        indent = len(line) - len(text)
-        keys = [(at, key) for at, key in keys if at < indent]
-        if match := _KEY.search(text):
-            keys.append((indent, match[1]))
+    for around, _, _, text in lines_of(message):
+        key = KEY.search(text)
         if match := _CLASS.search(text):
-            found.setdefault(tuple(key for _, key in keys), []).append(match[1])
+            found.setdefault((*around, key[1]) if key else around, []).append(match[1])
     for size in range(len(path), 0, -1):
         classes = [each for each in dict.fromkeys(found.get(tuple(path[:size]), [])) if _imported(each)]
         if classes:
